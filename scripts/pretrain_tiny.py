@@ -1,0 +1,219 @@
+"""Make the tiny base: a small real LLaVA-OneVision, pretrained with the language loss only.
+
+    python scripts/pretrain_tiny.py --out runs/tiny-base --minutes 65
+
+It learns captions and questions about endless scenes (`cafe.data.scenes`, train split): it talks,
+and it cannot retrieve. Every example is one row: the picture's tokens once, then one branch per
+caption and question. The result is copied to `src/cafe/model/tiny_base` by hand, with its card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from cafe.data.scenes import (
+    PROMPT_CAPTION,
+    QUESTION_KINDS,
+    caption,
+    draw,
+    questions,
+    sample_scene,
+)
+from cafe.data.scenes.world import random_stream, scene_seed
+from cafe.model.checkpoint import save_checkpoint
+from cafe.model.collate import Chunk, Collator
+from cafe.model.tiny import tiny_model, tiny_processor
+
+from cafe.model.vlm import CAFe
+from cafe.objective import next_token_nll
+from cafe.types import Example, Image, Message
+
+BATCH = 32
+CHUNK = 16
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 200
+WEIGHT_DECAY = 0.05
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is shown up to a share of the time: from one thing a picture to everything."""
+
+    until: float
+    max_objects: int
+    question_kinds: frozenset[str]
+    questions: int
+
+
+PHASES = (
+    Phase(0.12, 1, frozenset({"object", "presence", "colour", "background", "size", "place"}), 4),
+    Phase(0.45, 4, frozenset(QUESTION_KINDS) - {"match"}, 6),
+    Phase(1.0, 4, frozenset(QUESTION_KINDS), 5),
+)
+
+
+class Batches(IterableDataset[list[Chunk]]):
+    """Endless batches of fresh scenes, each collated in chunks of like length."""
+
+    def __init__(self, collator: Collator, done: Any) -> None:
+        self.collator = collator
+        self.done = done  # a shared number: how much of the time is over
+
+    def __iter__(self) -> Iterator[list[Chunk]]:
+        torch.set_num_threads(1)
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        for batch in itertools.count(number, workers):
+            phase = next(p for p in PHASES if self.done.value <= p.until)
+            examples = [example(batch * BATCH + i, phase) for i in range(BATCH)]
+            examples.sort(key=lambda e: sum(len(m.text) for d in e.dialogues for m in d))
+            yield [self.collator(examples[i : i + CHUNK]) for i in range(0, BATCH, CHUNK)]
+
+
+def example(index: int, phase: Phase) -> Example:
+    """One scene with its caption and some questions; scenes of the train split only."""
+    for attempt in itertools.count():
+        scene = sample_scene(scene_seed(SEED, index * 64 + attempt), "train")
+        if len(scene.objects) <= phase.max_objects:
+            break
+    rng = random_stream(scene.seed, "train", "language")
+    asked = [(PROMPT_CAPTION, caption(scene, rng))]
+    found = questions(scene, rng, 3 * phase.questions)
+    asked += [(q.text, q.answer) for q in found if q.kind in phase.question_kinds][
+        : phase.questions
+    ]
+    picture = Image(draw(scene))
+    return Example(
+        id=str(scene.seed),
+        dialogues=tuple(
+            (Message("user", (picture, prompt)), Message("assistant", (answer,)))
+            for prompt, answer in asked
+        ),
+    )
+
+
+def corpus(scenes: int = 4000) -> Iterator[str]:
+    """What the tokenizer learns its pieces from."""
+    for index in range(scenes):
+        for dialogue in example(index, PHASES[-1]).dialogues:
+            for message in dialogue:
+                yield message.text
+    for _ in range(50):
+        yield from ("Compress this image in one word:", "Compress this sentence in one word:")
+        yield from ("Compress this image and sentence in one word:", "system user assistant")
+        yield "You are a helpful assistant."
+
+
+def learning_rate(done: float, step: int) -> float:
+    """Linear warm-up, then a cosine over the share of the time that is done."""
+    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    return LEARNING_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def parameter_groups(model: CAFe) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0}]
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed blocks: on a CPU, taking them anew from the kernel costs more than the
+    arithmetic done in them."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=65)
+    parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--save-every", type=int, default=500, help="steps")
+    arguments = parser.parse_args()
+
+
+    keep_memory()
+    torch.manual_seed(SEED)
+    processor = tiny_processor(corpus())
+    model = CAFe(tiny_model(processor), processor).train()
+    towers = (model.model.model.vision_tower.encoder, model.model.model.language_model)
+    for layer in itertools.chain(*(tower.layers for tower in towers)):
+        layer.compile(dynamic=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+    progress = multiprocessing.Value("d", 0.0)
+    loader = DataLoader(
+        Batches(model.collator, progress),
+        batch_size=None,
+        num_workers=arguments.workers,
+        prefetch_factor=8,
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    log = (arguments.out / "log.jsonl").open("a")
+    start = time.monotonic()
+    for step, chunks in enumerate(loader):
+        done = max((time.monotonic() - start) / 60 / arguments.minutes, step / arguments.steps)
+        if done >= 1:
+            break
+        progress.value = done
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(done, step)
+        began = time.monotonic()
+        count = sum(chunk.label_count for chunk in chunks)
+        total = torch.zeros(())
+        for chunk in chunks:
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = model(chunk.rows, chunk.vision).flatten(0, 1)
+                states = hidden[chunk.rows.label_source]
+                nll, _ = next_token_nll(states, chunk.rows.label_ids, model.lm_head.weight)
+            (nll / count).backward()
+            total += nll.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            now = time.monotonic()
+            record = {
+                "step": step,
+                "minutes": round((now - start) / 60, 2),
+                "loss": round(float(total) / count, 4),
+                "norm": round(float(norm), 3),
+                "step_seconds": round(now - began, 3),
+                "tokens": [chunk.rows.input_ids.numel() for chunk in chunks],
+            }
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            print(record, flush=True)
+        if step and step % arguments.save_every == 0:
+            save(model, arguments.out / f"step-{step}")
+    save(model, arguments.out / "final")
+
+
+def save(model: CAFe, directory: Path) -> None:
+    """bfloat16 weights: half the size, and what the model was trained with."""
+    state = {k: v.clone() for k, v in model.model.state_dict().items()}
+    model.model.to(torch.bfloat16)
+    save_checkpoint(model.model, model.processor, model.collator, directory)
+    model.model.to(torch.float32)
+    model.model.load_state_dict(state)
+
+
+if __name__ == "__main__":
+    main()

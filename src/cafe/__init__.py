@@ -1,0 +1,1 @@
+"""One vision-language model that retrieves, reranks and answers."""

@@ -1,0 +1,59 @@
+"""The command line: one thin file per verb, nothing heavy imported before a verb runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cafe.cli import data, demo, doctor, embed, evaluate, generate, train
+from cafe.errors import CafeError
+
+__all__ = ["app", "main"]
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+# Plain help: rich's boxes would double the time that `cafe --help` takes.
+app = typer.Typer(
+    name="cafe",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def root(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (or CAFE_DEBUG=1).")
+    ] = False,
+) -> None:
+    """One vision-language model that retrieves, reranks and answers."""
+    if debug:
+        os.environ["CAFE_DEBUG"] = "1"
+
+
+app.command("demo")(demo.command)
+app.command("train")(train.command)
+app.command("evaluate")(evaluate.command)
+app.command("embed")(embed.command)
+app.command("generate")(generate.command)
+app.add_typer(data.app, name="data")
+app.command("doctor")(doctor.command)
+
+
+def main() -> None:
+    """Run `cafe`. An expected error is one line on stderr and exit code 2; Ctrl-C is 130."""
+    try:
+        app()
+    except CafeError as error:
+        if os.environ.get("CAFE_DEBUG", "0") not in {"", "0"}:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,31 @@
+"""`cafe train`: a recipe, with overrides, becomes a fine-tuned model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The run, in YAML.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes, e.g. optimizer.learning_rate=2e-5."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of output_dir.")
+    ] = False,
+) -> None:
+    """Train as a recipe says.
+
+    Any key of the recipe can be changed on the command line.
+    """
+    from cafe.recipes import load_recipe
+
+    checked = load_recipe(recipe, overrides or [])  # before torch: a typo is told at once
+
+    from cafe.train.run import train
+
+    train(checked, resume=resume)

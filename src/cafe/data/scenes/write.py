@@ -1,0 +1,133 @@
+r"""Scenes → a folder: pictures, captions and questions as LLaVA JSON, and the exact truth.
+
+images/000000.png
+captions.json    [{"id": "000000", "image": "images/000000.png", "conversations": [
+                     {"from": "human", "value": "<image>\nDescribe this image."},
+                     {"from": "gpt", "value": "A big cat at the top left."}]}]
+questions.json   the same with several turns, id "000000-questions" and "kinds" per question
+truth.jsonl      {"id": "000000", "image": "images/000000.png", "seed": 0, "split": "train",
+                  "background": "white", "objects": [{"kind": "cat", ...}], "caption": "..."}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cafe.data.scenes.draw import draw
+from cafe.data.scenes.language import PROMPT_CAPTION, caption
+from cafe.data.scenes.questions import questions
+from cafe.data.scenes.world import (
+    Scene,
+    SceneObject,
+    Split,
+    random_stream,
+    sample_scene,
+    scene_seed,
+)
+from cafe.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """One line of `truth.jsonl`. `image` is relative to the folder."""
+
+    id: str
+    image: str
+    scene: Scene
+    caption: str
+
+
+def write_scenes(
+    out: Path,
+    count: int,
+    seed: int,
+    split: Split = "train",
+    questions_per_scene: int = 6,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write `count` scenes of `seed` into the folder `out`, which appears only when complete.
+
+    `progress` is called after each scene with the number of scenes written.
+    Raises DataError when `out` exists and is not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is not an empty folder; name a new one or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
+    try:
+        (unfinished / "images").mkdir(parents=True)
+        _write_into(unfinished, count, seed, split, questions_per_scene, progress)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_truth(folder: Path) -> list[Truth]:
+    """The truth of every picture in a folder that `write_scenes` wrote, in order.
+
+    Raises DataError when the file is missing or a line is not such a record.
+    """
+    path = folder / "truth.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); write scenes with `cafe data scenes`"
+        ) from error
+    return [_parse_truth(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parse_truth(line: str, where: str) -> Truth:
+    try:
+        record = json.loads(line)
+        objects = tuple(SceneObject(**item) for item in record["objects"])
+        scene = Scene(record["seed"], record["split"], record["background"], objects)
+        return Truth(record["id"], record["image"], scene, record["caption"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{where}: not a scene's truth ({error}); write the folder anew") from error
+
+
+def _write_into(
+    folder: Path,
+    count: int,
+    seed: int,
+    split: Split,
+    questions_per_scene: int,
+    progress: Callable[[int], None] | None,
+) -> None:
+    captions: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
+    with (folder / "truth.jsonl").open("w", encoding="utf-8") as truth:
+        for index in range(count):
+            scene = sample_scene(scene_seed(seed, index), split)
+            rng = random_stream(scene.seed, split, "language")
+            name, image, text = f"{index:06d}", f"images/{index:06d}.png", caption(scene, rng)
+            draw(scene).save(folder / image, compress_level=1)  # noise hardly compresses
+            captions.append(_record(name, image, [(PROMPT_CAPTION, text)]))
+            turns = questions(scene, rng, questions_per_scene)
+            if turns:
+                record = _record(f"{name}-questions", image, [(q.text, q.answer) for q in turns])
+                asked.append({**record, "kinds": [q.kind for q in turns]})
+            line = {"id": name, "image": image, **asdict(scene), "caption": text}
+            truth.write(json.dumps(line) + "\n")
+            if progress is not None:
+                progress(index + 1)
+    for file, records in (("captions.json", captions), ("questions.json", asked)):
+        (folder / file).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+
+def _record(name: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    conversations = []
+    for prompt, answer in turns:
+        mark = "" if conversations else "<image>\n"
+        conversations.append({"from": "human", "value": mark + prompt})
+        conversations.append({"from": "gpt", "value": answer})
+    return {"id": name, "image": image, "conversations": conversations}

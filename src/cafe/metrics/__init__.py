@@ -1,0 +1,85 @@
+"""How good it is: arrays and strings become numbers. No model, no torch, no files.
+
+Every score is a plain `float`, fractions are in [0, 1], and nothing here draws random numbers
+without a seed. `interval` says how sure each number is.
+"""
+
+from __future__ import annotations
+
+from cafe.metrics.captioning import answer_accuracy, consensus_accuracy, normalise_answer
+from cafe.metrics.geometry import (
+    alignment,
+    effective_rank,
+    modality_gap,
+    modality_probe_accuracy,
+    project_2d,
+    uniformity,
+)
+from cafe.metrics.hallucination import (
+    ABSENT,
+    DISQUALIFIED,
+    PRESENT,
+    THRONE_VOTES,
+    chair_scores,
+    judge_says_yes,
+    object_f1,
+    parse_yes_no,
+    pope_scores,
+    throne_scores,
+    throne_verdicts,
+)
+from cafe.metrics.interval import (
+    Interval,
+    bootstrap_interval,
+    bootstrap_scores,
+    paired_interval,
+    wilson_interval,
+)
+from cafe.metrics.ranking import (
+    TIE_TOLERANCE,
+    candidate_scores,
+    first_relevant_ranks,
+    hit_at_1,
+    ndcg_at_k,
+    rank_relevances,
+    recall_at_k,
+    recalls,
+    two_way_ranks,
+)
+
+__all__ = [
+    "ABSENT",
+    "DISQUALIFIED",
+    "PRESENT",
+    "THRONE_VOTES",
+    "TIE_TOLERANCE",
+    "Interval",
+    "alignment",
+    "answer_accuracy",
+    "bootstrap_interval",
+    "bootstrap_scores",
+    "candidate_scores",
+    "chair_scores",
+    "consensus_accuracy",
+    "effective_rank",
+    "first_relevant_ranks",
+    "hit_at_1",
+    "judge_says_yes",
+    "modality_gap",
+    "modality_probe_accuracy",
+    "ndcg_at_k",
+    "normalise_answer",
+    "object_f1",
+    "paired_interval",
+    "parse_yes_no",
+    "pope_scores",
+    "project_2d",
+    "rank_relevances",
+    "recall_at_k",
+    "recalls",
+    "throne_scores",
+    "throne_verdicts",
+    "two_way_ranks",
+    "uniformity",
+    "wilson_interval",
+]

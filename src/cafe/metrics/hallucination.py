@@ -1,0 +1,280 @@
+"""Does the model name what is not there? POPE, CHAIR, THRONE, and F1 of named objects.
+
+All four compare what was said with what is there; they differ in who is asked. POPE asks the model
+yes/no questions; CHAIR and the object F1 look for object names in its captions; THRONE lets judges
+read its free descriptions and vote. Objects are any hashable names. All scores are fractions in
+[0, 1]; a fraction of nothing is 0. Read CHAIR and precision beside recall or length: who says
+nothing invents nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cafe.errors import DataError
+from cafe.types import Scores
+
+if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
+    from jaxtyping import Bool, Float, Int
+
+__all__ = [
+    "ABSENT",
+    "DISQUALIFIED",
+    "PRESENT",
+    "THRONE_VOTES",
+    "chair_scores",
+    "judge_says_yes",
+    "object_f1",
+    "parse_yes_no",
+    "pope_scores",
+    "throne_scores",
+    "throne_verdicts",
+]
+
+PRESENT, ABSENT, DISQUALIFIED = 1, 0, -1
+"""THRONE's verdicts about one class in one description."""
+
+THRONE_VOTES = 9
+"""Three judges, three phrasings of the question."""
+
+
+def parse_yes_no(reply: str) -> bool:
+    """The official POPE parser: True (yes) unless the first sentence has `No`, `no` or `not`.
+
+    The text up to the first full stop, without commas, is split at spaces. So an empty or evasive
+    reply is a *yes*, "NO" is one too, and so is "no" when a line break follows instead of a space.
+    """
+    words = reply.split(".", 1)[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"}.intersection(words)
+
+
+def pope_scores(
+    predicted: Bool[np.ndarray, " n"] | Sequence[bool],
+    labels: Bool[np.ndarray, " n"] | Sequence[bool],
+) -> Scores:
+    """POPE's numbers for one setting; "yes" (True) is the positive class.
+
+    Keys: accuracy, precision, recall, f1, yes_ratio (the share of questions answered yes; half of
+    the questions have that answer).
+
+    Raises:
+        ValueError: no questions, two lengths, or anything but booleans ("no" would count as true).
+    """
+    said, true = _flags("predicted", predicted), _flags("labels", labels)
+    if said.shape != true.shape or said.size == 0:
+        raise ValueError(f"{said.size} answers and {true.size} labels; give each question both")
+    hits = int((said & true).sum())
+    return {
+        "accuracy": float((said == true).mean()),
+        **_precision_recall_f1(hits, int(said.sum()), int(true.sum())),
+        "yes_ratio": float(said.mean()),
+    }
+
+
+def chair_scores(
+    mentioned: Sequence[Collection[Hashable]],
+    present: Sequence[Collection[Hashable]],
+    *,
+    lengths_words: Sequence[int] | None = None,
+) -> Scores:
+    """CHAIR (Rohrbach et al. 2018) over captions: how much of what they name is not there.
+
+        chair_i         mentions of absent objects / all mentions; repetitions count
+        chair_s         captions with at least one absent object / captions
+        recall          different objects named and present / objects present, summed over captions
+        mean_mentions   mentions per caption, and with `lengths_words` mean_length_words
+
+    Args:
+        mentioned: for each caption its object mentions in the vocabulary of `present`, with
+            repetitions (a set would count each object once).
+        present: for each caption the objects that are in its picture.
+        lengths_words: number of words of each caption.
+
+    Raises:
+        ValueError: no captions, different lengths, or a plain string where objects belong.
+    """
+    _check_collections(mentioned, present)
+    mentions = sum(len(names) for names in mentioned)
+    invented = [
+        sum(name not in there for name in names)
+        for names, there in zip(mentioned, map(set, present), strict=True)
+    ]
+    found, _, to_find = _object_counts(mentioned, present)
+    scores = {
+        "chair_i": _fraction(sum(invented), mentions),
+        "chair_s": _fraction(sum(count > 0 for count in invented), len(mentioned)),
+        "recall": _fraction(found, to_find),
+        "mean_mentions": mentions / len(mentioned),
+    }
+    if lengths_words is not None:
+        if len(lengths_words) != len(mentioned):
+            raise ValueError(f"{len(lengths_words)} lengths for {len(mentioned)} captions")
+        scores["mean_length_words"] = sum(lengths_words) / len(mentioned)
+    return scores
+
+
+def object_f1(
+    mentioned: Sequence[Collection[Hashable]], present: Sequence[Collection[Hashable]]
+) -> Scores:
+    """Precision, recall and F1 of the different objects named, counts summed over pictures.
+
+    Raises:
+        ValueError: as in `chair_scores`.
+    """
+    _check_collections(mentioned, present)
+    return _precision_recall_f1(*_object_counts(mentioned, present))
+
+
+def judge_says_yes(reply: str) -> bool:
+    """THRONE's reading of a judge: "yes" alone, in any case, is a vote; all else is none."""
+    return reply.lower().strip() == "yes"
+
+
+def throne_verdicts(
+    yes_votes: Int[np.ndarray, "n c"], *, votes: int = THRONE_VOTES
+) -> Int[np.ndarray, "n c"]:
+    """Per description and class: PRESENT if all voted yes, ABSENT if none, else DISQUALIFIED.
+
+    Raises:
+        DataError: a count outside 0 .. votes.
+        ValueError: fewer than one vote.
+    """
+    if votes < 1:
+        raise ValueError(f"votes is {votes}; there must be at least one judge")
+    if yes_votes.size and (yes_votes.min() < 0 or yes_votes.max() > votes):
+        raise DataError(
+            f"yes votes range over {yes_votes.min()} .. {yes_votes.max()}; expected 0 .. {votes}"
+        )
+    unanimous = np.where(yes_votes == votes, PRESENT, ABSENT)
+    return np.where((yes_votes > 0) & (yes_votes < votes), DISQUALIFIED, unanimous)
+
+
+def throne_scores(
+    yes_votes: Int[np.ndarray, "n c"],
+    present: Bool[np.ndarray, "n c"],
+    *,
+    votes: int = THRONE_VOTES,
+) -> Scores:
+    """THRONE (arXiv 2405.05256) over n pictures and c classes; F0.5 weighs precision double.
+
+    A class on which the votes differ is taken out of prediction and ground truth of that picture.
+
+        overall_*     precision and recall per picture, 0 where nothing is said or nothing is there,
+                      averaged over pictures
+        classwise_*   precision and recall per class over all pictures, averaged over the classes
+                      for which they exist
+
+    Two ways to F, because published tables have both and differ by a point or more:
+
+        *_f1, *_f0.5             of the averaged precision and recall, as in THRONE's paper
+        *_mean_f1, *_mean_f0.5   F per picture or class, averaged where it exists, as in THRONE's
+                                 released code: pictures with P = R = 0 drop out, which raises it
+
+    and `disqualified`, the share of (picture, class) cells taken out. The paper's headline number
+    is classwise_f0.5.
+
+    Args:
+        yes_votes: how many of the votes said that the description has the class (`judge_says_yes`).
+        present: the ground truth.
+        votes: votes per cell.
+
+    Raises:
+        DataError, ValueError: as in `throne_verdicts`; no cells, two shapes, or truth not boolean.
+    """
+    truth = _flags("present", present)
+    if yes_votes.shape != truth.shape or truth.ndim != 2 or truth.size == 0:
+        raise ValueError(f"votes {yes_votes.shape} and truth {truth.shape} must both be [n, c]")
+    verdicts = throne_verdicts(yes_votes, votes=votes)
+    said = verdicts == PRESENT
+    true = truth & (verdicts != DISQUALIFIED)
+    hits = said & true
+
+    per_picture = [cells.sum(axis=1) for cells in (hits, said, true)]
+    either_empty = (per_picture[1] == 0) | (per_picture[2] == 0)
+    precision, recall = _precision_recall(*per_picture)
+    overall = np.where(either_empty, 0.0, precision), np.where(either_empty, 0.0, recall)
+    classwise = _precision_recall(*(cells.sum(axis=0) for cells in (hits, said, true)))
+    return {
+        **_throne_summary("overall", *overall),
+        **_throne_summary("classwise", *classwise),
+        "disqualified": float((verdicts == DISQUALIFIED).mean()),
+    }
+
+
+def _throne_summary(
+    prefix: str, precision: Float[np.ndarray, " k"], recall: Float[np.ndarray, " k"]
+) -> Scores:
+    p, r = _mean_of_numbers(precision), _mean_of_numbers(recall)
+    scores = {f"{prefix}_precision": p, f"{prefix}_recall": r}
+    for name, beta in (("f1", 1.0), ("f0.5", 0.5)):
+        scores[f"{prefix}_{name}"] = _mean_of_numbers(_f(np.array([p]), np.array([r]), beta))
+        scores[f"{prefix}_mean_{name}"] = _mean_of_numbers(_f(precision, recall, beta))
+    return scores
+
+
+def _precision_recall(
+    hits: Int[np.ndarray, " k"], said: Int[np.ndarray, " k"], true: Int[np.ndarray, " k"]
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """NaN where nothing was said, or nothing is there."""
+    with np.errstate(invalid="ignore"):
+        return hits / said, hits / true
+
+
+def _f(
+    precision: Float[np.ndarray, " k"], recall: Float[np.ndarray, " k"], beta: float
+) -> Float[np.ndarray, " k"]:
+    """(1 + β²) P R / (β² P + R); NaN where P or R is, or where both are 0."""
+    with np.errstate(invalid="ignore"):
+        return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+
+
+def _mean_of_numbers(values: Float[np.ndarray, " k"]) -> float:
+    """The mean without the NaNs; 0 if there is nothing else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(np.nan_to_num(np.nanmean(values)))
+
+
+def _object_counts(
+    mentioned: Sequence[Collection[Hashable]], present: Sequence[Collection[Hashable]]
+) -> tuple[int, int, int]:
+    """Different objects named and present, named, present; summed over pictures."""
+    pairs = [(set(names), set(there)) for names, there in zip(mentioned, present, strict=True)]
+    return (
+        sum(len(names & there) for names, there in pairs),
+        sum(len(names) for names, _ in pairs),
+        sum(len(there) for _, there in pairs),
+    )
+
+
+def _precision_recall_f1(hits: int, said: int, true: int) -> Scores:
+    return {
+        "precision": _fraction(hits, said),
+        "recall": _fraction(hits, true),
+        "f1": _fraction(2 * hits, said + true),
+    }
+
+
+def _fraction(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _flags(name: str, values: np.ndarray | Sequence[bool]) -> Bool[np.ndarray, ...]:
+    array = np.asarray(values)
+    if array.dtype != np.bool_:
+        raise ValueError(f"{name} is {array.dtype}; it must be booleans")
+    return array
+
+
+def _check_collections(
+    mentioned: Sequence[Collection[Hashable]], present: Sequence[Collection[Hashable]]
+) -> None:
+    if len(mentioned) != len(present) or not mentioned:
+        raise ValueError(f"{len(mentioned)} captions for {len(present)} pictures; give each one")
+    for i, objects in enumerate((*mentioned, *present)):
+        if isinstance(objects, str):  # whose letters would be the objects
+            raise ValueError(f"entry {i % len(present)} is the string {objects!r}; give a list")

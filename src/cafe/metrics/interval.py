@@ -1,0 +1,165 @@
+"""How sure a number is: bootstrap intervals over samples, paired differences, proportions.
+
+n is the number of samples: images, questions or queries, whatever was drawn independently. Where
+one image has five captions, resample the images.
+
+All intervals are two-sided. The bootstrap's are percentile intervals (Efron): the middle
+`confidence` of the statistic over `resamples` draws of n samples with replacement. They tell how
+the number would vary with other samples of the same kind, and nothing of other training seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from statistics import NormalDist
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cafe.types import Scores
+
+if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
+    from jaxtyping import Bool, Float, Int
+
+__all__ = [
+    "Interval",
+    "bootstrap_interval",
+    "bootstrap_scores",
+    "paired_interval",
+    "wilson_interval",
+]
+
+_DRAWS_AT_ONCE = 1 << 22  # 32 MiB of indices
+
+
+class Interval(NamedTuple):
+    """A number with the interval around it; `low <= high`, in the number's own unit."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of per-sample values (hits, accuracies, losses) with its bootstrap interval.
+
+    Raises:
+        ValueError: no values, a value that is not finite, not one dimension, a confidence outside
+            (0, 1), or fewer than one resample.
+    """
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError(f"values of shape {values.shape} must be finite and one-dimensional")
+    wide = values.astype(np.float64)
+    means = [wide[draws].mean(axis=1) for draws in _draws(len(wide), resamples, seed)]
+    return _percentiles(float(wide.mean()), np.concatenate(means), confidence)
+
+
+def paired_interval(
+    values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"],
+    baseline: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean of `values - baseline` over the same samples in the same order, with its interval.
+
+    Much narrower than two separate intervals where both models fail on the same samples.
+
+    Raises:
+        ValueError: as in `bootstrap_interval`, or two different lengths.
+    """
+    if values.shape != baseline.shape:
+        raise ValueError(
+            f"{values.shape} values and {baseline.shape} of the baseline; pair them by sample id"
+        )
+    difference = values.astype(np.float64) - baseline.astype(np.float64)
+    return bootstrap_interval(difference, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def bootstrap_scores(
+    score: Callable[[Int[np.ndarray, " n"]], Scores],
+    count: int,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Intervals of metrics that are no means over samples (F1, CHAIR_i, class-wise scores).
+
+    Args:
+        score: computes the metric on the samples with these indices, which may repeat. It is called
+            `resamples + 1` times, first with 0 .. count - 1, and must return the same keys.
+        count: number of samples, n.
+        confidence: share of the resamples that lies within the interval.
+        resamples: how many to draw.
+        seed: of the draws.
+
+    With equal seeds two metrics see the same draws, so a difference computed within `score` is
+    paired.
+
+    Raises:
+        ValueError: as in `bootstrap_interval`.
+    """
+    estimate = score(np.arange(count))
+    rows = [score(draw) for draws in _draws(count, resamples, seed) for draw in draws]
+    return {
+        name: _percentiles(value, np.array([row[name] for row in rows]), confidence)
+        for name, value in estimate.items()
+    }
+
+
+def wilson_interval(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
+    """A proportion with Wilson's score interval, which is sound near 0 and 1 and for few trials.
+
+    With p = successes / trials, n = trials, z the normal quantile:
+
+        ( p + z²/2n  ±  z √( p(1-p)/n + z²/4n² ) ) / (1 + z²/n)
+
+    Raises:
+        ValueError: unless 0 <= successes <= trials and trials >= 1; a confidence outside (0, 1).
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes in {trials} trials is no proportion")
+    _check_confidence(confidence)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    p = successes / trials
+    centre = p + z * z / (2 * trials)
+    spread = z * math.sqrt(p * (1 - p) / trials + (z / (2 * trials)) ** 2)
+    scale = 1 + z * z / trials
+    # Rounding would leave 1e-17 where the bound is exactly 0 or 1.
+    low = 0.0 if successes == 0 else (centre - spread) / scale
+    high = 1.0 if successes == trials else (centre + spread) / scale
+    return Interval(p, low, high)
+
+
+def _draws(count: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, "b n"]]:
+    """Indices of all resamples, some at a time."""
+    if count < 1 or resamples < 1:
+        raise ValueError(f"{count} samples and {resamples} resamples; both must be at least 1")
+    rng = np.random.default_rng(seed)
+    at_once = max(1, _DRAWS_AT_ONCE // count)
+    for start in range(0, resamples, at_once):
+        yield rng.integers(count, size=(min(at_once, resamples - start), count))
+
+
+def _percentiles(
+    estimate: float, statistics: Float[np.ndarray, " r"], confidence: float
+) -> Interval:
+    _check_confidence(confidence)
+    low, high = np.quantile(statistics, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(estimate, float(low), float(high))
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(
+            f"confidence is {confidence}; it must lie between 0 and 1, for example 0.95"
+        )

@@ -1,0 +1,402 @@
+"""Examples -> chunks of rows: the only place that knows templates, pictures' tokens and padding.
+
+Training, evaluation and serving all come through here, so a prompt cannot be formatted in two
+ways. A `Collator` holds nothing but facts (processor, family, settings), so a data loader's
+workers can carry it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cafe.errors import DataError
+from cafe.model.families import Family
+from cafe.model.pictures import Pictures
+from cafe.model.prompts import (
+    DEFAULT_PROMPT,
+    PROMPTS,
+    default_chat_template,
+    embedding_template,
+    template_messages,
+)
+from cafe.model.trie import (
+    Row,
+    TokenSequence,
+    build_row,
+    pack_rows,
+    separate_rows,
+    stack_rows,
+)
+from cafe.types import Conversation, Example, Image, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the model reads, and where to look in what it returns.
+
+    input_ids, positions, subtree_end  int64 [rows, t]   (see `cafe.model.trie`)
+    image_order    int64 [k]  which picture of the chunk each run of placeholders shows
+    pooled         int64 [e]  flat index (row * t + token) of each embedding: queries, targets,
+                              then negatives
+    label_source   int64 [l]  flat index of the token that predicts each labelled token
+    label_ids      int64 [l]  the labelled tokens
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    subtree_end: Tensor
+    image_order: Tensor
+    pooled: Tensor
+    label_source: Tensor
+    label_ids: Tensor
+
+    def to(self, device: torch.device | str) -> Self:
+        return _move(self, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some examples of a batch: as many as fit in memory at once.
+
+    ids             the examples, to name them in errors
+    rows            all their sequences
+    embedding_rows  their embedding sequences only, for the first pass of a cached step
+    vision          the vision tensors of their distinct pictures
+    pairs           how many of the examples contrast
+    target_ids      int64 [pairs]; equal ids are no negatives of one another
+    negative_ids    int64 [negatives]
+    """
+
+    ids: tuple[str, ...]
+    rows: Rows
+    embedding_rows: Rows
+    vision: dict[str, Tensor] = field(default_factory=dict)
+    pairs: int = 0
+    target_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    negative_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    def to(self, device: torch.device | str) -> Self:
+        return _move(self, device)
+
+    @property
+    def label_count(self) -> int:
+        return self.rows.label_ids.numel()
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    """A copy of a dataclass with its tensors (nested ones too) on `device`."""
+
+    def moved(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item.to(device, non_blocking=True)
+        if isinstance(item, Rows):
+            return item.to(device)
+        if isinstance(item, dict):
+            return {key: moved(inner) for key, inner in item.items()}
+        return item
+
+    return replace(value, **{f.name: moved(getattr(value, f.name)) for f in fields(value)})
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedSequence:
+    """Text on its way to tokens.
+
+    images    its pictures, in the order of their markers
+    longest   the longest piece of text that somebody wrote: what is cut when it does not fit
+    labelled  so many characters at the end carry the language loss
+    pooled    whether its last token is read out
+    """
+
+    text: str
+    images: tuple[Image, ...]
+    longest: str = ""
+    labelled: int = 0
+    pooled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Turns examples into `Chunk`s.
+
+    processor, family   the model's own
+    pooled_token        the token that ends an assistant turn; embeddings are read there
+    max_tokens          longest sequence; longer texts are cut, pictures never
+    sharing             "trie": one row per example; "none": one row per sequence
+    row_tokens          pack rows up to this length (for FlexAttention); None: one example a row
+    dummy_image         add an unused picture to a chunk without any, so that every rank runs the
+                        vision tower and none waits for another
+    """
+
+    processor: Any
+    family: Family
+    pooled_token: str
+    max_tokens: int
+    sharing: Literal["trie", "none"] = "trie"
+    row_tokens: int | None = None
+    dummy_image: bool = False
+
+    # ------------------------------------------------------------------ training
+
+    def __call__(self, examples: Sequence[Example]) -> Chunk:
+        """Collate `examples` into one chunk. Raises DataError naming the example."""
+        per_example = [
+            [_Sequence(f"example {e.id!r}", r) for r in self._render_example(e)] for e in examples
+        ]
+        pictures = self._tokenize([s for group in per_example for s in group])
+
+        pairs = [e for e in examples if e.query is not None]
+        groups = [_by_role(group) for group in per_example]
+        embeddings_only = [[s for s in group if s.rendered.pooled] for group in per_example]
+        return Chunk(
+            ids=tuple(example.id for example in examples),
+            rows=self._rows(per_example, groups, pictures),
+            embedding_rows=self._rows(embeddings_only, groups, pictures),
+            vision=pictures.inputs,
+            pairs=len(pairs),
+            target_ids=_hashes([e.target_id or _identity(e.target) for e in pairs]),
+            negative_ids=_hashes([_identity(n) for e in pairs for n in e.negatives]),
+        )
+
+    def _render_example(self, example: Example) -> list[RenderedSequence]:
+        """Query, target, negatives, then every assistant turn: a branch each."""
+        try:
+            sides = [] if example.query is None else [example.query, example.target]
+            rendered = [
+                self.render_embedding(side, example.embedding_prompt)
+                for side in (*sides, *example.negatives)
+                if side is not None
+            ]
+            for dialogue in example.dialogues:
+                rendered.extend(self.render_answers(dialogue))
+        except DataError as error:
+            raise DataError(f"example {example.id!r}: {error}") from error
+        return rendered
+
+    def _rows(
+        self,
+        per_example: list[list[_Sequence]],
+        groups: list[_Roles],
+        pictures: Pictures,
+    ) -> Rows:
+        rows: list[Row] = []
+        of_row: list[_Sequence] = []
+        for group in per_example:
+            tokens = [s.tokens for s in group]
+            if not group:
+                continue
+            rows.extend([build_row(tokens)] if self.sharing == "trie" else separate_rows(tokens))
+            of_row.extend(group)
+        if not rows:
+            return _no_rows()
+        if self.row_tokens is not None:
+            rows = pack_rows(rows, self.row_tokens)
+        batch = stack_rows(rows, self._pad_id)
+        width = batch.input_ids.shape[1]
+        flat: dict[int, np.ndarray] = {}
+        sequences = iter(of_row)
+        for r, row in enumerate(rows):
+            for place in row.places:
+                flat[id(next(sequences))] = place + r * width
+        pooled = [
+            flat[id(s)][-1]
+            for role in ("queries", "targets", "negatives")
+            for group in groups
+            for s in getattr(group, role)
+        ]
+        source = [flat[id(s)][s.label_at - 1] for s in of_row if len(s.label_at)]
+        labels = [s.tokens.tokens[s.label_at] for s in of_row if len(s.label_at)]
+        return Rows(
+            input_ids=batch.input_ids,
+            positions=batch.positions,
+            subtree_end=batch.subtree_end,
+            image_order=torch.tensor(pictures.order(batch.keys), dtype=torch.long),
+            pooled=torch.tensor(pooled, dtype=torch.long),
+            label_source=_concatenated(source),
+            label_ids=_concatenated(labels),
+        )
+
+    # ------------------------------------------------------------------ inference
+
+    def embedding_rows(
+        self, conversations: Sequence[Conversation], prompt: str = DEFAULT_PROMPT
+    ) -> tuple[Rows, dict[str, Tensor]]:
+        """One row per conversation; `pooled` holds their embeddings' places, in order."""
+        return self._plain_rows([self.render_embedding(c, prompt) for c in conversations])
+
+    def prompt_rows(
+        self, conversations: Sequence[Conversation]
+    ) -> tuple[Rows, dict[str, Tensor]]:
+        """One row per conversation that waits for an answer; `pooled` is its last token."""
+        return self._plain_rows(
+            [replace(self.render_prompt(c), pooled=True) for c in conversations]
+        )
+
+    def _plain_rows(self, rendered: Sequence[RenderedSequence]) -> tuple[Rows, dict[str, Tensor]]:
+        sequences = [_Sequence(f"input {i}", r) for i, r in enumerate(rendered)]
+        pictures = self._tokenize(sequences)
+        groups = [_Roles(queries=[s], targets=[], negatives=[]) for s in sequences]
+        return self._rows([[s] for s in sequences], groups, pictures), pictures.inputs
+
+    def token_counts(self, rendered: Sequence[RenderedSequence]) -> list[int]:
+        """Text tokens of each sequence, its pictures left out: a cheap measure for bucketing."""
+        ids = self._tokenizer([r.text for r in rendered], add_special_tokens=False)["input_ids"]
+        return [len(i) for i in ids]
+
+    # ------------------------------------------------------------------ rendering
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def _pad_id(self) -> int:
+        pad = self._tokenizer.pad_token_id
+        return int(self._tokenizer.eos_token_id if pad is None else pad)
+
+    def template(self, prompt: str) -> str:
+        """The Jinja text of the embedding template of a named prompt."""
+        return embedding_template(
+            default_chat_template(self.processor), PROMPTS[prompt], self.pooled_token
+        )
+
+    def _apply(self, conversation: Conversation, **kwargs: Any) -> str:
+        return self.processor.apply_chat_template(
+            template_messages(conversation), tokenize=False, **kwargs
+        )
+
+    def render_embedding(self, conversation: Conversation, prompt: str) -> RenderedSequence:
+        text = self._apply(conversation, chat_template=self.template(prompt))
+        return RenderedSequence(text, _images(conversation), _longest(conversation), pooled=True)
+
+    def render_prompt(self, conversation: Conversation) -> RenderedSequence:
+        text = self._apply(conversation, add_generation_prompt=True)
+        return RenderedSequence(text, _images(conversation), _longest(conversation))
+
+    def render_answers(self, dialogue: Conversation) -> list[RenderedSequence]:
+        """Each assistant turn after what the model is given when it must write that turn.
+
+        The trie merges the turns of a dialogue again wherever the template renders a past turn
+        as it was generated; where it does not, each turn is trained as it will be asked for.
+        """
+        rendered = []
+        for k, message in enumerate(dialogue):
+            if message.role != "assistant":
+                continue
+            history, answer = dialogue[:k], message.text.strip()
+            if not answer:
+                raise DataError("an assistant turn is empty; remove it or write its text")
+            turn = (*history, Message("assistant", (answer,)))
+            before, whole = self._apply(history, add_generation_prompt=True), self._apply(turn)
+            target = answer + whole[whole.rindex(answer) + len(answer) :].rstrip()
+            rendered.append(
+                RenderedSequence(
+                    before + target, _images(history), _longest(turn), labelled=len(target)
+                )
+            )
+        if not rendered:
+            raise DataError("a dialogue without an assistant turn has nothing to learn")
+        return rendered
+
+    # ------------------------------------------------------------------ tokens
+
+    def _tokenize(self, sequences: Sequence[_Sequence]) -> Pictures:
+        """Fill in the tokens of `sequences`; returns the pictures they show."""
+        pictures = Pictures.of(
+            [s.rendered.images for s in sequences], self.processor, self.family, self.dummy_image
+        )
+        texts = [s.rendered.text for s in sequences]
+        if not texts:
+            return pictures
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        for s, ids, offsets in zip(
+            sequences, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            tokens, spans = np.asarray(ids, dtype=np.int64), np.asarray(offsets)
+            try:
+                tokens, keys, spans = pictures.splice(tokens, spans, s.rendered.images)
+            except DataError as error:
+                raise DataError(f"{s.name}: {error}") from error
+            if len(tokens) > self.max_tokens:
+                kept = self._kept(s, len(tokens), spans)
+                tokens, keys, spans = tokens[kept], keys[kept], spans[kept]
+            s.tokens = TokenSequence(tokens, keys)
+            if s.rendered.labelled:
+                begin = len(s.rendered.text) - s.rendered.labelled
+                s.label_at = np.flatnonzero(spans[:, 1] > begin)
+        return pictures
+
+    def _kept(self, sequence: _Sequence, count: int, spans: np.ndarray) -> np.ndarray:
+        """Which tokens stay when a sequence is too long: the longest text loses its end."""
+        excess = count - self.max_tokens
+        begin = sequence.rendered.text.rfind(sequence.rendered.longest)
+        end = begin + len(sequence.rendered.longest)
+        cuttable = np.flatnonzero((spans[:, 0] >= begin) & (spans[:, 1] <= end))
+        if begin < 0 or len(cuttable) <= excess:
+            raise DataError(
+                f"{sequence.name}: {count} tokens, and max_tokens is {self.max_tokens}; pictures "
+                "and prompts are never cut: raise max_tokens or use fewer or smaller pictures"
+            )
+        kept = np.ones(count, dtype=bool)
+        kept[cuttable[-excess:]] = False
+        return kept
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """A sequence in the making: rendered first, tokens later, once pictures are counted."""
+
+    name: str
+    rendered: RenderedSequence
+    tokens: TokenSequence = field(default_factory=lambda: TokenSequence.from_text([]))
+    label_at: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    queries: list[_Sequence]
+    targets: list[_Sequence]
+    negatives: list[_Sequence]
+
+
+def _by_role(group: Sequence[_Sequence]) -> _Roles:
+    pooled = [s for s in group if s.rendered.pooled]
+    return _Roles(queries=pooled[:1], targets=pooled[1:2], negatives=pooled[2:])
+
+
+def _images(conversation: Conversation) -> tuple[Image, ...]:
+    return tuple(p for message in conversation for p in message.content if isinstance(p, Image))
+
+
+def _longest(conversation: Conversation) -> str:
+    texts = [p.strip() for m in conversation for p in m.content if isinstance(p, str)]
+    return max(texts, key=len, default="")
+
+
+def _identity(conversation: Conversation | None) -> str:
+    """Equal for conversations that say and show the same."""
+    parts = [p for message in conversation or () for p in message.content]
+    return "\x1f".join(p if isinstance(p, str) else f"\x1e{p.key}" for p in parts)
+
+
+def _hashes(identities: Sequence[str]) -> Tensor:
+    """Strings to int64, the same in every process (Python's own hash is salted)."""
+    digests = [hashlib.blake2b(i.encode(), digest_size=8).digest() for i in identities]
+    return torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests], dtype=torch.long)
+
+
+def _concatenated(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64))
+
+
+def _no_rows() -> Rows:
+    nothing = torch.zeros(0, dtype=torch.long)
+    grid = nothing.view(0, 0)
+    return Rows(grid, grid, grid, nothing, nothing, nothing, nothing)

@@ -1,0 +1,28 @@
+"""One small file of facts per model family; this module looks them up.
+
+`family_of(config)` is the only way in. A family says where its parts are, how its processor turns
+pictures into tensors and placeholders, and how those tensors become features.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from cafe.errors import FamilyError
+from cafe.model.families.base import Family, ProcessedImages
+from cafe.model.families.llava_onevision import LlavaOnevision
+
+_FAMILIES: dict[str, Family] = {family.model_type: family for family in (LlavaOnevision(),)}
+
+__all__ = ["Family", "ProcessedImages", "family_of"]
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The facts of a model's family. Raises FamilyError for one that has none yet."""
+    model_type = str(config.model_type)
+    if model_type not in _FAMILIES:
+        raise FamilyError(
+            f"model type {model_type!r}: cafe has no facts for this family (it knows "
+            f"{', '.join(sorted(_FAMILIES))}). What is missing: {Family.what_is_needed()}"
+        )
+    return _FAMILIES[model_type]

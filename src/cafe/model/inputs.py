@@ -1,0 +1,108 @@
+"""What users pass in (strings, pictures, dicts, chat messages) -> conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from cafe.errors import DataError
+from cafe.types import Conversation, Image, Message, Part
+
+Input = str | Path | PIL.Image.Image | Image | Mapping[str, Any] | Sequence[Any]
+
+
+def as_conversation(value: Input) -> Conversation:
+    """One input as a conversation.
+
+    str                    text, always: a path is a `Path`, so no string can read a file
+    Path, PIL, `Image`     a picture
+    {"text", "image"}      both, picture(s) first
+    {"role", "content"}, or a list of them    chat messages, as OpenAI and transformers write them
+    a tuple of `Message`   itself
+    Raises DataError for anything else.
+    """
+    match value:
+        case str():
+            return (Message("user", (value,)),)
+        case Path() | PIL.Image.Image() | Image():
+            return (Message("user", (_image(value),)),)
+        case {"role": _, "content": _}:
+            return (_message(value),)
+        case {"text": _} | {"image": _}:
+            return (Message("user", _mapping_parts(value)),)
+        case [*messages] if messages and all(isinstance(m, Message) for m in messages):
+            return tuple(messages)
+        case [*messages] if messages and all(_is_message(m) for m in messages):
+            return tuple(_message(m) for m in messages)
+    raise DataError(
+        f"cannot read an input of type {type(value).__name__}: give a string, a picture "
+        '(PIL image or Path), {"text": …, "image": …}, or chat messages'
+    )
+
+
+def as_messages(value: Any) -> list[Conversation]:
+    """One or several inputs: a list of messages is one conversation, any other list is several."""
+    if isinstance(value, list) and not (value and all(_is_message(item) for item in value)):
+        return [as_conversation(item) for item in value]
+    return [as_conversation(value)]
+
+
+def is_many(value: Any) -> bool:
+    """Whether `value` is a list of inputs rather than one input."""
+    return isinstance(value, list) and not (value and all(_is_message(item) for item in value))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Message) or (
+        isinstance(value, Mapping) and "role" in value and "content" in value
+    )
+
+
+def _message(value: Any) -> Message:
+    if isinstance(value, Message):
+        return value
+    role, content = value["role"], value["content"]
+    if role not in ("system", "user", "assistant"):
+        raise DataError(f"message role {role!r}: use system, user or assistant")
+    parts = (content,) if isinstance(content, str) else tuple(_part(part) for part in content)
+    return Message(role, parts)
+
+
+def _part(value: Any) -> Part:
+    match value:
+        case str():
+            return value
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": "image", "image": picture} | {"type": "image", "path": picture}:
+            return _image(picture)
+        case PIL.Image.Image() | Image() | Path():
+            return _image(value)
+    raise DataError(
+        f"message part {str(value)[:80]!r}: use {{'type': 'text', 'text': …}} or "
+        "{'type': 'image', 'image': …}"
+    )
+
+
+def _mapping_parts(value: Mapping[str, Any]) -> tuple[Part, ...]:
+    unknown = set(value) - {"text", "image"}
+    if unknown:
+        raise DataError(f"input key {sorted(unknown)[0]!r} is unknown: use text and image")
+    pictures = value.get("image") or []
+    if not isinstance(pictures, list | tuple):
+        pictures = [pictures]
+    parts: list[Part] = [_image(picture) for picture in pictures]
+    if value.get("text"):
+        parts.append(value["text"])
+    return tuple(parts)
+
+
+def _image(value: Any) -> Image:
+    if isinstance(value, Image):
+        return value
+    if isinstance(value, str | Path | bytes | PIL.Image.Image):
+        return Image(value)
+    raise DataError(f"a picture of type {type(value).__name__}: give a PIL image, a path or bytes")

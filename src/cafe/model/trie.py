@@ -1,0 +1,223 @@
+"""Sequences that begin alike become one row: the token trie.
+
+An example's sequences (query embedding, target embedding, answers) are merged where they begin
+alike and flattened depth-first:
+
+    [system, user, <image> x N] ─┬─ "Compress this image in one word:" … [EMB]
+                                 └─ "What is on the table?" … "A red mug."
+
+Each token of the row carries its *position* (its depth in the trie) and its *subtree_end* (the
+index just after its last descendant). Then
+
+    token i may attend to token j   ⇔   j <= i  and  i < subtree_end[j]
+
+That one integer per token is the whole attention rule: causal, branching, and the packing of
+unrelated sequences alike. Every hidden state in the row equals the one its sequence would have
+had alone, because a causal model's state depends on the sequence's own prefix only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IMAGE_STRIDE = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One sequence, before merging.
+
+    tokens  int64 [t]
+    keys    int64 [t]; two tokens are the same token exactly if their keys are equal. Text tokens
+            are their own keys; picture placeholders all share one token id, so theirs name the
+            picture and the place in it (`image_keys`).
+    """
+
+    tokens: np.ndarray
+    keys: np.ndarray
+
+    @classmethod
+    def from_text(cls, tokens: Sequence[int] | np.ndarray) -> TokenSequence:
+        array = np.asarray(tokens, dtype=np.int64)
+        return cls(array, array)
+
+
+def image_keys(image: int, count: int) -> np.ndarray:
+    """Keys of the `count` placeholders of picture number `image`: negative, so never a text's."""
+    return -(np.int64(image) * IMAGE_STRIDE + np.arange(count, dtype=np.int64) + 1)
+
+
+def image_of_key(key: int) -> tuple[int, int]:
+    """The (picture, place in it) that a negative key stands for."""
+    return divmod(-int(key) - 1, IMAGE_STRIDE)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A flattened trie, or several of them one after the other.
+
+    tokens, keys, positions, subtree_end   int64 [t]
+    places   for each sequence, in the order given, the row index of each of its tokens
+    """
+
+    tokens: np.ndarray
+    keys: np.ndarray
+    positions: np.ndarray
+    subtree_end: np.ndarray
+    places: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def build_row(sequences: Sequence[TokenSequence]) -> Row:
+    """Merge `sequences` where they begin alike and flatten the trie depth-first.
+
+    Branches keep the order in which they first appear. A sequence may be a prefix of another,
+    or equal to it. Raises ValueError for no sequences or an empty one.
+    """
+    if not sequences or any(len(sequence.keys) == 0 for sequence in sequences):
+        raise ValueError("a row needs at least one sequence, and no empty ones")
+    keys = [sequence.keys for sequence in sequences]
+    places = [np.empty(len(k), dtype=np.int64) for k in keys]
+    runs: list[tuple[int, int, int]] = []  # (sequence, first, last + 1) in row order
+    ends: list[int] = []  # subtree_end of each run
+    length = 0
+
+    def visit(members: list[int], depth: int) -> None:
+        nonlocal length
+        shared = _shared_length([keys[m] for m in members], depth)
+        if shared > depth:
+            run = len(runs)
+            runs.append((members[0], depth, shared))
+            ends.append(0)
+            row_indices = np.arange(length, length + shared - depth)
+            for member in members:
+                places[member][depth:shared] = row_indices
+            length += shared - depth
+        branches: dict[int, list[int]] = {}
+        for member in members:
+            if len(keys[member]) > shared:
+                branches.setdefault(int(keys[member][shared]), []).append(member)
+        for branch in branches.values():
+            visit(branch, shared)
+        if shared > depth:
+            ends[run] = length
+
+    visit(list(range(len(sequences))), 0)
+    return Row(
+        tokens=np.concatenate([sequences[s].tokens[a:b] for s, a, b in runs]),
+        keys=np.concatenate([keys[s][a:b] for s, a, b in runs]),
+        positions=np.concatenate([np.arange(a, b) for _, a, b in runs]),
+        subtree_end=np.repeat(ends, [b - a for _, a, b in runs]),
+        places=tuple(places),
+    )
+
+
+def _shared_length(keys: list[np.ndarray], depth: int) -> int:
+    """How many first keys all of `keys` share; they are known to share `depth` of them."""
+    first = keys[0]
+    shared = min(len(k) for k in keys)
+    for other in keys[1:]:
+        differs = first[depth:shared] != other[depth:shared]
+        if differs.any():
+            shared = depth + int(differs.argmax())
+    return shared
+
+
+def separate_rows(sequences: Sequence[TokenSequence]) -> list[Row]:
+    """Each sequence as a row of its own (`sharing: none`): the slow twin of `build_row`."""
+    return [build_row([sequence]) for sequence in sequences]
+
+
+def pack_rows(rows: Sequence[Row], max_tokens: int) -> list[Row]:
+    """Put rows one after the other while they fit in `max_tokens`; order is kept.
+
+    A packed row is a forest: no tree attends to another, since subtrees end before it begins.
+    A row longer than `max_tokens` stays alone.
+    """
+    packed: list[list[Row]] = []
+    used = 0
+    for row in rows:
+        if packed and used + len(row) <= max_tokens:
+            packed[-1].append(row)
+            used += len(row)
+        else:
+            packed.append([row])
+            used = len(row)
+    return [_concatenate(group) for group in packed]
+
+
+def _concatenate(rows: Sequence[Row]) -> Row:
+    if len(rows) == 1:
+        return rows[0]
+    offsets = np.cumsum([0, *(len(row) for row in rows[:-1])])
+    return Row(
+        tokens=np.concatenate([row.tokens for row in rows]),
+        keys=np.concatenate([row.keys for row in rows]),
+        positions=np.concatenate([row.positions for row in rows]),
+        subtree_end=np.concatenate(
+            [row.subtree_end + o for row, o in zip(rows, offsets, strict=True)]
+        ),
+        places=tuple(
+            place + o for row, o in zip(rows, offsets, strict=True) for place in row.places
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Rows padded on the right to one length.
+
+    input_ids, positions, subtree_end   int64 [rows, t]
+    keys                                int64 [rows, t] (numpy: collation only)
+    Padding tokens see and are seen by themselves only.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    subtree_end: Tensor
+    keys: np.ndarray
+
+
+def stack_rows(rows: Sequence[Row], pad_token: int) -> RowBatch:
+    """Pad `rows` to the longest and stack them."""
+    shape = (len(rows), max(len(row) for row in rows))
+    input_ids = np.full(shape, pad_token, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    subtree_end = np.broadcast_to(np.arange(1, shape[1] + 1), shape).copy()
+    keys = np.zeros(shape, dtype=np.int64)
+    for r, row in enumerate(rows):
+        t = len(row)
+        input_ids[r, :t] = row.tokens
+        positions[r, :t] = row.positions
+        subtree_end[r, :t] = row.subtree_end
+        keys[r, :t] = row.keys
+    return RowBatch(
+        torch.from_numpy(input_ids), torch.from_numpy(positions), torch.from_numpy(subtree_end), keys
+    )
+
+
+def dense_mask(subtree_end: Tensor) -> Tensor:
+    """The attention rule as a boolean mask for SDPA.
+
+    subtree_end int64 [rows, t]  ->  bool [rows, 1, t, t], True where query i may see key j.
+    """
+    index = torch.arange(subtree_end.shape[-1], device=subtree_end.device)
+    causal = index[:, None] >= index[None, :]
+    inside = index[None, :, None] < subtree_end[:, None, :]
+    return (causal & inside)[:, None]
+
+
+def mask_mod(subtree_end: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The same rule for FlexAttention's `create_block_mask`."""
+
+    def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < subtree_end[row, key])
+
+    return rule

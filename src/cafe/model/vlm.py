@@ -1,0 +1,234 @@
+"""The one model class: a pretrained vision-language model that encodes, generates and scores.
+
+`CAFe` wraps a transformers model and its processor. Its `forward` turns rows into hidden states
+and knows nothing of losses; `encode`, `generate` and `score` are what a user calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from cafe.model import inference
+from cafe.model.checkpoint import load_pretrained, save_checkpoint
+from cafe.model.collate import Collator, Rows
+from cafe.model.families import family_of
+from cafe.model.inputs import Input, as_conversation, as_messages
+from cafe.model.prompts import DEFAULT_PROMPT
+from cafe.model.trie import dense_mask, mask_mod
+
+Attention = Literal["sdpa", "eager", "flex_attention"]
+
+
+class CAFe(nn.Module):
+    """A vision-language model for retrieval and for answers.
+
+    Attributes: `model` (transformers' `…ForConditionalGeneration`), `processor`, `family`,
+    `collator` (how inputs become rows).
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.processor = processor
+        self.family = family_of(model.config)
+        self.collator = Collator(
+            processor=processor,
+            family=self.family,
+            pooled_token=_turn_end(processor),
+            max_tokens=_context_tokens(model),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        attention: Attention = "sdpa",
+    ) -> CAFe:
+        """Load a directory, a hub id, or "tiny" (the base that ships with the package).
+
+        dtype   of the weights; None: float32 on CPU, bfloat16 on a GPU
+        Raises CheckpointError when there is no model there or its weights do not fit;
+        FamilyError for a family without facts.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        model, processor = load_pretrained(name_or_dir, dtype=dtype, attention=attention)
+        return cls(model, processor).to(device).eval()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write one directory for every tool: transformers, sentence-transformers, vLLM, cafe."""
+        save_checkpoint(self.model, self.processor, self.collator, Path(directory))
+
+    # ------------------------------------------------------------------ rows -> states
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def embedding_dimension(self) -> int:
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        return self.model.lm_head
+
+    def forward(self, rows: Rows, vision: dict[str, Tensor]) -> Tensor:
+        """Rows and their pictures -> hidden states after the final norm.
+
+        Returns float [rows, t, hidden]; each state is the one that its sequence would have had
+        alone (`cafe.model.trie`). The vision tower runs once per distinct picture.
+        """
+        features = self._features(vision)
+        hidden = self.model.model(
+            input_ids=rows.input_ids,
+            attention_mask=self._mask(rows),
+            position_ids=rows.positions,
+            mm_encoder_outputs=_in_order(features, rows),
+            use_cache=False,
+        ).last_hidden_state
+        unused = set(range(len(features))) - set(rows.image_order.tolist())
+        if unused and torch.is_grad_enabled():
+            # Every rank runs the tower's backward, or the others wait for its gradients.
+            hidden = hidden + 0 * sum(features[i].sum() for i in unused)
+        return hidden
+
+    def encoder_outputs(self, rows: Rows, vision: dict[str, Tensor]) -> dict[str, Any]:
+        """Picture features as transformers' forward and `generate` take them, in row order."""
+        return _in_order(self._features(vision), rows)
+
+    def _features(self, vision: dict[str, Tensor]) -> list[Tensor]:
+        if not vision:
+            return []
+        dtype = self.model.dtype
+        return self.family.image_features(
+            self.model.model,
+            {k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()},
+        )
+
+    def _mask(self, rows: Rows) -> Any:
+        attention = self.model.config._attn_implementation
+        if attention == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            count, length = rows.input_ids.shape
+            return create_block_mask(
+                mask_mod(rows.subtree_end), count, None, length, length, device=str(self.device)
+            )
+        mask = dense_mask(rows.subtree_end)
+        if attention == "eager":
+            blocked = torch.finfo(self.model.dtype).min
+            return torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, blocked)
+        return mask
+
+    # ------------------------------------------------------------------ what users call
+
+    def encode(
+        self,
+        inputs: Sequence[Input] | Input,
+        *,
+        batch_size: int = 32,
+        normalize: bool = True,
+        truncate_dim: int | None = None,
+        prompt_name: str = DEFAULT_PROMPT,
+        show_progress_bar: bool = False,
+    ) -> np.ndarray:
+        """Embed strings, pictures, paths, {"text", "image"} dicts and chat messages, mixed.
+
+        normalize      to unit length (after truncation)
+        truncate_dim   keep the first so many coordinates (Matryoshka)
+        prompt_name    "compress" (default) or "none" (the instruction is in the text)
+        Returns float32 [n, d] in input order; [d] for a single input.
+        """
+        conversations = [as_conversation(i) for i in inference.as_list(inputs)]
+        embeddings = inference.encode(
+            self, conversations, batch_size, prompt_name, show_progress_bar
+        )
+        embeddings = embeddings[:, :truncate_dim]
+        if normalize:
+            embeddings = embeddings / np.maximum(
+                np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12
+            )
+        return embeddings if inference.is_many(inputs) else embeddings[0]
+
+    def generate(
+        self,
+        messages: Any,
+        *,
+        max_new_tokens: int = 128,
+        stream: bool = False,
+        batch_size: int = 32,
+        **sampling: Any,
+    ) -> str | list[str] | Iterator[str]:
+        """Answer a conversation (str), several (list[str]), or stream one (iterator of text).
+
+        messages   a string, a picture, a {"text", "image"} dict, chat messages, or a list of these
+        sampling   passed to transformers' `generate` (do_sample, temperature, top_p, …)
+        """
+        conversations = as_messages(messages)
+        if stream:
+            if len(conversations) != 1:
+                raise ValueError("stream=True answers one conversation at a time")
+            return inference.stream(self, conversations[0], max_new_tokens, sampling)
+        answers = inference.generate(self, conversations, max_new_tokens, batch_size, sampling)
+        return answers if inference.is_many(messages) else answers[0]
+
+    def score(
+        self, query: Input, candidates: Sequence[Input], *, batch_size: int = 32
+    ) -> np.ndarray:
+        """How well each candidate matches the query: the probability of "yes" to that question.
+
+        One side holds a picture and the other is text. Returns float32 [n].
+        """
+        return inference.score(
+            self, as_conversation(query), [as_conversation(c) for c in candidates], batch_size
+        )
+
+    @staticmethod
+    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosine similarity of every row of a [n, d] with every row of b [m, d]: [n, m]."""
+        a = a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-12)
+        b = b / np.maximum(np.linalg.norm(b, axis=-1, keepdims=True), 1e-12)
+        return a @ b.T
+
+    def embedding_contract(self) -> dict[str, str]:
+        """What an embedding is read from, for people and for `cafe doctor`."""
+        rendered = self.collator.render_embedding(as_conversation("a red mug"), DEFAULT_PROMPT)
+        return {
+            "embedding prompt (text)": rendered.text,
+            "pooled token": self.collator.pooled_token,
+            "dimension": str(self.embedding_dimension),
+            "max tokens": str(self.collator.max_tokens),
+        }
+
+
+def _in_order(features: list[Tensor], rows: Rows) -> dict[str, Any]:
+    order = rows.image_order.tolist()
+    if not order:
+        return {}
+    shown: Any = [features[i] for i in order]
+    return {"image": BaseModelOutputWithPooling(pooler_output=shown)}
+
+
+def _turn_end(processor: Any) -> str:
+    """The token that closes an assistant turn: ChatML's end if there is one, else EOS."""
+    vocabulary = processor.tokenizer.get_vocab()
+    for token in ("<|im_end|>", "<end_of_utterance>", "<end_of_turn>"):
+        if token in vocabulary:
+            return token
+    return str(processor.tokenizer.eos_token)
+
+
+def _context_tokens(model: PreTrainedModel) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))

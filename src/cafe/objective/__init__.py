@@ -1,0 +1,20 @@
+"""What is learned: losses as pure functions from tensors to tensors.
+
+No module, no configuration, no ranks. `cafe.model` never imports this package.
+"""
+
+from __future__ import annotations
+
+from cafe.objective.contrastive import Directions, clamped_temperature, info_nce, sigmoid_loss
+from cafe.objective.joint import joint_loss
+from cafe.objective.language import IGNORE_LABEL, next_token_nll
+
+__all__ = [
+    "IGNORE_LABEL",
+    "Directions",
+    "clamped_temperature",
+    "info_nce",
+    "joint_loss",
+    "next_token_nll",
+    "sigmoid_loss",
+]

@@ -1,0 +1,276 @@
+"""Contrastive losses: pairs of embeddings in, one number out. Temperature always divides.
+
+Row i of `query` and row i of `target` belong together. Everything else in the batch is a negative,
+unless its id says that it is the same thing. No function here knows a model, a rank or a world
+size: whoever calls gathers first and passes the whole batch.
+
+Shapes: n pairs, m explicit hard negatives, d embedding coordinates; s are the n x (n + m) cosines
+of queries against targets, then negatives; T is the temperature.
+
+**Precision.** Cosines are computed in float32 (float64 for float64 inputs) also when the inputs are
+bfloat16 or autocast is on: a bfloat16 cosine near 1 is off by up to 0.002, at T = 0.05 a logit by
+0.04. The loss has the dtype of the cosines.
+
+**Memory.** One matrix of n * (n + m) floats stays until backward, a second one if the temperature
+is learned, and a boolean one if ids are given; backward peaks at five or six. For n = 4,096 in
+float32 one is 64 MiB. Each Matryoshka width keeps its own.
+
+**Duplicates.** Where `target_ids[j] == target_ids[i]` and j != i, pair j is left out of the
+denominators of pair i in both directions: it is no negative, and no second positive either. A hard
+negative is a column for every query; it is left out for queries whose target id equals its own.
+
+**Hardness** (LLaVE, arXiv 2503.04812, eq. 5). A negative's term in a denominator is weighed by
+w_ij = exp(hardness * sg(s_ij)), that is, `hardness * sg(s_ij)` is added to its logit; the positive
+keeps weight 1. For the direction query -> target of pair i,
+
+    loss_i = -log( exp(s_ii/T) / Z_i ),    Z_i = exp(s_ii/T) + sum_j w_ij exp(s_ij/T)
+
+    d loss_i / d s_ij = (1/T) * w_ij exp(s_ij/T) / Z_i    (j != i)
+
+sg stops the gradient: the weight says how much a negative counts and is nothing to descend. Without
+sg the factor would be (1/T + hardness), and negatives would merely have a lower temperature than
+the positive. Both directions and explicit negatives are weighed (what sentence-transformers calls
+`all_negatives`). LLaVE uses 9.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
+    from jaxtyping import Bool, Float, Int
+
+__all__ = ["Directions", "clamped_temperature", "info_nce", "sigmoid_loss"]
+
+Directions = Literal["both", "query_to_target", "target_to_query"]
+
+
+def info_nce(
+    query: Float[Tensor, "n d"],
+    target: Float[Tensor, "n d"],
+    *,
+    negatives: Float[Tensor, "m d"] | None = None,
+    target_ids: Int[Tensor, " n"] | None = None,
+    negative_ids: Int[Tensor, " m"] | None = None,
+    temperature: float | Float[Tensor, ""] = 0.05,
+    directions: Directions = "both",
+    hardness: float = 0.0,
+    dims: Sequence[int] | None = None,
+) -> Float[Tensor, ""]:
+    """InfoNCE over cosines, averaged over the n pairs; duplicates, hardness: see the module's text.
+
+        query_to_target   mean over i of  -log( exp(s_ii/T) / sum_j exp(s_ij/T) )
+        target_to_query   mean over i of  -log( exp(s_ii/T) / sum_j exp(s_ji/T) )
+        both              the mean of the two, as the official CAFe code has it at T = 0.05
+                          (the formula its paper prints is the sum, which is twice this)
+
+    Args:
+        query: embeddings of any length; they are L2-normalised here.
+        target: embeddings of what belongs to each query.
+        negatives: embeddings of explicit hard negatives, more columns for every query. They have
+            no query of their own, hence no part in `target_to_query`.
+        target_ids: equal ids mark equal targets; unique over everything that was gathered.
+        negative_ids: ids of the negatives in the same numbering; needs `target_ids`.
+        temperature: a number, or a scalar tensor, which receives a gradient.
+        directions: which softmaxes to average.
+        hardness: strength of the weighting of hard negatives; 0 weighs all alike.
+        dims: Matryoshka widths: the loss is the mean over widths w of the loss on the first w
+            coordinates, normalised anew. None is the full width only.
+
+    Raises:
+        ValueError: no pairs, shapes that do not fit, a width out of range, a temperature that is
+            not positive, a negative hardness, an unknown direction, or ids of nothing.
+    """
+    _check_batch(query, target, negatives, target_ids, negative_ids)
+    _check_options(temperature, directions, hardness)
+    n = len(query)
+    candidates = target if negatives is None else torch.cat([target, negatives])
+    duplicates = _duplicates(n, len(candidates), target_ids, negative_ids)
+    losses = []
+    for width in _widths(dims, query.shape[1]):
+        cosines = _cosines(query, candidates, width)
+        logits = cosines / temperature
+        if hardness > 0:
+            logits = logits + (hardness * cosines.detach()).fill_diagonal_(0.0)
+        if duplicates is not None:
+            logits = logits.masked_fill_(duplicates, -math.inf)
+
+        positives = logits.diagonal()
+        terms = []
+        if directions != "target_to_query":
+            terms.append((torch.logsumexp(logits, dim=1) - positives).mean())
+        if directions != "query_to_target":
+            # Explicit negatives are targets without a query, so they have no say in this direction.
+            terms.append((torch.logsumexp(logits[:, :n], dim=0) - positives).mean())
+        losses.append(torch.stack(terms).mean())
+    return torch.stack(losses).mean()
+
+
+def sigmoid_loss(
+    query: Float[Tensor, "n d"],
+    target: Float[Tensor, "n d"],
+    *,
+    temperature: float | Float[Tensor, ""],
+    bias: float | Float[Tensor, ""],
+    negatives: Float[Tensor, "m d"] | None = None,
+    target_ids: Int[Tensor, " n"] | None = None,
+    negative_ids: Int[Tensor, " m"] | None = None,
+    dims: Sequence[int] | None = None,
+) -> Float[Tensor, ""]:
+    """The pairwise sigmoid loss of SigLIP (arXiv 2303.15343): each cell is its own yes/no question.
+
+        -(1/n) sum_i sum_j log sigmoid( z_ij (s_ij / T + bias) ),   z_ii = 1, z_ij = -1 elsewhere
+
+    j runs over targets and negatives. Duplicates (as in `info_nce`) are left out of the sum. SigLIP
+    starts learning at T = 0.1 and bias = -10, so that the many negatives do not swamp the start.
+
+    Everything not named here is as in `info_nce`; temperature and bias are numbers, or scalar
+    tensors, which receive gradients.
+
+    Raises:
+        ValueError: as in `info_nce`.
+    """
+    _check_batch(query, target, negatives, target_ids, negative_ids)
+    _check_options(temperature)
+
+    n = len(query)
+    candidates = target if negatives is None else torch.cat([target, negatives])
+    not_negative = _duplicates(n, len(candidates), target_ids, negative_ids)
+    if not_negative is None:
+        not_negative = torch.zeros(n, len(candidates), dtype=torch.bool, device=query.device)
+    not_negative.fill_diagonal_(True)
+    losses = []
+    for width in _widths(dims, query.shape[1]):
+        logits = _cosines(query, candidates, width) / temperature + bias
+        yes = functional.logsigmoid(logits.diagonal()).sum()
+        # log sigmoid(+inf) is 0 and so is its derivative: what is no negative adds nothing.
+        no = functional.logsigmoid(-logits.masked_fill(not_negative, -math.inf)).sum()
+        losses.append(-(yes + no) / n)
+    return torch.stack(losses).mean()
+
+
+def clamped_temperature(
+    log_temperature: Float[Tensor, ""], minimum: float = 0.01, maximum: float = 1.0
+) -> Float[Tensor, ""]:
+    """A learned temperature, exp(log_temperature) kept within [minimum, maximum].
+
+    The gradient is that of exp inside the bounds. At or beyond a bound it is that of exp at the
+    bound if a descent step leads back inside, and zero if the step would lead further out:
+
+        log_temperature <= log(minimum): passes only a negative gradient (descent raises it)
+        log_temperature >= log(maximum): passes only a positive gradient (descent lowers it)
+
+    A plain clamp has no gradient out there at all: one overshoot, and the temperature never moves
+    again. Passing everything (straight-through) lets the parameter wander off without end under a
+    steady push, and it then needs as many steps to return. Exclude the parameter from weight decay,
+    which pulls it towards temperature 1.
+
+    Args:
+        log_temperature: the parameter, a scalar tensor (natural logarithm).
+        minimum: least temperature; 0.01 is CLIP's (a logit scale of 100).
+        maximum: greatest temperature.
+
+    Raises:
+        ValueError: unless 0 < minimum < maximum.
+    """
+    if not 0 < minimum < maximum:
+        raise ValueError(
+            f"temperature bounds are {minimum} and {maximum}; use 0 < minimum < maximum"
+        )
+    return _ClampedExp.apply(log_temperature, math.log(minimum), math.log(maximum))
+
+
+class _ClampedExp(torch.autograd.Function):
+    """exp(clamp(x, low, high)) with the one-sided gradient of `clamped_temperature`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        value = x.clamp(low, high).exp()
+        ctx.save_for_backward(x, value)
+        ctx.bounds = low, high
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # its stub hides the name of `ctx` from pyright:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None, None]:
+        x, value = ctx.saved_tensors
+        low, high = ctx.bounds
+        gradient = grad_outputs[0] * value
+        outward = ((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0))
+        return gradient.masked_fill(outward, 0.0), None, None
+
+
+def _cosines(
+    query: Float[Tensor, "n d"], candidates: Float[Tensor, "k d"], width: int
+) -> Float[Tensor, "n k"]:
+    """Cosines of the first `width` coordinates, in float32 or wider whatever autocast says."""
+    dtype = torch.promote_types(torch.promote_types(query.dtype, candidates.dtype), torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        left = functional.normalize(query[:, :width].to(dtype), dim=1)
+        right = functional.normalize(candidates[:, :width].to(dtype), dim=1)
+        return left @ right.T
+
+
+def _duplicates(
+    n: int, k: int, target_ids: Int[Tensor, " n"] | None, negative_ids: Int[Tensor, " m"] | None
+) -> Bool[Tensor, "n k"] | None:
+    """True where a candidate is the query's target under another index, and so no negative."""
+    if target_ids is None:
+        return None
+    ids = target_ids if negative_ids is None else torch.cat([target_ids, negative_ids])
+    same = (target_ids[:, None] == ids[None, :]).fill_diagonal_(False)
+    return same if same.shape[1] == k else functional.pad(same, (0, k - n), value=False)
+
+
+def _widths(dims: Sequence[int] | None, full: int) -> Sequence[int]:
+    if dims is None:
+        return (full,)
+    if not dims or not all(1 <= width <= full for width in dims):
+        raise ValueError(f"dims is {list(dims)}; use widths between 1 and {full}, the embedding's")
+    return dims
+
+
+def _check_options(
+    temperature: float | Tensor, directions: Directions = "both", hardness: float = 0.0
+) -> None:
+    # A tensor is not looked at: a GPU would have to wait. `clamped_temperature` keeps it positive.
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; use a positive number")
+    if directions not in get_args(Directions):
+        raise ValueError(f"directions is {directions!r}; use one of {get_args(Directions)}")
+    if not hardness >= 0:
+        raise ValueError(f"hardness is {hardness}; use 0 (all negatives alike) or more")
+
+
+def _check_batch(
+    query: Tensor,
+    target: Tensor,
+    negatives: Tensor | None,
+    target_ids: Tensor | None,
+    negative_ids: Tensor | None,
+) -> None:
+    n, m = len(query), 0 if negatives is None else len(negatives)
+    if query.shape != target.shape or n == 0:
+        raise ValueError(
+            f"query {tuple(query.shape)} and target {tuple(target.shape)} must be of one shape "
+            "(n, d) with at least one pair; without pairs leave the contrastive term out"
+        )
+    if negatives is not None and negatives.shape[1:] != query.shape[1:]:
+        raise ValueError(
+            f"negatives {tuple(negatives.shape)} must be as wide as query {tuple(query.shape)}"
+        )
+    if target_ids is not None and target_ids.shape != (n,):
+        raise ValueError(f"target_ids {tuple(target_ids.shape)} must hold one id per pair ({n},)")
+    if negative_ids is not None and (target_ids is None or negative_ids.shape != (m,)):
+        raise ValueError(
+            f"negative_ids {tuple(negative_ids.shape)} must hold one id per negative ({m},) and "
+            "need target_ids to be compared with"
+        )

@@ -1,0 +1,51 @@
+"""The joint objective: one weighted sum, divided once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
+    from jaxtyping import Float
+
+__all__ = ["joint_loss"]
+
+
+def joint_loss(
+    contrastive: Float[Tensor, ""] | None,
+    nll_sum: Float[Tensor, ""] | None,
+    token_count: int,
+    *,
+    contrastive_weight: float,
+    language_weight: float,
+) -> Float[Tensor, ""]:
+    """contrastive_weight * contrastive + language_weight * nll_sum / token_count.
+
+    The language term is a mean over tokens, not over examples, chunks or ranks: `token_count`
+    counts the labels of the whole batch over all ranks, while `nll_sum` may be the part of one
+    chunk. The parts of all chunks then add up to the term of the batch. The official CAFe code is
+    (1, 1) on one GPU; its contrastive gradient on W GPUs is that of contrastive_weight = 1/W.
+
+    Args:
+        contrastive: the contrastive loss, or its stand-in for one chunk (<embedding, cached
+            gradient>). None leaves the term out.
+        nll_sum: summed negative log-likelihood in nats (`next_token_nll`). None leaves it out.
+        token_count: labels that the sum is to be divided by. 0 makes the language term 0, with
+            zero gradients where there is a graph, so that no rank waits for another.
+        contrastive_weight: alpha_con of the paper's formula.
+        language_weight: alpha_lm of the paper's formula.
+
+    Raises:
+        ValueError: both terms None, or a negative count.
+    """
+    if token_count < 0:
+        raise ValueError(f"token_count is {token_count}; use the number of labels, 0 or more")
+    terms = []
+    if contrastive is not None:
+        terms.append(contrastive_weight * contrastive)
+    if nll_sum is not None:
+        terms.append(language_weight * (nll_sum / token_count if token_count else 0.0 * nll_sum))
+    if not terms:
+        raise ValueError("contrastive and nll_sum are both None; give at least one term")
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]

@@ -1,0 +1,28 @@
+"""Complete runs in YAML: the typed tree, and how a file becomes one.
+
+Pure data: nothing here imports torch, and nothing here knows who runs a recipe.
+"""
+
+from cafe.recipes.load import load_recipe
+from cafe.recipes.tree import (
+    Batch,
+    Checkpoint,
+    DataSource,
+    Log,
+    Objective,
+    Optimizer,
+    Recipe,
+    Schedule,
+)
+
+__all__ = [
+    "Batch",
+    "Checkpoint",
+    "DataSource",
+    "Log",
+    "Objective",
+    "Optimizer",
+    "Recipe",
+    "Schedule",
+    "load_recipe",
+]

@@ -1,0 +1,82 @@
+"""The command line stays quick and does not grow by accident."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import typer.main
+
+from cafe.cli import app
+
+HEAVY = ["torch", "transformers", "numpy", "pydantic", "PIL", "pyarrow", "rich", "yaml"]
+# typer itself loads pydantic to explain the values of a verb's options.
+OF_TYPER = {"pydantic"}
+
+# Another option is a decision: does it belong into the recipe instead?
+SURFACE = {
+    "": ["--debug"],
+    "demo": ["--out", "--steps", "--seed"],
+    "train": ["RECIPE.yaml", "KEY=VALUE", "--resume"],
+    "evaluate": ["MODEL", "--task", "--data", "--json", "--limit"],
+    "embed": ["MODEL", "INPUT", "--out"],
+    "generate": ["MODEL", "PROMPT", "--image", "--max-new-tokens"],
+    "data": [],
+    "data scenes": ["--out", "--count", "--seed", "--split"],
+    "doctor": ["[MODEL]"],
+}
+
+
+def surface(command: typer.main.TyperGroup, name: str = "") -> dict[str, list[str]]:
+    names = [
+        parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
+        for parameter in command.params
+    ]
+    found = {name: names}
+    for child_name, child in getattr(command, "commands", {}).items():
+        found |= surface(child, f"{name} {child_name}".strip())
+    return found
+
+
+def test_the_surface_is_the_agreed_one():
+    assert surface(typer.main.get_command(app)) == SURFACE
+
+
+def test_every_option_and_every_verb_is_explained():
+    def walk(command) -> None:
+        assert command.help
+        first = command.help.splitlines()[0]
+        assert command.name == "cafe" or len(first) <= 45, f"the list of verbs cuts {first!r}"
+        assert all(parameter.help for parameter in command.params), command.name
+        for child in getattr(command, "commands", {}).values():
+            walk(child)
+
+    walk(typer.main.get_command(app))
+
+
+@pytest.mark.parametrize("argv", [None, ["--help"], ["train", "--help"], ["embed", "--help"]])
+def test_nothing_heavy_is_imported_before_a_verb_runs(argv):
+    run = "" if argv is None else f"sys.argv[1:] = {argv}\ntry: main()\nexcept SystemExit: pass"
+    code = f"import sys\nfrom cafe.cli import main\n{run}\nprint('loaded', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "cafe.cli" in loaded
+    verb = argv is not None and len(argv) > 1
+    assert loaded & set(HEAVY) <= (OF_TYPER if verb else set())
+
+
+def test_help_answers_within_a_third_of_a_second():
+    """Processor time, so that a busy machine changes nothing; the best of three."""
+    command = [sys.executable, "-c", "from cafe.cli import main; main()", "--help"]
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, capture_output=True, env=os.environ, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.3

@@ -1,0 +1,216 @@
+"""Arguments reach the functions behind the verbs, and errors are one line.
+
+The verbs run in this process, with stand-ins for what they call.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from cafe.cli import main
+from cafe.errors import CafeError
+from cafe.recipes import Recipe
+
+RECIPE = """\
+model: tiny
+output_dir: out
+data: [{path: captions.json}]
+batch: {examples: 8}
+optimizer: {learning_rate: 1e-3}
+schedule: {steps: 2}
+"""
+
+
+@pytest.fixture
+def cafe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command line: (exit code, stdout, stderr)."""
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cafe", *argv])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    monkeypatch.setenv("CAFE_DEBUG", "0")
+    return run
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch):
+    """Puts `function` where a verb imports it from and returns the calls it got."""
+
+    def install(module: str, name: str, function: Any = None) -> list[tuple[tuple, dict]]:
+        calls: list[tuple[tuple, dict]] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            return function(*args, **kwargs) if function else None
+
+        fake = ModuleType(module)
+        setattr(fake, name, record)
+        monkeypatch.setitem(sys.modules, module, fake)
+        return calls
+
+    return install
+
+
+class FakeModel:
+    """What `CAFe.from_pretrained` returns here."""
+
+    asked: Any = None
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> FakeModel:
+        model = cls()
+        model.name = name  # type: ignore[attr-defined]
+        return model
+
+    def generate(self, messages: Any, *, max_new_tokens: int, stream: bool):
+        FakeModel.asked = (messages, max_new_tokens, stream)
+        yield from ["A red", " mug."]
+
+
+@pytest.fixture
+def fake_model(monkeypatch: pytest.MonkeyPatch):
+    fake = ModuleType("cafe.model.vlm")
+    fake.CAFe = FakeModel  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cafe.model.vlm", fake)
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def raising(error: BaseException):
+    def function(*_: Any, **__: Any) -> None:
+        raise error
+
+    return function
+
+
+def test_demo(cafe, stand_in):
+    calls = stand_in("cafe.demo", "run_demo")
+    assert cafe("demo")[0] == 0
+    assert cafe("demo", "--out", "x", "--steps", "5", "--seed", "3")[0] == 0
+    assert calls == [((Path("demo"), None, 0), {}), ((Path("x"), 5, 3), {})]
+    assert cafe("demo", "--steps", "0")[0] == 2
+    assert len(calls) == 2
+
+
+def test_train_takes_overrides_before_and_after_options(cafe, stand_in, recipe_file):
+    calls = stand_in("cafe.train.run", "train")
+    assert cafe("train", recipe_file, "seed=1", "--resume", "batch.chunk=4")[0] == 0
+    ((recipe,), keywords) = calls[0]
+    assert isinstance(recipe, Recipe)
+    assert (recipe.seed, recipe.batch.chunk, keywords) == (1, 4, {"resume": True})
+
+
+def test_a_misspelt_override_is_one_line_and_nothing_is_trained(cafe, stand_in, recipe_file):
+    calls = stand_in("cafe.train.run", "train")
+    code, out, err = cafe("train", recipe_file, "batch.exmples=4")
+    assert (code, out, calls) == (2, "", [])
+    assert err == (
+        "error: override 'batch.exmples=4': batch.exmples is no key of a recipe; "
+        "did you mean batch.examples?\n"
+    )
+
+
+def test_evaluate_prints_and_writes(cafe, stand_in, fake_model, tmp_path):
+    scores = {"recall@1": 0.25, "n": 500, "by_kind": {"cat": 1.0}}
+    calls = stand_in("cafe.evaluate.run", "evaluate", lambda *_: scores)
+    out = tmp_path / "new" / "scores.json"
+    code, stdout, _ = cafe(
+        "evaluate", "some/model", "--task", "retrieval", "--json", str(out), "--limit", "9"
+    )
+    assert code == 0
+    (model, *rest), _ = calls[0]
+    assert (model.name, *rest) == ("some/model", "retrieval", None, 9)
+    assert stdout.splitlines() == ["recall@1     0.2500", "n            500", "by_kind.cat  1.0000"]
+    assert json.loads(out.read_text()) == {
+        "model": "some/model",
+        "task": "retrieval",
+        "scores": scores,
+    }
+    assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
+
+
+def test_an_unknown_task_is_refused(cafe, stand_in, fake_model):
+    calls = stand_in("cafe.evaluate.run", "evaluate")
+    code, _, err = cafe("evaluate", "tiny", "--task", "chess")
+    assert (code, calls) == (2, [])
+    assert "presence" in err
+
+
+def test_generate_streams_the_answer(cafe, fake_model, tmp_path):
+    picture = tmp_path / "a.png"
+    PIL.Image.new("RGB", (4, 3), "red").save(picture)
+    code, out, _ = cafe("generate", "tiny", "--image", str(picture), "What is it?")
+    assert (code, out) == (0, "A red mug.\n")
+    (message,), length, stream = FakeModel.asked
+    assert (message.role, message.text, length, stream) == ("user", "What is it?", 256, True)
+    assert message.content[0].source.size == (4, 3)
+
+
+def test_generate_names_a_broken_picture_before_the_model_loads(cafe, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "cafe.model.vlm", None)  # importing it would fail
+    code, out, err = cafe("generate", "tiny", "--image", str(tmp_path / "no.png"), "What?")
+    assert (code, out) == (2, "")
+    assert err == f"error: picture '{tmp_path / 'no.png'}': no such file\n"
+
+
+def test_data_scenes(cafe, monkeypatch):
+    calls: list[tuple] = []
+    fake = ModuleType("cafe.data.scenes")
+
+    def write_scenes(out: Path, count: int, seed: int, split: str, progress: Any) -> None:
+        calls.append((out, count, seed, split))
+        progress(count)
+
+    fake.write_scenes = write_scenes  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cafe.data.scenes", fake)
+    argv = ("data", "scenes", "--out", "d", "--count", "3", "--seed", "7")
+    assert cafe(*argv)[:2] == (0, "3 scenes in d\n")
+    assert cafe(*argv, "--split", "test")[0] == 0
+    assert calls == [(Path("d"), 3, 7, "train"), (Path("d"), 3, 7, "test")]
+    assert cafe(*argv, "--split", "val")[0] == 2
+
+
+def test_an_expected_error_is_one_line_and_exit_code_2(cafe, stand_in):
+    stand_in("cafe.demo", "run_demo", raising(CafeError("first\nsecond")))
+    assert cafe("demo") == (2, "", "error: first second\n")
+
+
+@pytest.mark.parametrize("argv", [("--debug", "demo"), ("demo",)])
+def test_debug_shows_the_traceback(cafe, stand_in, monkeypatch, argv):
+    stand_in("cafe.demo", "run_demo", raising(CafeError("first")))
+    if "--debug" not in argv:
+        monkeypatch.setenv("CAFE_DEBUG", "1")
+    with pytest.raises(CafeError, match="first"):
+        cafe(*argv)
+
+
+def test_an_unexpected_error_is_never_hidden(cafe, stand_in):
+    stand_in("cafe.demo", "run_demo", raising(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError):
+        cafe("demo")
+
+
+def test_ctrl_c_is_exit_code_130(cafe, stand_in):
+    stand_in("cafe.demo", "run_demo", raising(KeyboardInterrupt()))
+    code, _, err = cafe("demo")
+    assert code == 130
+    assert "Traceback" not in err

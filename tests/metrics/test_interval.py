@@ -1,0 +1,156 @@
+"""Intervals: closed forms, coverage, and that pairing narrows them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cafe.metrics import (
+    bootstrap_interval,
+    bootstrap_scores,
+    chair_scores,
+    paired_interval,
+    wilson_interval,
+)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+# --- bootstrap --------------------------------------------------------------------------------
+
+
+def test_a_mean_has_the_interval_of_the_normal_approximation() -> None:
+    hits = np.arange(400) % 4 == 0
+    estimate, low, high = bootstrap_interval(hits)
+    half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
+    assert estimate == 0.25
+    assert (low, high) == pytest.approx((0.25 - half, 0.25 + half), abs=0.1 * half)
+
+
+def test_equal_values_leave_no_doubt() -> None:
+    assert bootstrap_interval(np.full(7, 0.5)) == (0.5, 0.5, 0.5)
+    assert bootstrap_interval(np.array([0.25])) == (0.25, 0.25, 0.25)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    for confidence in (0.95, 0.5):
+        intervals = [
+            bootstrap_interval(normal(60, seed=s), confidence=confidence, resamples=300)
+            for s in range(300)
+        ]
+        covered = np.mean([i.low <= 0 <= i.high for i in intervals])
+        assert covered == pytest.approx(confidence, abs=0.06)
+
+
+def test_more_confidence_is_wider_and_more_samples_are_narrower() -> None:
+    def width(n: int, confidence: float) -> float:
+        interval = bootstrap_interval(normal(n), confidence=confidence)
+        return interval.high - interval.low
+
+    assert width(100, 0.8) < width(100, 0.95) < width(100, 0.99)
+    assert width(1600, 0.95) == pytest.approx(width(100, 0.95) / 4, rel=0.25)
+
+
+def test_the_seed_fixes_the_interval() -> None:
+    values = normal(50)
+    assert bootstrap_interval(values) == bootstrap_interval(values, seed=0)
+    assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+
+
+def test_scores_of_resampled_indices_equal_the_fast_mean() -> None:
+    values = normal(37)
+    slow = bootstrap_scores(lambda i: {"mean": float(values[i].mean())}, 37, resamples=200, seed=5)
+    fast = bootstrap_interval(values, resamples=200, seed=5)
+    assert slow["mean"] == pytest.approx(fast)
+
+
+def test_the_interval_does_not_depend_on_how_many_draws_are_held_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = normal(30)
+    whole = bootstrap_interval(values, resamples=100)
+    monkeypatch.setattr("cafe.metrics.interval._DRAWS_AT_ONCE", 70)
+    assert bootstrap_interval(values, resamples=100) == whole
+
+
+def test_a_metric_that_is_no_mean_gets_an_interval_for_each_number() -> None:
+    mentioned = [["dog", "cat"] if i % 2 else ["dog"] for i in range(40)]
+    present = [{"dog"}] * 40
+    intervals = bootstrap_scores(
+        lambda draw: chair_scores([mentioned[i] for i in draw], [present[i] for i in draw]),
+        40,
+        resamples=200,
+    )
+    assert intervals["chair_i"].estimate == pytest.approx(20 / 60)
+    assert intervals["chair_i"].low < 20 / 60 < intervals["chair_i"].high
+    assert intervals["recall"] == (1.0, 1.0, 1.0)
+
+
+# --- pairs ------------------------------------------------------------------------------------
+
+
+def test_a_constant_gain_is_certain_however_noisy_the_samples() -> None:
+    noisy = normal(100)
+    assert paired_interval(noisy + 0.25, noisy) == pytest.approx((0.25, 0.25, 0.25))
+    alone = bootstrap_interval(noisy)
+    assert alone.high - alone.low > 0.3
+
+
+def test_booleans_are_subtracted_as_numbers_and_the_sign_is_that_of_the_gain() -> None:
+    after, before = np.array([True, True, False, True]), np.array([False, True, True, False])
+    assert paired_interval(after, before).estimate == 0.25
+    assert paired_interval(before, after).estimate == -0.25
+
+
+# --- Wilson -----------------------------------------------------------------------------------
+
+Z2 = 1.959963984540054**2
+
+
+def test_wilson_closed_forms() -> None:
+    assert wilson_interval(0, 10) == pytest.approx((0, 0, Z2 / (10 + Z2)))
+    assert wilson_interval(10, 10) == pytest.approx((1, 10 / (10 + Z2), 1))
+    half = 0.5 * math.sqrt(Z2 / (10 + Z2))
+    assert wilson_interval(5, 10) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    assert wilson_interval(81, 263)[1:] == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe
+
+
+@settings(max_examples=60, deadline=None)
+@given(trials=st.integers(1, 500), share=st.floats(0, 1))
+def test_wilson_bounds_solve_their_equation_and_mirror(trials: int, share: float) -> None:
+    successes = round(share * trials)
+    p, low, high = wilson_interval(successes, trials)
+    assert 0 <= low <= p <= high <= 1
+    mirrored = wilson_interval(trials - successes, trials)
+    assert (1 - mirrored.high, 1 - mirrored.low) == pytest.approx((low, high))
+    for bound in (low, high):  # |p - bound| is z standard errors of the bound
+        assert (p - bound) ** 2 == pytest.approx(Z2 * bound * (1 - bound) / trials, abs=1e-9)
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match="0 samples"):
+        bootstrap_interval(np.array([]))
+    with pytest.raises(ValueError, match="must be finite"):
+        bootstrap_interval(np.array([1.0, math.nan]))
+    with pytest.raises(ValueError, match="one-dimensional"):
+        bootstrap_interval(np.ones((2, 2)))
+    with pytest.raises(ValueError, match="0 resamples"):
+        bootstrap_interval(np.ones(2), resamples=0)
+    with pytest.raises(ValueError, match="confidence is 95"):
+        bootstrap_interval(np.ones(2), confidence=95)
+    with pytest.raises(ValueError, match="confidence is 1"):
+        wilson_interval(1, 2, confidence=1)
+    with pytest.raises(ValueError, match="pair them by sample id"):
+        paired_interval(np.ones(2), np.ones(3))
+    for successes, trials in ((3, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="is no proportion"):
+            wilson_interval(successes, trials)
