@@ -84,6 +84,11 @@ class CAFe(nn.Module):
     def lm_head(self) -> nn.Linear:
         return self.model.lm_head
 
+    @property
+    def logit_softcap(self) -> float | None:
+        """Gemma bounds its logits; others do not."""
+        return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
     def forward(self, rows: Rows, vision: dict[str, Tensor]) -> Tensor:
         """Rows and their pictures -> hidden states after the final norm.
 

@@ -1,0 +1,114 @@
+"""Which examples make up which step: a pure function of the seed and the step.
+
+Nothing is remembered from step to step, so a resumed run simply asks for the step it is at.
+
+Sources take turns by weight: the j-th batch of a source with share w (all shares sum to 1) is due
+at step (j + 1/2) / w, and batches come in the order in which they are due. That is the divisor
+method of Webster: after any number of steps each source had its share, rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil, floor, isfinite
+
+import numpy as np
+
+from cafe.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """The batches of a run.
+
+    sizes    examples of each source
+    weights  how often each source is drawn, relative to the others; 0: never
+    batch    examples of one step
+    seed     of the order
+    names    of the sources, for messages
+
+    Every batch is of one source. A source is shuffled anew for each of its epochs, in which no
+    example comes twice; those that do not fill a last batch are left out, other ones each time.
+    A source that is smaller than one batch comes whole: its batches are that small.
+    Raises DataError when a source has too few examples to contrast (2), or none.
+    """
+
+    sizes: Sequence[int]
+    weights: Sequence[float]
+    batch: int
+    seed: int
+    names: Sequence[str] = ()
+    _orders: dict[int, tuple[int, np.ndarray]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.weights) or self.batch < 1:
+            raise ValueError("one weight per source, and at least one example per batch")
+        if not all(isfinite(weight) and weight >= 0 for weight in self.weights):
+            raise ValueError(f"weights must be finite and not negative, found {self.weights}")
+        if sum(self.weights) == 0:
+            raise DataError("no source has a weight above 0; there is nothing to draw from")
+        for source in self._drawn():
+            if self.sizes[source] < min(2, self.batch):
+                name = self.names[source] if self.names else f"source {source + 1}"
+                raise DataError(
+                    f"{name}: {self.sizes[source]} examples, and a batch needs at least "
+                    f"{min(2, self.batch)}; add records or remove the source"
+                )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The full batches that all sources hold together.
+
+        With several sources a source comes more or less often than once in so many steps, as its
+        weight says.
+        """
+        return sum(self._batches(source) for source in self._drawn())
+
+    def plan(self, step: int) -> list[int]:
+        """The examples of `step` (from 0), numbered through all sources in their order."""
+        source, earlier = self._turn(step)
+        epoch, place = divmod(earlier, self._batches(source))
+        chosen = self._order(source, epoch)[place * self.batch : (place + 1) * self.batch]
+        return (chosen + sum(self.sizes[:source])).tolist()
+
+    def source(self, step: int) -> int:
+        """The source whose turn it is."""
+        return self._turn(step)[0]
+
+    def _drawn(self) -> list[int]:
+        return [source for source, weight in enumerate(self.weights) if weight > 0]
+
+    def _batches(self, source: int) -> int:
+        return max(1, self.sizes[source] // self.batch)
+
+    def _turn(self, step: int) -> tuple[int, int]:
+        """The source of `step`, and how many batches of it came before.
+
+        Of each source, between n * w - 1/2 and n * w + 1/2 batches are due by step n. So all
+        batches due long before are counted, and only those due around `step` are sorted.
+        """
+        if step < 0:
+            raise ValueError(f"steps count from 0, found {step}")
+        drawn, total = self._drawn(), sum(self.weights)
+        around: list[tuple[float, int, int]] = []
+        counted = 0
+        for source in drawn:
+            share = self.weights[source] / total
+            begin = max(0, floor((step - len(drawn)) * share) - 1)
+            end = ceil((step + len(drawn)) * share) + 2
+            around += [((j + 0.5) / share, source, j) for j in range(begin, end)]
+            counted += begin
+        _, source, earlier = sorted(around)[step - counted]
+        return source, earlier
+
+    def _order(self, source: int, epoch: int) -> np.ndarray:
+        """A source's examples in the order of one of its epochs; int64 [size]."""
+        known = self._orders.get(source)
+        if known is None or known[0] != epoch:
+            # Seeds of numpy are not negative.
+            stream = np.random.default_rng([self.seed & (2**64 - 1), source, epoch])
+            known = self._orders[source] = (epoch, stream.permutation(self.sizes[source]))
+        return known[1]

@@ -1,0 +1,83 @@
+"""Several sources of examples as one numbered set."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Self
+
+from cafe.data.batches import BatchPlan
+from cafe.data.merge import merge_with_origin
+from cafe.errors import DataError
+from cafe.types import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Examples of one task, and how often they are drawn relative to other sources."""
+
+    name: str
+    examples: Sequence[Example]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleSet:
+    """The examples of all sources, numbered through in their order."""
+
+    sources: tuple[Source, ...]
+    _ends: tuple[int, ...]
+
+    @classmethod
+    def build(cls, sources: Sequence[Source], *, merge_by_image: bool = False) -> Self:
+        """Join `sources`; with `merge_by_image`, also examples of different sources.
+
+        A merged example belongs to the source of its first part, and a source that gives all its
+        examples to others is gone. Raises DataError when a source is empty.
+        """
+        for source in sources:
+            if not source.examples:
+                raise DataError(f"{source.name}: no record can be used; see why each was rejected")
+        kept = tuple(_merged(sources) if merge_by_image else sources)
+        return cls(kept, tuple(accumulate(len(source.examples) for source in kept)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        source = self.source_of(index)
+        return source.examples[index - self._ends[self._number(index)] + len(source.examples)]
+
+    def source_of(self, index: int) -> Source:
+        """The source that holds example number `index`."""
+        return self.sources[self._number(index)]
+
+    def plan(self, batch: int, seed: int) -> BatchPlan:
+        """Which examples make up which step. Raises DataError when a source is too small."""
+        return BatchPlan(
+            sizes=[len(source.examples) for source in self.sources],
+            weights=[source.weight for source in self.sources],
+            batch=batch,
+            seed=seed,
+            names=[source.name for source in self.sources],
+        )
+
+    def _number(self, index: int) -> int:
+        return bisect_right(self._ends, index)
+
+
+def _merged(sources: Sequence[Source]) -> list[Source]:
+    numbers = [number for number, source in enumerate(sources) for _ in source.examples]
+    examples = [example for source in sources for example in source.examples]
+    per_source: list[list[Example]] = [[] for _ in sources]
+    for origin, example in merge_with_origin(examples):
+        per_source[numbers[origin]].append(example)
+    return [
+        replace(source, examples=kept)
+        for source, kept in zip(sources, per_source, strict=True)
+        if kept
+    ]

@@ -1,0 +1,82 @@
+"""Captions: how surprising the reference is, and which things the model's own caption names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cafe.data.scenes import mentioned_kinds
+from cafe.errors import DataError
+from cafe.evaluate.data import Picture
+from cafe.evaluate.task import Generate, Read, Result
+from cafe.evaluate.teacher_forced import Answer
+from cafe.metrics import object_f1
+from cafe.types import Conversation, Example, Message, user
+
+MAX_NEW_TOKENS = 64
+"""Longer than any caption of the bundled world; a runaway caption is cut here."""
+
+
+def caption(read: Read, generate: Generate, pictures: Sequence[Picture]) -> Result:
+    """The caption loss, and the object scores where it is known what the pictures show."""
+    loss = caption_loss(read, pictures)
+    if any(picture.kinds is None for picture in pictures):
+        return loss
+    objects = caption_objects(generate, pictures)
+    return Result(loss.scores | objects.scores, loss.count, loss.items | objects.items)
+
+
+def caption_dialogues(picture: Picture) -> tuple[Conversation, ...]:
+    """Each caption of `picture` as the answer to the prompt that asks for one."""
+    return tuple(
+        (*caption_prompt(picture), Message("assistant", (text,))) for text in picture.captions
+    )
+
+
+def caption_prompt(picture: Picture) -> Conversation:
+    return user(picture.image, picture.caption_prompt)
+
+
+def caption_loss(read: Read, pictures: Sequence[Picture]) -> Result:
+    """Negative log-likelihood of the reference captions. Score: `caption_loss`, nats per token.
+
+    Raises:
+        DataError: what the collator raises.
+    """
+    examples = [Example(id=p.id, dialogues=caption_dialogues(p)) for p in pictures]
+    return caption_loss_scores([reading.answers for reading in read(examples)])
+
+
+def caption_loss_scores(captions: Sequence[Sequence[Answer]]) -> Result:
+    """The same from what the model made of each picture's captions."""
+    nats = np.array([sum(a.nll_nats for a in answers) for answers in captions])
+    tokens = np.array([sum(a.tokens for a in answers) for answers in captions])
+    return Result(
+        {"caption_loss": float(nats.sum() / tokens.sum())},
+        len(captions),
+        {"caption_nats": nats, "caption_tokens": tokens},
+    )
+
+
+def caption_objects(generate: Generate, pictures: Sequence[Picture]) -> Result:
+    """Ask for a caption of each picture and compare the kinds of things named and shown.
+
+    Scores: `caption_object_precision`, `…_recall`, `…_f1`, from counts summed over pictures.
+
+    Raises:
+        DataError: a picture of which nobody knows what it shows.
+    """
+    unknown = next((p.id for p in pictures if p.kinds is None), None)
+    if unknown is not None:
+        raise DataError(f"picture {unknown!r}: what it shows is not known; use a scenes folder")
+    texts = generate([caption_prompt(picture) for picture in pictures], MAX_NEW_TOKENS)
+    named = [mentioned_kinds(text) for text in texts]
+    shown = [picture.kinds or frozenset() for picture in pictures]
+    scores = {f"caption_object_{name}": v for name, v in object_f1(named, shown).items()}
+    items = {
+        "caption_objects_right": np.array([len(n & s) for n, s in zip(named, shown, strict=True)]),
+        "caption_objects_named": np.array([len(kinds) for kinds in named]),
+        "caption_objects_shown": np.array([len(kinds) for kinds in shown]),
+    }
+    return Result(scores, len(pictures), items)

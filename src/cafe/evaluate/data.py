@@ -1,0 +1,103 @@
+"""Pictures and what is known about them, for evaluation.
+
+Two sources: a folder of scenes (`cafe.data.scenes.write_scenes`: exact truth, questions with their
+kinds), and captions in LLaVA's format (`cafe.data.llava`: any number of captions per picture).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cafe.data.llava import read_llava
+from cafe.data.scenes import PROMPT_CAPTION, Question, read_truth
+from cafe.errors import DataError
+from cafe.types import Example, Image
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture.
+
+    captions        the references, at least one
+    caption_prompt  what asks for such a caption
+    questions       with exact answers
+    kinds           the kinds of things that it shows; None where nobody knows
+    """
+
+    id: str
+    image: Image
+    captions: tuple[str, ...]
+    caption_prompt: str = PROMPT_CAPTION
+    questions: tuple[Question, ...] = ()
+    kinds: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """What was read, and how many records could not be used."""
+
+    pictures: tuple[Picture, ...]
+    rejected: int = 0
+
+
+def read_pictures(path: Path, limit: int | None = None) -> Pictures:
+    """The pictures of a scenes folder, or those of captions in LLaVA's format.
+
+    path    a folder with `truth.jsonl` (scenes); else a `.json` or `.jsonl` file of captions, or a
+            folder with `captions.json`
+    limit   use the first so many pictures only
+
+    Raises:
+        DataError: nothing of that kind is there, or nothing in it can be used.
+    """
+    if (path / "truth.jsonl").is_file():
+        return Pictures(tuple(_scenes(path))[:limit])
+    file = path / "captions.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(
+            f"{path}: no truth.jsonl and no captions.json in it; write a folder with "
+            "`cafe data scenes`, or name a file of captions in LLaVA's format"
+        )
+    return _captioned(file, limit)
+
+
+def _scenes(folder: Path) -> Iterator[Picture]:
+    questions = _questions(folder / "questions.json")
+    for truth in read_truth(folder):
+        yield Picture(
+            id=truth.id,
+            image=Image(folder / truth.image),
+            captions=(truth.caption,),
+            questions=questions.get(truth.image, ()),
+            kinds=frozenset(truth.scene.kinds),
+        )
+
+
+def _questions(file: Path) -> dict[str, tuple[Question, ...]]:
+    """Picture path -> the questions about it. No file, no questions."""
+    if not file.is_file():
+        return {}
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON ({error}); write the folder anew") from error
+    found = {}
+    for number, record in enumerate(records):
+        try:
+            found[record["image"]] = tuple(_record_questions(record))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{file}, record {number}: not a picture's questions ({error}); "
+                "write the folder anew"
+            ) from error
+    return found
+
+
+def _record_questions(record: dict[str, Any]) -> Iterator[Question]:
+    turns = [turn["value"] for turn in record["conversations"]]
+    for kind, text, answer in zip(record["kinds"], turns[::2], turns[1::2], strict=True):
+        yield Question(kind, text.removeprefix("<image>\n"), answer)

@@ -1,0 +1,64 @@
+"""What one process must know of the others: gather rows, add counts. One process is a world of one.
+
+Gathering carries no gradient. Every rank computes the whole contrastive loss and keeps the gradient
+with respect to its own embeddings, which stand among the rows and among the columns; that is exact
+(`cafe.train.step`), and cheaper than a gather with gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def sum_over_ranks(value: int, device: torch.device) -> int:
+    """The sum of a whole number over all ranks."""
+    if world_size() == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.long, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def add_over_ranks(value: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, without gradient."""
+    if world_size() > 1:
+        value = value.detach().clone()
+        dist.all_reduce(value)
+    return value
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank: all ranks then stop, or save, together."""
+    return sum_over_ranks(int(flag), device) > 0
+
+
+def gather_rows(own: Tensor) -> list[Tensor]:
+    """Each rank's [n_r, …] in rank order; n_r may differ. No gradient flows."""
+    if world_size() == 1:
+        return [own]
+    counts = torch.zeros(world_size(), dtype=torch.long, device=own.device)
+    counts[rank()] = len(own)
+    dist.all_reduce(counts)
+    longest = int(counts.max())
+    padded = own.new_zeros((longest, *own.shape[1:]))
+    padded[: len(own)] = own.detach()
+    gathered = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(gathered, padded)
+    return [rows[: int(n)] for rows, n in zip(gathered, counts, strict=True)]
+
+
+def gather_around(own: Tensor) -> Tensor:
+    """All ranks' rows in rank order, this rank's with their gradient, the others' without."""
+    gathered = gather_rows(own)
+    gathered[rank()] = own
+    return torch.cat(gathered)

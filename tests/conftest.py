@@ -1,0 +1,62 @@
+"""What many tests share: a small random model of the real class, and no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def build_small_model(**sizes: Any) -> Any:
+    """A random LLaVA-OneVision of about 0.2M parameters, in evaluation mode."""
+    import torch
+
+    from cafe.model.tiny import tiny_model, tiny_processor
+    from cafe.model.vlm import CAFe
+
+    torch.manual_seed(0)
+    processor = tiny_processor(
+        ["Describe this image.", "a big red cat at the top left", "yes no", "Compress this in one"]
+    )
+    shape = {"vision_layers": 1, "vision_width": 64, "language_layers": 2, "language_width": 64}
+    return CAFe(tiny_model(processor, **{**shape, **sizes}), processor).eval()
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Any:
+    """Shared: tests that train must build their own (`build_small_model`)."""
+    return build_small_model()
+
+
+@pytest.fixture(scope="session")
+def small_dir(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model as a saved checkpoint directory."""
+    directory = tmp_path_factory.mktemp("small") / "model"
+    small_model.save_pretrained(directory)
+    return directory
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64 throughout: its RMS norms compute in float32 whatever they are given."""
+    import types
+
+    import torch
+
+    def exact(norm: Any, hidden: Any) -> Any:
+        return torch.nn.functional.rms_norm(
+            hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon
+        )
+
+    model = model.double()
+    norms = [m for m in model.modules() if hasattr(m, "variance_epsilon")]
+    assert norms
+    for norm in norms:
+        norm.forward = types.MethodType(exact, norm)
+    return model
