@@ -9,14 +9,15 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
 from cafe.errors import ImageError
 from cafe.types import Image
 
-MAX_PIXELS = 100_000_000
-"""Largest picture that is decoded (width x height). 20,000 x 20,000 is refused."""
+MAX_PIXELS = 89_000_000
+"""Largest picture that is decoded (width x height), just below where Pillow begins to warn."""
 
 MAX_ASPECT_RATIO = 200
 """Image processors fail in obscure ways beyond it."""
@@ -25,6 +26,7 @@ MAX_ASPECT_RATIO = 200
 def open_image(image: Image, *, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     """Decode `image` to RGB, upright (EXIF orientation applied).
 
+    max_pixels   a smaller bound, if wanted; Pillow itself refuses twice `MAX_PIXELS` and more
     Raises ImageError, naming the file, when it is missing, not a picture, truncated, empty,
     larger than `max_pixels` or longer than `MAX_ASPECT_RATIO` times its width.
     """
@@ -34,51 +36,45 @@ def open_image(image: Image, *, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image
         if isinstance(source, PIL.Image.Image):
             picture = source
         else:
-            stream = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
-            with _no_bomb_check():
-                picture = PIL.Image.open(stream)
-        width, height = picture.size
-        _check_size(name, width, height, max_pixels)
-        picture.load()
-    except FileNotFoundError as error:
+            picture = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        _check_size(name, *picture.size, max_pixels)
+        return _to_rgb(_upright(picture))
+    except ImageError:
+        raise
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise ImageError(f"{name}: no such file") from error
     except PIL.UnidentifiedImageError as error:
         raise ImageError(f"{name}: not a picture in a format that Pillow reads") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{name}: far too large ({error}); make it smaller") from error
+    except Exception as error:  # decoders of broken files raise whatever they like
         raise ImageError(f"{name}: cannot be decoded ({error}); replace or remove it") from error
-    if not isinstance(source, PIL.Image.Image):
-        picture = PIL.ImageOps.exif_transpose(picture)
-    return _to_rgb(picture)
+
+
+def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+    turned = picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
+    return PIL.ImageOps.exif_transpose(picture) if turned else picture
 
 
 def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     """Transparent pictures are laid on white, as a viewer shows them."""
-    if picture.mode == "RGB":
-        return picture
+    picture.load()
+    if picture.mode.startswith("I;16"):
+        # Pillow would clip 65,535 levels at 255, which leaves white.
+        picture = picture.point(lambda level: level / 257).convert("L")
     if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         white = PIL.Image.new("RGBA", rgba.size, "white")
         return PIL.Image.alpha_composite(white, rgba).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
+    if min(width, height) < 1:
+        raise ImageError(f"{name}: {width}x{height} is empty; replace or remove it")
     if width * height > max_pixels:
         raise ImageError(
             f"{name}: {width}x{height} pixels exceed the limit of {max_pixels:,}; make it smaller"
         )
-    if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
-        raise ImageError(
-            f"{name}: {width}x{height} is longer than {MAX_ASPECT_RATIO}:1; crop it"
-        )
-
-
-class _no_bomb_check:  # noqa: N801 - reads as a statement
-    """Pillow's own limit only warns between one and two times its size; ours decides instead."""
-
-    def __enter__(self) -> None:
-        self._limit = PIL.Image.MAX_IMAGE_PIXELS
-        PIL.Image.MAX_IMAGE_PIXELS = None
-
-    def __exit__(self, *_: object) -> None:
-        PIL.Image.MAX_IMAGE_PIXELS = self._limit
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(f"{name}: {width}x{height} is longer than {MAX_ASPECT_RATIO}:1; crop it")

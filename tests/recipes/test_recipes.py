@@ -66,13 +66,6 @@ def test_data_paths_start_at_the_recipes_folder(recipe_file: Path):
     assert recipe.data[0].image_root == Path("pictures").absolute()
 
 
-def test_generated_scenes_are_no_path(recipe_file: Path):
-    source = load_recipe(recipe_file, ["data=[{path: 'scenes:train?seed=7'}]"]).data[0]
-    assert source.generated
-    assert source.path == "scenes:train?seed=7"
-    assert not load_recipe(recipe_file).data[0].generated
-
-
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
 def test_bundled_recipes_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path):
     assert_round_trip(load_recipe(path), tmp_path)
@@ -223,7 +216,6 @@ def test_a_misspelt_required_key_is_called_misspelt_not_missing(recipe_file: Pat
         ("steps: 10", "steps: 10\n  warmup: 1.5", "schedule.warmup is 1.5, expected a share"),
         ("steps: 10", "steps: 10\n  warmup: yes", "schedule.warmup is True, expected a share"),
         ("steps: 10", "steps: 10\n  kind: cosin", "schedule.kind is 'cosin', expected 'cosine'"),
-        ("captions.json", "scenes:val", "data.0: path 'scenes:val': expected scenes:train or"),
         ("  - path: captions.json", "  path: x", "data is {'path': 'x'}, expected a valid list"),
         ("  - path: captions.json", "  []", "data is [], List should have at least 1 item"),
         ("batch:\n  examples: 64", "batch: 64", "batch is 64, expected a mapping of keys"),
@@ -254,13 +246,6 @@ def test_a_bad_override_is_named(recipe_file: Path, override, expected):
     text = message(recipe_file, override)
     assert text.startswith(f"override {override!r}: ")
     assert expected in text
-
-
-def test_scenes_never_end_so_epochs_are_refused(recipe_file: Path):
-    text = message(
-        recipe_file, "data.0.path=scenes:train", "schedule.steps=null", "schedule.epochs=1"
-    )
-    assert "set schedule.steps" in text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,12 +21,18 @@ def command(
 ) -> None:
     """Train as a recipe says.
 
-    Any key of the recipe can be changed on the command line.
+    Any key of the recipe can be changed on the command line. Ctrl-C (exit code 130) and SIGTERM
+    (143) end the step, save, and print the command that goes on.
     """
     from cafe.recipes import load_recipe
 
     checked = load_recipe(recipe, overrides or [])  # before torch: a typo is told at once
 
+    from cafe.train.interrupt import Interrupted
     from cafe.train.run import train
 
-    train(checked, resume=resume)
+    try:
+        train(checked, resume=resume)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from None

@@ -3,8 +3,8 @@
 Nothing is remembered from step to step, so a resumed run simply asks for the step it is at.
 
 Sources take turns by weight: the j-th batch of a source with share w (all shares sum to 1) is due
-at step (j + 1/2) / w, and batches come in the order in which they are due. That is the divisor
-method of Webster: after any number of steps each source had its share, rounded.
+at time (j + 1/2) / w, in steps, and batches come in the order in which they are due. That is
+Webster's divisor method: after n steps a source has had n * w batches, give or take about one.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class BatchPlan:
     def _turn(self, step: int) -> tuple[int, int]:
         """The source of `step`, and how many batches of it came before.
 
-        Of each source, between n * w - 1/2 and n * w + 1/2 batches are due by step n. So all
-        batches due long before are counted, and only those due around `step` are sorted.
+        By time t, t * w - 1/2 to t * w + 1/2 batches of a source are due, and t - k/2 to t + k/2
+        of all k sources. So batches due before `step - k` are counted, and only those due around
+        `step` are sorted.
         """
         if step < 0:
             raise ValueError(f"steps count from 0, found {step}")

@@ -49,8 +49,9 @@ class ExampleSet:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        source = self.source_of(index)
-        return source.examples[index - self._ends[self._number(index)] + len(source.examples)]
+        number = self._number(index)
+        examples = self.sources[number].examples
+        return examples[index - (self._ends[number] - len(examples))]
 
     def source_of(self, index: int) -> Source:
         """The source that holds example number `index`."""

@@ -79,16 +79,20 @@ def read_llava(
     in front), a picture missing or outside `image_root`.
     Raises DataError when the file or `image_root` cannot be read, or is no such file.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; name a JSON or JSONL file of LLaVA conversations")
     pictures = _Pictures(path.parent if image_root is None else image_root)
     records = Records([], [])
     for number, place, raw in islice(_raw_records(path), limit):
         name = place
         try:
             record = _record(raw)
-            if isinstance(record.get("id"), str | int):
-                name = f"{place}, id {record['id']!r}"
-            identity = str(record["id"]) if name != place else f"{path.stem}-{number}"
-            records.examples.append(_example(identity, record, pictures, mode, turns))
+            identity = record.get("id")
+            if isinstance(identity, str | int):
+                name = f"{place}, id {identity!r}"
+            else:
+                identity = f"{path.stem}-{number}"
+            records.examples.append(_example(str(identity), record, pictures, mode, turns))
         except DataError as error:
             records.rejected.append(Rejected(str(path), name, str(error)))
     return records
@@ -147,6 +151,7 @@ class _Pictures:
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
         self._known: dict[str, Image] = {}
+        self._folders: dict[Path, Path] = {}
         if not self._root.is_dir():
             raise DataError(f"image_root {str(root)!r}: no such folder")
 
@@ -166,7 +171,7 @@ class _Pictures:
 
     def _path(self, name: str) -> Path:
         try:
-            path = (self._root / name).resolve()
+            path = self._resolved(self._root / name)
             inside, exists = path.is_relative_to(self._root), path.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, a link loop
             raise DataError(f"picture {name!r}: not a path ({error})") from error
@@ -178,6 +183,13 @@ class _Pictures:
         if not exists:
             raise DataError(f"picture {name!r}: no such file in {self._root}")
         return path
+
+    def _resolved(self, path: Path) -> Path:
+        """`path.resolve()`, which walks all folders, with one walk per folder."""
+        if path.parent not in self._folders:
+            self._folders[path.parent] = path.parent.resolve()
+        path = self._folders[path.parent] / path.name
+        return path.resolve() if path.is_symlink() else path
 
 
 # ---------------------------------------------------------------------- one record
@@ -229,8 +241,10 @@ def _turn(turn: Any, place: str) -> tuple[Role, str]:
         raise DataError(f"{place}: {role_key} is {named!r}, expected human or gpt")
     if not isinstance(text, str):
         raise DataError(f"{place}: {text_key} is {_kind(text)}, expected text")
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise DataError(f"{place}: half of a surrogate pair in the text, which no tokenizer reads")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
+        raise DataError(f"{place}: the text is not Unicode ({error.reason})") from error
     if role != "user" and _MARKER in text:
         raise DataError(f"{place}: {_MARKER} stands in a {named} turn; only human turns show one")
     if not text.strip():

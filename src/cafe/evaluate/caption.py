@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from cafe.evaluate.data import Picture
 from cafe.evaluate.task import Generate, Read, Result
 from cafe.evaluate.teacher_forced import Answer
 from cafe.metrics import object_f1
-from cafe.types import Conversation, Example, Message, user
+from cafe.types import Conversation, Example
 
 MAX_NEW_TOKENS = 64
 """Longer than any caption of the bundled world; a runaway caption is cut here."""
@@ -27,15 +28,9 @@ def caption(read: Read, generate: Generate, pictures: Sequence[Picture]) -> Resu
     return Result(loss.scores | objects.scores, loss.count, loss.items | objects.items)
 
 
-def caption_dialogues(picture: Picture) -> tuple[Conversation, ...]:
-    """Each caption of `picture` as the answer to the prompt that asks for one."""
-    return tuple(
-        (*caption_prompt(picture), Message("assistant", (text,))) for text in picture.captions
-    )
-
-
 def caption_prompt(picture: Picture) -> Conversation:
-    return user(picture.image, picture.caption_prompt)
+    """What asks for a caption of `picture`: its first dialogue up to the answer."""
+    return tuple(takewhile(lambda message: message.role != "assistant", picture.dialogues[0]))
 
 
 def caption_loss(read: Read, pictures: Sequence[Picture]) -> Result:
@@ -44,7 +39,7 @@ def caption_loss(read: Read, pictures: Sequence[Picture]) -> Result:
     Raises:
         DataError: what the collator raises.
     """
-    examples = [Example(id=p.id, dialogues=caption_dialogues(p)) for p in pictures]
+    examples = [Example(id=p.id, dialogues=p.dialogues) for p in pictures]
     return caption_loss_scores([reading.answers for reading in read(examples)])
 
 

@@ -15,23 +15,23 @@ from typing import Any
 from cafe.data.llava import read_llava
 from cafe.data.scenes import PROMPT_CAPTION, Question, read_truth
 from cafe.errors import DataError
-from cafe.types import Example, Image
+from cafe.types import Conversation, Image, Message, user
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
     """One picture.
 
-    captions        the references, at least one
-    caption_prompt  what asks for such a caption
-    questions       with exact answers
-    kinds           the kinds of things that it shows; None where nobody knows
+    captions   the references, at least one
+    dialogues  conversations in which they are the answers
+    questions  with exact answers
+    kinds      the kinds of things that it shows; None where nobody knows
     """
 
     id: str
     image: Image
     captions: tuple[str, ...]
-    caption_prompt: str = PROMPT_CAPTION
+    dialogues: tuple[Conversation, ...]
     questions: tuple[Question, ...] = ()
     kinds: frozenset[str] | None = None
 
@@ -68,13 +68,40 @@ def read_pictures(path: Path, limit: int | None = None) -> Pictures:
 def _scenes(folder: Path) -> Iterator[Picture]:
     questions = _questions(folder / "questions.json")
     for truth in read_truth(folder):
+        image = Image(folder / truth.image)
         yield Picture(
             id=truth.id,
-            image=Image(folder / truth.image),
+            image=image,
             captions=(truth.caption,),
+            dialogues=((*user(image, PROMPT_CAPTION), Message("assistant", (truth.caption,))),),
             questions=questions.get(truth.image, ()),
             kinds=frozenset(truth.scene.kinds),
         )
+
+
+def _captioned(file: Path, limit: int | None) -> Pictures:
+    """Captions in LLaVA's format; those of one picture come together."""
+    records = read_llava(file, mode="caption")
+    pictures: dict[object, Picture] = {}
+    several = 0
+    for example in records.examples:
+        assert example.query is not None  # a caption is one side of a pair, its picture
+        assert example.target is not None  # and the caption the other
+        images = [part for part in example.query[0].content if isinstance(part, Image)]
+        if len(images) != 1:
+            several += 1
+            continue
+        first = pictures.get(images[0].key)
+        pictures[images[0].key] = Picture(
+            id=first.id if first else example.id,
+            image=images[0],
+            captions=(*(first.captions if first else ()), example.target[0].text),
+            dialogues=(*(first.dialogues if first else ()), *example.dialogues),
+        )
+    if not pictures:
+        reason = f"; the first: {records.rejected[0]}" if records.rejected else ""
+        raise DataError(f"{file}: no record is one picture with a caption{reason}")
+    return Pictures(tuple(pictures.values())[:limit], len(records.rejected) + several)
 
 
 def _questions(file: Path) -> dict[str, tuple[Question, ...]]:

@@ -46,8 +46,7 @@ def presence(read: Read, generate: Generate, pictures: Sequence[Picture]) -> Res
 def question_dialogues(picture: Picture) -> tuple[Conversation, ...]:
     """Each question about `picture` as a conversation of its own."""
     return tuple(
-        (*user(picture.image, q.text), Message("assistant", (q.answer,)))
-        for q in picture.questions
+        (*user(picture.image, q.text), Message("assistant", (q.answer,))) for q in picture.questions
     )
 
 

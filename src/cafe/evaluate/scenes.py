@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cafe.errors import DataError
-from cafe.evaluate.caption import caption_dialogues, caption_loss_scores, caption_objects
+from cafe.evaluate.caption import caption_loss_scores, caption_objects
 from cafe.evaluate.data import Picture
 from cafe.evaluate.gap import gap_scores
 from cafe.evaluate.presence import exact_matches, question_dialogues, question_scores
@@ -98,12 +98,10 @@ def _everything(picture: Picture) -> Example:
         id=picture.id,
         query=user(picture.image),
         target=user(picture.captions[0]),
-        dialogues=(*caption_dialogues(picture), *question_dialogues(picture)),
+        dialogues=(*picture.dialogues, *question_dialogues(picture)),
     )
 
 
 def _units(embeddings: Sequence[np.ndarray | None]) -> Float[np.ndarray, "n d"]:
     stacked = np.stack([e for e in embeddings if e is not None])
     return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-12)
-
-

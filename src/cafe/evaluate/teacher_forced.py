@@ -23,7 +23,7 @@ from cafe.errors import DataError
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-    from cafe.model.collate import Chunk
+    from cafe.model.rows import Chunk
     from cafe.model.vlm import CAFe
     from cafe.types import Example
 
@@ -97,7 +97,7 @@ def _read_chunk(model: CAFe, examples: Sequence[Example], chunk: Chunk) -> list[
         raise DataError(
             f"examples {chunk.ids[0]!r} to {chunk.ids[-1]!r}: {sum(turns)} answers, but "
             f"{len(answers)} of the token {model.collator.pooled_token!r} that ends one; the chat "
-            "template must write it after each answer, and no text may hold it"
+            "template must write it after each answer"
         )
     ends = np.cumsum(turns)
     pairs = iter(range(chunk.pairs))

@@ -16,73 +16,121 @@ Never write it through `SentenceTransformer.save_pretrained`: that drops `lm_hea
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cafe.errors import CheckpointError
+from cafe.errors import CafeError, CheckpointError
 from cafe.model.collate import Collator
+from cafe.model.families import family_of
 from cafe.model.prompts import DEFAULT_PROMPT, default_chat_template
 from cafe.model.tiny import TINY_DIR
 
-
 EMBEDDING_TEMPLATE = "embedding"
+
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
+"""What is downloaded of a hub model: no pickled weights, no code."""
 
 
 def load_pretrained(
     name_or_dir: str | Path, *, dtype: torch.dtype, attention: str
 ) -> tuple[Any, Any]:
-    """The transformers model and processor of a directory, a hub id, or "tiny".
+    """The transformers model and processor of a directory, a hub id (owner/name), or "tiny".
 
-    Raises CheckpointError when nothing is there, weights are missing or do not match.
+    Raises CheckpointError when nothing is there, weights are missing or do not match;
+    FamilyError, before any weight is read, for a family without facts.
     """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    source = str(TINY_DIR if str(name_or_dir) == "tiny" else name_or_dir)
-    path = Path(source)
-    if path.is_dir():
-        _check_directory(path)
-    elif path.exists() or source.startswith((".", "/", "~")):
-        raise CheckpointError(f"model {source!r}: not a directory; give a checkpoint directory")
+    name = f"model {str(name_or_dir)!r}"
+    path = _directory(name, name_or_dir)
     try:
-        processor = AutoProcessor.from_pretrained(source)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"model {source!r}: cannot be loaded ({reason})") from error
+        with _quiet():
+            family_of(AutoConfig.from_pretrained(path))
+            processor = AutoProcessor.from_pretrained(path)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # collected in `info`, and refused below
+                output_loading_info=True,
+            )
+    except CafeError:
+        raise
+    except Exception as error:  # parsers of many files: they raise whatever they like
+        raise CheckpointError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(m[0]) for m in info.get("mismatched_keys", ()))
+    mismatched = sorted(str(m[0]) for m in info["mismatched_keys"])
     if missing or mismatched:
         raise CheckpointError(
-            f"model {source!r}: {len(missing)} weights are missing and {len(mismatched)} have "
-            f"another shape (first: {[*missing, *mismatched][0]}); the files are not this model's"
+            f"{name}: {len(missing)} weights are missing and {len(mismatched)} have another "
+            f"shape than config.json says (first: {[*missing, *mismatched][0]}); copy config and "
+            "weights again, from one model"
         )
     return model, processor
 
 
-def _check_directory(path: Path) -> None:
+def _directory(name: str, name_or_dir: str | Path) -> Path:
+    """The directory that holds the model, downloaded if it is a hub id.
+
+    One request, so that without a network it fails at once: transformers alone would ask for a
+    dozen files, each with its retries.
+    """
+    source = str(name_or_dir)
+    path = TINY_DIR if source == "tiny" else Path(source).expanduser()
+    if not path.is_dir():
+        if path == TINY_DIR or path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+            raise CheckpointError(f"{name}: no such directory; give one, or a hub id (owner/name)")
+        import huggingface_hub
+
+        try:
+            path = Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES))
+        except Exception as error:  # no network, no such model, no access, full disk, …
+            raise CheckpointError(
+                f"{name}: neither a directory here nor found on the hub ({_first_line(error)})"
+            ) from error
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"model {str(path)!r}: no config.json in that directory")
+        raise CheckpointError(f"{name}: no config.json in {path}; give a checkpoint directory")
     if not any(path.glob("*.safetensors")):
         raise CheckpointError(
-            f"model {str(path)!r}: no *.safetensors weights in that directory "
+            f"{name}: no *.safetensors weights in {path}; save the model there again "
             "(pickled weights are not read: they can run code)"
         )
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' bars and reports: what matters of them becomes a CheckpointError."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def save_checkpoint(model: Any, processor: Any, collator: Collator, directory: Path) -> None:
     """Write model, processor and the sentence-transformers files to `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory)
+    with _quiet():
+        model.save_pretrained(directory)
     save_processor(processor, collator, directory)
     hidden = int(model.config.get_text_config().hidden_size)
     for name, content in _sentence_transformers_files(hidden).items():

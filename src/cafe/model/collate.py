@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,9 +24,11 @@ from cafe.model.prompts import (
     DEFAULT_PROMPT,
     PROMPTS,
     default_chat_template,
+    disarm,
     embedding_template,
     template_messages,
 )
+from cafe.model.rows import Chunk, Rows
 from cafe.model.trie import (
     Row,
     TokenSequence,
@@ -34,75 +37,7 @@ from cafe.model.trie import (
     separate_rows,
     stack_rows,
 )
-from cafe.types import Conversation, Example, Image, Message
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What the model reads, and where to look in what it returns.
-
-    input_ids, positions, subtree_end  int64 [rows, t]   (see `cafe.model.trie`)
-    image_order    int64 [k]  which picture of the chunk each run of placeholders shows
-    pooled         int64 [e]  flat index (row * t + token) of each embedding: queries, targets,
-                              then negatives
-    label_source   int64 [l]  flat index of the token that predicts each labelled token
-    label_ids      int64 [l]  the labelled tokens
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    subtree_end: Tensor
-    image_order: Tensor
-    pooled: Tensor
-    label_source: Tensor
-    label_ids: Tensor
-
-    def to(self, device: torch.device | str) -> Self:
-        return _move(self, device)
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Some examples of a batch: as many as fit in memory at once.
-
-    ids             the examples, to name them in errors
-    rows            all their sequences
-    embedding_rows  their embedding sequences only, for the first pass of a cached step
-    vision          the vision tensors of their distinct pictures
-    pairs           how many of the examples contrast
-    target_ids      int64 [pairs]; equal ids are no negatives of one another
-    negative_ids    int64 [negatives]
-    """
-
-    ids: tuple[str, ...]
-    rows: Rows
-    embedding_rows: Rows
-    vision: dict[str, Tensor] = field(default_factory=dict)
-    pairs: int = 0
-    target_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    negative_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-
-    def to(self, device: torch.device | str) -> Self:
-        return _move(self, device)
-
-    @property
-    def label_count(self) -> int:
-        return self.rows.label_ids.numel()
-
-
-def _move(value: Any, device: torch.device | str) -> Any:
-    """A copy of a dataclass with its tensors (nested ones too) on `device`."""
-
-    def moved(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            return item.to(device, non_blocking=True)
-        if isinstance(item, Rows):
-            return item.to(device)
-        if isinstance(item, dict):
-            return {key: moved(inner) for key, inner in item.items()}
-        return item
-
-    return replace(value, **{f.name: moved(getattr(value, f.name)) for f in fields(value)})
+from cafe.types import Conversation, Example, Image, Message, Video
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +130,7 @@ class Collator:
             rows.extend([build_row(tokens)] if self.sharing == "trie" else separate_rows(tokens))
             of_row.extend(group)
         if not rows:
-            return _no_rows()
+            return Rows.none()
         if self.row_tokens is not None:
             rows = pack_rows(rows, self.row_tokens)
         batch = stack_rows(rows, self._pad_id)
@@ -226,21 +161,29 @@ class Collator:
     # ------------------------------------------------------------------ inference
 
     def embedding_rows(
-        self, conversations: Sequence[Conversation], prompt: str = DEFAULT_PROMPT
+        self,
+        conversations: Sequence[Conversation],
+        prompt: str = DEFAULT_PROMPT,
+        numbers: Sequence[int] | None = None,
     ) -> tuple[Rows, dict[str, Tensor]]:
-        """One row per conversation; `pooled` holds their embeddings' places, in order."""
-        return self._plain_rows([self.render_embedding(c, prompt) for c in conversations])
+        """One row per conversation; `pooled` holds their embeddings' places, in order.
+
+        numbers   what errors call the conversations; None: 0, 1, …
+        """
+        return self._plain_rows([self.render_embedding(c, prompt) for c in conversations], numbers)
 
     def prompt_rows(
-        self, conversations: Sequence[Conversation]
+        self, conversations: Sequence[Conversation], numbers: Sequence[int] | None = None
     ) -> tuple[Rows, dict[str, Tensor]]:
         """One row per conversation that waits for an answer; `pooled` is its last token."""
-        return self._plain_rows(
-            [replace(self.render_prompt(c), pooled=True) for c in conversations]
-        )
+        prompts = [replace(self.render_prompt(c), pooled=True) for c in conversations]
+        return self._plain_rows(prompts, numbers)
 
-    def _plain_rows(self, rendered: Sequence[RenderedSequence]) -> tuple[Rows, dict[str, Tensor]]:
-        sequences = [_Sequence(f"input {i}", r) for i, r in enumerate(rendered)]
+    def _plain_rows(
+        self, rendered: Sequence[RenderedSequence], numbers: Sequence[int] | None
+    ) -> tuple[Rows, dict[str, Tensor]]:
+        numbers = range(len(rendered)) if numbers is None else numbers
+        sequences = [_Sequence(f"input {n}", r) for n, r in zip(numbers, rendered, strict=True)]
         pictures = self._tokenize(sequences)
         groups = [_Roles(queries=[s], targets=[], negatives=[]) for s in sequences]
         return self._rows([[s] for s in sequences], groups, pictures), pictures.inputs
@@ -262,7 +205,12 @@ class Collator:
         return int(self._tokenizer.eos_token_id if pad is None else pad)
 
     def template(self, prompt: str) -> str:
-        """The Jinja text of the embedding template of a named prompt."""
+        """The Jinja text of the embedding template of a named prompt.
+
+        Raises DataError when no prompt has that name.
+        """
+        if prompt not in PROMPTS:
+            raise DataError(f"embedding prompt {prompt!r}: use one of {', '.join(PROMPTS)}")
         return embedding_template(
             default_chat_template(self.processor), PROMPTS[prompt], self.pooled_token
         )
@@ -272,11 +220,18 @@ class Collator:
             template_messages(conversation), tokenize=False, **kwargs
         )
 
+    def _disarm(self, conversation: Conversation) -> Conversation:
+        added = self._tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in added if token.special}
+        return disarm(conversation, special | {self.family.marker(self.processor)})
+
     def render_embedding(self, conversation: Conversation, prompt: str) -> RenderedSequence:
+        conversation = self._disarm(conversation)
         text = self._apply(conversation, chat_template=self.template(prompt))
         return RenderedSequence(text, _images(conversation), _longest(conversation), pooled=True)
 
     def render_prompt(self, conversation: Conversation) -> RenderedSequence:
+        conversation = self._disarm(conversation)
         text = self._apply(conversation, add_generation_prompt=True)
         return RenderedSequence(text, _images(conversation), _longest(conversation))
 
@@ -287,20 +242,21 @@ class Collator:
         as it was generated; where it does not, each turn is trained as it will be asked for.
         """
         rendered = []
-        for k, message in enumerate(dialogue):
-            if message.role != "assistant":
-                continue
-            history, answer = dialogue[:k], message.text.strip()
-            if not answer:
-                raise DataError("an assistant turn is empty; remove it or write its text")
-            turn = (*history, Message("assistant", (answer,)))
-            before, whole = self._apply(history, add_generation_prompt=True), self._apply(turn)
-            target = answer + whole[whole.rindex(answer) + len(answer) :].rstrip()
-            rendered.append(
-                RenderedSequence(
-                    before + target, _images(history), _longest(turn), labelled=len(target)
+        history: Conversation = ()
+        for message in self._disarm(dialogue):
+            if message.role == "assistant":
+                message = Message("assistant", (_answer(message),))
+                whole = self._apply((*history, Message("assistant", (_STAND_IN,))))
+                target = message.text + whole[whole.rindex(_STAND_IN) + 1 :].rstrip()
+                rendered.append(
+                    RenderedSequence(
+                        text=self._apply(history, add_generation_prompt=True) + target,
+                        images=_images(history),
+                        longest=_longest((*history, message)),
+                        labelled=len(target),
+                    )
                 )
-            )
+            history = (*history, message)
         if not rendered:
             raise DataError("a dialogue without an assistant turn has nothing to learn")
         return rendered
@@ -310,7 +266,10 @@ class Collator:
     def _tokenize(self, sequences: Sequence[_Sequence]) -> Pictures:
         """Fill in the tokens of `sequences`; returns the pictures they show."""
         pictures = Pictures.of(
-            [s.rendered.images for s in sequences], self.processor, self.family, self.dummy_image
+            [(s.name, s.rendered.images) for s in sequences],
+            self.processor,
+            self.family,
+            self.dummy_image,
         )
         texts = [s.rendered.text for s in sequences]
         if not texts:
@@ -371,8 +330,24 @@ def _by_role(group: Sequence[_Sequence]) -> _Roles:
     return _Roles(queries=pooled[:1], targets=pooled[1:2], negatives=pooled[2:])
 
 
+_STAND_IN = "\ue000"
+"""Where an answer goes in a rendered turn, to see what the template writes after it."""
+
+
+def _answer(message: Message) -> str:
+    answer = message.text.strip()
+    if not answer:
+        raise DataError("an assistant turn is empty; remove it or write its text")
+    if not all(isinstance(part, str) for part in message.content):
+        raise DataError("an assistant turn holds a picture; answers are text")
+    return answer
+
+
 def _images(conversation: Conversation) -> tuple[Image, ...]:
-    return tuple(p for message in conversation for p in message.content if isinstance(p, Image))
+    parts = [p for message in conversation for p in message.content]
+    if any(isinstance(p, Video) for p in parts):
+        raise DataError("videos are not supported yet; give some of its frames as pictures")
+    return tuple(p for p in parts if isinstance(p, Image))
 
 
 def _longest(conversation: Conversation) -> str:
@@ -381,9 +356,23 @@ def _longest(conversation: Conversation) -> str:
 
 
 def _identity(conversation: Conversation | None) -> str:
-    """Equal for conversations that say and show the same."""
+    """Equal for conversations that say and show the same, in every process and run."""
     parts = [p for message in conversation or () for p in message.content]
-    return "\x1f".join(p if isinstance(p, str) else f"\x1e{p.key}" for p in parts)
+    return "\x1f".join(p if isinstance(p, str) else f"\x1e{_shown(p)}" for p in parts)
+
+
+def _shown(part: Image | Video) -> str:
+    """What names a picture: its path, else its content (an address differs from run to run)."""
+    match part.source:
+        case str() | Path():
+            return str(part.source)
+        case bytes():
+            content = [part.source]
+        case tuple():
+            content = [frame.tobytes() for frame in part.source]
+        case _:
+            content = [part.source.tobytes(), str(part.source.size).encode()]
+    return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
 def _hashes(identities: Sequence[str]) -> Tensor:
@@ -394,9 +383,3 @@ def _hashes(identities: Sequence[str]) -> Tensor:
 
 def _concatenated(arrays: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64))
-
-
-def _no_rows() -> Rows:
-    nothing = torch.zeros(0, dtype=torch.long)
-    grid = nothing.view(0, 0)
-    return Rows(grid, grid, grid, nothing, nothing, nothing, nothing)

@@ -11,17 +11,11 @@ import torch
 from torch import Tensor
 
 from cafe.errors import DataError
-from cafe.model.inputs import is_many
 from cafe.model.prompts import MATCH_QUESTION
 from cafe.types import Conversation, Image, Message
 
 if TYPE_CHECKING:
     from cafe.model.vlm import CAFe
-
-
-def as_list(inputs: Any) -> list[Any]:
-    """A list of inputs, or one input, as a list."""
-    return list(inputs) if is_many(inputs) or isinstance(inputs, np.ndarray) else [inputs]
 
 
 @torch.inference_mode()
@@ -38,7 +32,8 @@ def encode(
     """
     embeddings = np.zeros((len(conversations), model.embedding_dimension), dtype=np.float32)
     for batch in _progress(_buckets(conversations, batch_size), progress, "encode"):
-        rows, vision = model.collator.embedding_rows([conversations[i] for i in batch], prompt)
+        chosen = [conversations[i] for i in batch]
+        rows, vision = model.collator.embedding_rows(chosen, prompt, batch)
         embeddings[batch] = _pooled(model, rows, vision).float().cpu().numpy()
     return embeddings
 
@@ -52,7 +47,7 @@ def score(
     questions = [match_question(query, candidate) for candidate in candidates]
     scores = np.zeros(len(questions), dtype=np.float32)
     for batch in _buckets(questions, batch_size):
-        rows, vision = model.collator.prompt_rows([questions[i] for i in batch])
+        rows, vision = model.collator.prompt_rows([questions[i] for i in batch], batch)
         log_p = model.lm_head(_pooled(model, rows, vision)).float().log_softmax(-1)
         odds = log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)
         scores[batch] = odds.sigmoid().cpu().numpy()
@@ -60,15 +55,22 @@ def score(
 
 
 def match_question(a: Conversation, b: Conversation) -> Conversation:
-    """The question whether a picture shows what a text says."""
+    """The question whether a picture shows what a text says.
+
+    Raises DataError unless one side is one picture and the other is text.
+    """
     sides = [[p for m in side for p in m.content] for side in (a, b)]
-    pictured = [any(isinstance(p, Image) for p in side) for side in sides]
-    if pictured[0] == pictured[1]:
-        raise DataError("score compares a picture with a text: one side of each, not two alike")
-    picture_side, text_side = sides if pictured[0] else sides[::-1]
-    pictures = [p for p in picture_side if isinstance(p, Image)]
+    picture_side, text_side = sorted(
+        sides, key=lambda side: not any(isinstance(p, Image) for p in side)
+    )
     statement = " ".join(p for p in text_side if isinstance(p, str))
-    return (Message("user", (*pictures, MATCH_QUESTION.format(statement=statement))),)
+    match picture_side:
+        case [Image() as picture] if len(statement) and all(isinstance(p, str) for p in text_side):
+            question = MATCH_QUESTION.format(statement=statement)
+            return (Message("user", (picture, question)),)
+    raise DataError(
+        "score compares one picture with a text: one side is a picture alone, the other text alone"
+    )
 
 
 @torch.inference_mode()
@@ -82,10 +84,8 @@ def generate(
     """Answers in input order."""
     answers = [""] * len(conversations)
     for batch in _buckets(conversations, batch_size):
-        inputs = _generation_inputs(model, [conversations[i] for i in batch])
-        tokens = model.model.generate(
-            **inputs, **_settings(model, max_new_tokens, sampling)
-        )
+        inputs = _generation_inputs(model, [conversations[i] for i in batch], batch)
+        tokens = model.model.generate(**inputs, **_settings(model, max_new_tokens, sampling))
         texts = model.processor.tokenizer.batch_decode(
             tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
@@ -97,10 +97,13 @@ def generate(
 def stream(
     model: CAFe, conversation: Conversation, max_new_tokens: int, sampling: dict[str, Any]
 ) -> Iterator[str]:
-    """One answer, piece by piece. An error in generation is raised here, not lost in a thread."""
+    """One answer, piece by piece; joined, the pieces are what `generate` gives.
+
+    An error in generation is raised here, not lost in a thread.
+    """
     from transformers import TextIteratorStreamer
 
-    inputs = _generation_inputs(model, [conversation])
+    inputs = _generation_inputs(model, [conversation], [0])
     streamer = TextIteratorStreamer(
         model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
     )
@@ -112,16 +115,29 @@ def stream(
                 model.model.generate(
                     **inputs, **_settings(model, max_new_tokens, sampling), streamer=streamer
                 )
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer below
+        except BaseException as error:  # handed to the consumer below
             failure.append(error)
             streamer.end()
 
     worker = threading.Thread(target=run, daemon=True)
     worker.start()
-    yield from (piece for piece in streamer if piece)
+    yield from _stripped(streamer)
     worker.join()
     if failure:
         raise failure[0]
+
+
+def _stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text without the white space around the whole."""
+    begun, held = False, ""
+    for piece in pieces:
+        text = held + piece
+        text = text if begun else text.lstrip()
+        body = text.rstrip()
+        held = text[len(body) :]
+        if body:
+            begun = True
+            yield body
 
 
 def _settings(model: CAFe, max_new_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -136,9 +152,11 @@ def _settings(model: CAFe, max_new_tokens: int, sampling: dict[str, Any]) -> dic
     }
 
 
-def _generation_inputs(model: CAFe, conversations: Sequence[Conversation]) -> dict[str, Any]:
+def _generation_inputs(
+    model: CAFe, conversations: Sequence[Conversation], numbers: Sequence[int]
+) -> dict[str, Any]:
     """Prompts padded on the left, as transformers' `generate` wants them."""
-    rows, vision = model.collator.prompt_rows(conversations)
+    rows, vision = model.collator.prompt_rows(conversations, numbers)
     rows = rows.to(model.device)
     length = rows.input_ids.shape[1]
     last = rows.pooled - torch.arange(len(conversations), device=model.device) * length

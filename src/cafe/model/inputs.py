@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 
 from cafe.errors import DataError
 from cafe.types import Conversation, Image, Message, Part
 
-Input = str | Path | PIL.Image.Image | Image | Mapping[str, Any] | Sequence[Any]
+Input = str | Path | PIL.Image.Image | Image | Message | Mapping[str, Any] | Sequence[Any]
 
 
 def as_conversation(value: Input) -> Conversation:
@@ -20,8 +21,9 @@ def as_conversation(value: Input) -> Conversation:
     str                    text, always: a path is a `Path`, so no string can read a file
     Path, PIL, `Image`     a picture
     {"text", "image"}      both, picture(s) first
-    {"role", "content"}, or a list of them    chat messages, as OpenAI and transformers write them
-    a tuple of `Message`   itself
+    {"role", "content"}    a chat message, as OpenAI and transformers write it
+    `Message`              the same
+    a list or tuple of messages    one conversation
     Raises DataError for anything else.
     """
     match value:
@@ -29,12 +31,10 @@ def as_conversation(value: Input) -> Conversation:
             return (Message("user", (value,)),)
         case Path() | PIL.Image.Image() | Image():
             return (Message("user", (_image(value),)),)
-        case {"role": _, "content": _}:
+        case Message() | {"role": _, "content": _}:
             return (_message(value),)
         case {"text": _} | {"image": _}:
             return (Message("user", _mapping_parts(value)),)
-        case [*messages] if messages and all(isinstance(m, Message) for m in messages):
-            return tuple(messages)
         case [*messages] if messages and all(_is_message(m) for m in messages):
             return tuple(_message(m) for m in messages)
     raise DataError(
@@ -44,15 +44,15 @@ def as_conversation(value: Input) -> Conversation:
 
 
 def as_messages(value: Any) -> list[Conversation]:
-    """One or several inputs: a list of messages is one conversation, any other list is several."""
-    if isinstance(value, list) and not (value and all(_is_message(item) for item in value)):
-        return [as_conversation(item) for item in value]
-    return [as_conversation(value)]
+    """One input or several (`is_many`), as conversations."""
+    return [as_conversation(item) for item in (value if is_many(value) else [value])]
 
 
 def is_many(value: Any) -> bool:
-    """Whether `value` is a list of inputs rather than one input."""
-    return isinstance(value, list) and not (value and all(_is_message(item) for item in value))
+    """Whether `value` is several inputs: any list, tuple or array but a list of chat messages."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+        return False
+    return len(value) == 0 or not all(_is_message(item) for item in value)
 
 
 def _is_message(value: Any) -> bool:
@@ -67,6 +67,8 @@ def _message(value: Any) -> Message:
     role, content = value["role"], value["content"]
     if role not in ("system", "user", "assistant"):
         raise DataError(f"message role {role!r}: use system, user or assistant")
+    if not isinstance(content, str | list | tuple):
+        raise DataError(f"message content of type {type(content).__name__}: give text or parts")
     parts = (content,) if isinstance(content, str) else tuple(_part(part) for part in content)
     return Message(role, parts)
 
@@ -91,12 +93,18 @@ def _mapping_parts(value: Mapping[str, Any]) -> tuple[Part, ...]:
     unknown = set(value) - {"text", "image"}
     if unknown:
         raise DataError(f"input key {sorted(unknown)[0]!r} is unknown: use text and image")
-    pictures = value.get("image") or []
-    if not isinstance(pictures, list | tuple):
+    pictures, text = value.get("image"), value.get("text")
+    if not isinstance(text, str | None):
+        raise DataError(f"input key 'text' of type {type(text).__name__}: give a string")
+    if pictures is None:
+        pictures = []
+    elif not isinstance(pictures, list | tuple):
         pictures = [pictures]
+    if not pictures and text is None:
+        raise DataError("an input has neither text nor image; give one of them")
     parts: list[Part] = [_image(picture) for picture in pictures]
-    if value.get("text"):
-        parts.append(value["text"])
+    if text or (text is not None and not parts):
+        parts.append(text)
     return tuple(parts)
 
 

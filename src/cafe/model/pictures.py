@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 from torch import Tensor
 
-from cafe.errors import DataError
+from cafe.errors import DataError, ImageError
 from cafe.media import open_image
 from cafe.model.families import Family
 from cafe.model.trie import IMAGE_STRIDE, image_keys, image_of_key
@@ -35,25 +35,30 @@ class Pictures:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Sequence[Image]], processor: Any, family: Family, dummy: bool
+        cls,
+        prompts: Sequence[tuple[str, Sequence[Image]]],
+        processor: Any,
+        family: Family,
+        dummy: bool,
     ) -> Self:
         """Decode and process the pictures of several prompts.
 
-        dummy   when there are none, process an empty one that no prompt shows
-        Raises ImageError for a picture that cannot be used.
+        prompts   for each prompt its name, for errors, and its pictures
+        dummy     when there are none, process an empty one that no prompt shows
+        Raises ImageError, naming the prompt, for a picture that cannot be used.
         """
         differ = family.alone_and_together_differ()
-        alone: dict[object, Image] = {}
-        together: dict[object, Image] = {}
-        for images in prompts:
+        alone: dict[object, tuple[str, Image]] = {}
+        together: dict[object, tuple[str, Image]] = {}
+        for name, images in prompts:
             group = together if differ and len(images) > 1 else alone
             for image in images:
-                group.setdefault(image.key, image)
+                group.setdefault(image.key, (name, image))
         index = {(key, True): i for i, key in enumerate(alone)}
         index |= {(key, False): len(alone) + i for i, key in enumerate(together)}
-        groups = [[open_image(image)] for image in alone.values()]
+        groups = [[_open(*named)] for named in alone.values()]
         if together:
-            company = [open_image(image) for image in together.values()]
+            company = [_open(*named) for named in together.values()]
             # A group of one would be taken for a picture that is alone.
             groups.append(company if len(company) > 1 else company * 2)
         if not groups and dummy:
@@ -111,6 +116,13 @@ class Pictures:
         negative = keys[keys < 0]
         starts = [image_of_key(key) for key in negative[(-negative - 1) % IMAGE_STRIDE == 0]]
         return [picture for picture, _ in starts]
+
+
+def _open(name: str, image: Image) -> PIL.Image.Image:
+    try:
+        return open_image(image)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
 
 
 def _tokens(tokenizer: Any, placeholders: Sequence[str]) -> list[np.ndarray]:

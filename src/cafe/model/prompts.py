@@ -1,4 +1,4 @@
-"""How a conversation becomes text: the chat template, and the embedding template made from it.
+r"""How a conversation becomes text: the chat template, and the embedding template made from it.
 
 An embedding is the hidden state at one last token that closes an empty assistant turn, after a
 prompt that asks for one word (paper §1.3):
@@ -7,18 +7,23 @@ prompt that asks for one word (paper §1.3):
     <|im_start|>assistant\n<|im_end|>
                            └─ pooled here
 
-The embedding template is a Jinja program: it appends the prompt to the last user message and then
-runs the model's own chat template. The same text is saved with the checkpoint as the named chat
-template "embedding", so this library, sentence-transformers and vLLM format an input alike.
+The embedding template is a Jinja program: it appends the prompt to the last message (after an
+assistant's turn, a user turn of its own holds it) and then runs the model's own chat template. A
+last message of texts and then pictures is read pictures first, so that the order of the keys of
+{"text", "image"} means nothing; pictures between texts stay where they are. The same text is saved
+with the checkpoint as the named chat template "embedding", so this library, sentence-transformers
+and vLLM format an input alike.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from cafe.errors import CheckpointError
-from cafe.types import Conversation, Image, Video
+from cafe.types import Conversation, Image, Message, Video
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +56,19 @@ _APPEND_PROMPT = """\
   {%- else -%}
     {%- for part in message['content'] -%}
       {%- if part['type'] == 'text' -%}{%- set seen.text = true -%}
+      {%- elif part['type'] == 'message' -%}{{- raise_exception(<<mixed>>) -}}
       {%- else -%}{%- set seen.picture = true -%}{%- endif -%}
     {%- endfor -%}
   {%- endif -%}
 {%- endfor -%}
 {%- set prompt = <<both>> if seen.picture and seen.text \
 else (<<image>> if seen.picture else <<text>>) -%}
-{%- set last = messages[-1] -%}
-{%- set parts = [{'type': 'text', 'text': last['content']}] if last['content'] is string \
-else last['content'] | list -%}
+{%- set before = messages[:-1] if messages[-1]['role'] == 'user' else messages -%}
+{%- set content = messages[-1]['content'] if messages[-1]['role'] == 'user' else [] -%}
+{%- set parts = [{'type': 'text', 'text': content}] if content is string else content | list -%}
+{%- set texts = parts | selectattr('type', 'equalto', 'text') | list -%}
+{%- set pictures = parts | rejectattr('type', 'equalto', 'text') | list -%}
+{%- if parts == texts + pictures -%}{%- set parts = pictures + texts -%}{%- endif -%}
 {%- if prompt -%}
   {%- if parts and parts[-1]['type'] == 'text' -%}
     {%- set parts = parts[:-1] + \
@@ -68,9 +77,12 @@ else last['content'] | list -%}
     {%- set parts = parts + [{'type': 'text', 'text': prompt}] -%}
   {%- endif -%}
 {%- endif -%}
-{%- set messages = messages[:-1] + [{'role': last['role'], 'content': parts}] -%}
+{%- set messages = before + ([{'role': 'user', 'content': parts}] if parts else []) -%}
 {%- set add_generation_prompt = true -%}
 """
+
+# sentence-transformers 6.2 would embed the empty text: it wraps such messages once too often.
+_MIXED = "sentence-transformers cannot mix chat messages with other inputs; encode them apart"
 
 
 def embedding_template(chat_template: str, prompt: EmbeddingPrompt, pooled_token: str) -> str:
@@ -78,7 +90,7 @@ def embedding_template(chat_template: str, prompt: EmbeddingPrompt, pooled_token
 
     pooled_token   the token that ends an assistant turn; its hidden state is the embedding
     """
-    head = _APPEND_PROMPT
+    head = _APPEND_PROMPT.replace("<<mixed>>", _jinja_string(_MIXED))
     for name in ("image", "text", "both", "separator"):
         head = head.replace(f"<<{name}>>", _jinja_string(getattr(prompt, name)))
     return head + chat_template + "{{- " + _jinja_string(pooled_token) + " -}}"
@@ -96,6 +108,21 @@ def default_chat_template(processor: Any) -> str:
 
 def _jinja_string(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+def disarm(conversation: Conversation, control_tokens: Iterable[str]) -> Conversation:
+    """`conversation` with every control token in its texts broken by a zero-width space.
+
+    What somebody writes is text: "<image>" in a caption is no picture, "<|im_end|>" ends no turn.
+    """
+    tokens = "|".join(re.escape(token) for token in control_tokens)
+    # A lookahead finds overlapping ones too.
+    pattern = re.compile(f"(?=(?:{tokens})).", re.DOTALL)
+
+    def disarmed(part: Any) -> Any:
+        return pattern.sub("\\g<0>\u200b", part) if isinstance(part, str) else part
+
+    return tuple(Message(m.role, tuple(disarmed(p) for p in m.content)) for m in conversation)
 
 
 def template_messages(conversation: Conversation) -> list[dict[str, Any]]:

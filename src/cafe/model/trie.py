@@ -92,8 +92,8 @@ def build_row(sequences: Sequence[TokenSequence]) -> Row:
     def visit(members: list[int], depth: int) -> None:
         nonlocal length
         shared = _shared_length([keys[m] for m in members], depth)
+        run = len(runs)
         if shared > depth:
-            run = len(runs)
             runs.append((members[0], depth, shared))
             ends.append(0)
             row_indices = np.arange(length, length + shared - depth)
@@ -199,7 +199,10 @@ def stack_rows(rows: Sequence[Row], pad_token: int) -> RowBatch:
         subtree_end[r, :t] = row.subtree_end
         keys[r, :t] = row.keys
     return RowBatch(
-        torch.from_numpy(input_ids), torch.from_numpy(positions), torch.from_numpy(subtree_end), keys
+        torch.from_numpy(input_ids),
+        torch.from_numpy(positions),
+        torch.from_numpy(subtree_end),
+        keys,
     )
 
 

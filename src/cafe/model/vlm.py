@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,10 +19,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from cafe.model import inference
 from cafe.model.checkpoint import load_pretrained, save_checkpoint
-from cafe.model.collate import Collator, Rows
+from cafe.model.collate import Collator
 from cafe.model.families import family_of
-from cafe.model.inputs import Input, as_conversation, as_messages
+from cafe.model.inputs import Input, as_conversation, as_messages, is_many
 from cafe.model.prompts import DEFAULT_PROMPT
+from cafe.model.rows import Rows
 from cafe.model.trie import dense_mask, mask_mod
 
 Attention = Literal["sdpa", "eager", "flex_attention"]
@@ -154,18 +156,22 @@ class CAFe(nn.Module):
         normalize      to unit length (after truncation)
         truncate_dim   keep the first so many coordinates (Matryoshka)
         prompt_name    "compress" (default) or "none" (the instruction is in the text)
-        Returns float32 [n, d] in input order; [d] for a single input.
+        Returns float32 [n, d] in input order; [d] for a single input. A list of chat messages is
+        a single input: one conversation.
+        Raises DataError, naming the input, for one that cannot be read or is too long.
         """
-        conversations = [as_conversation(i) for i in inference.as_list(inputs)]
+        width = self.embedding_dimension if truncate_dim is None else truncate_dim
+        if not 1 <= width <= self.embedding_dimension:
+            raise ValueError(f"truncate_dim={width}: use 1 to {self.embedding_dimension}")
         embeddings = inference.encode(
-            self, conversations, batch_size, prompt_name, show_progress_bar
+            self, as_messages(inputs), batch_size, prompt_name, show_progress_bar
         )
-        embeddings = embeddings[:, :truncate_dim]
+        embeddings = embeddings[:, :width]
         if normalize:
             embeddings = embeddings / np.maximum(
                 np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12
             )
-        return embeddings if inference.is_many(inputs) else embeddings[0]
+        return embeddings if is_many(inputs) else embeddings[0]
 
     def generate(
         self,
@@ -187,18 +193,16 @@ class CAFe(nn.Module):
                 raise ValueError("stream=True answers one conversation at a time")
             return inference.stream(self, conversations[0], max_new_tokens, sampling)
         answers = inference.generate(self, conversations, max_new_tokens, batch_size, sampling)
-        return answers if inference.is_many(messages) else answers[0]
+        return answers if is_many(messages) else answers[0]
 
     def score(
         self, query: Input, candidates: Sequence[Input], *, batch_size: int = 32
     ) -> np.ndarray:
         """How well each candidate matches the query: the probability of "yes" to that question.
 
-        One side holds a picture and the other is text. Returns float32 [n].
+        One side is a picture and the other is text (else DataError). Returns float32 [n].
         """
-        return inference.score(
-            self, as_conversation(query), [as_conversation(c) for c in candidates], batch_size
-        )
+        return inference.score(self, as_conversation(query), as_messages(candidates), batch_size)
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -208,11 +212,24 @@ class CAFe(nn.Module):
         return a @ b.T
 
     def embedding_contract(self) -> dict[str, str]:
-        """What an embedding is read from, for people and for `cafe doctor`."""
-        rendered = self.collator.render_embedding(as_conversation("a red mug"), DEFAULT_PROMPT)
+        """What an embedding is read from, for people and for `cafe doctor`.
+
+        The prompts, token counts and pooled tokens of an example text and an example picture.
+        """
+        size = (384, 384)
+        contract: dict[str, str] = {}
+        for kind, example in {"text": "a red mug", "image": PIL.Image.new("RGB", size)}.items():
+            conversation = as_conversation(example)
+            rendered = self.collator.render_embedding(conversation, DEFAULT_PROMPT)
+            rows, _ = self.collator.embedding_rows([conversation])
+            pooled = rows.input_ids.flatten()[rows.pooled]
+            contract |= {
+                f"embedding prompt ({kind})": rendered.text,
+                f"tokens ({kind})": str(rows.input_ids.shape[1]),
+                f"pooled token ({kind})": self.processor.tokenizer.decode(pooled),
+            }
         return {
-            "embedding prompt (text)": rendered.text,
-            "pooled token": self.collator.pooled_token,
+            **contract,
             "dimension": str(self.embedding_dimension),
             "max tokens": str(self.collator.max_tokens),
         }

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cafe.errors import RecipeError
-from cafe.recipes.tree import SCENES, Recipe
+from cafe.recipes.tree import Recipe
 from cafe.recipes.yaml_text import parse_yaml
 
 _SECTIONS = ("objective", "batch", "optimizer", "schedule", "checkpoint", "log")
@@ -69,7 +69,7 @@ def _anchor_data_paths(tree: dict[str, Any], folder: Path) -> None:
     for source in sources if isinstance(sources, list) else []:
         for key in ("path", "image_root"):
             value = source.get(key) if isinstance(source, dict) else None
-            if isinstance(value, str) and value and not value.startswith(SCENES):
+            if isinstance(value, str) and value:
                 source[key] = str((folder / Path(value).expanduser()).absolute())
 
 

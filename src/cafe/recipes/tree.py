@@ -21,9 +21,6 @@ from pydantic import (
 
 from cafe.recipes.yaml_text import to_yaml
 
-SCENES = "scenes:"
-"""A data path with this prefix is the endless generated stream, e.g. `scenes:train?seed=0`."""
-
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -57,7 +54,7 @@ class DataSource(Section):
     """One source of training examples."""
 
     path: Name
-    """A file or folder, relative to the recipe's folder; or `scenes:train?seed=0`, generated."""
+    """A file of LLaVA conversations (.json, .jsonl), relative to the recipe's folder."""
     mode: Literal["caption", "chat"] = "caption"
     """caption: the picture is the query, its caption the target. chat: conversations."""
     image_root: UserPath | None = None
@@ -68,18 +65,6 @@ class DataSource(Section):
     """branches: every question-and-answer pair about the picture stands alone."""
     limit: Count | None = None
     """Use the first so many records only."""
-
-    @property
-    def generated(self) -> bool:
-        """Whether this is the endless stream of scenes instead of a file."""
-        return self.path.startswith(SCENES)
-
-    @model_validator(mode="after")
-    def _check_scenes(self) -> Self:
-        split = self.path.removeprefix(SCENES).partition("?")[0]
-        if self.generated and split not in {"train", "test"}:
-            raise ValueError(f"path {self.path!r}: expected scenes:train or scenes:test")
-        return self
 
 
 class Objective(Section):
@@ -221,8 +206,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_data(self) -> Self:
-        if self.schedule.epochs is not None and any(source.generated for source in self.data):
-            raise ValueError("data: generated scenes never end; set schedule.steps, not epochs")
         if sum(source.weight for source in self.data) == 0:
             raise ValueError("data: every weight is 0; give one source a positive weight")
         return self

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cafe.model.collate import Chunk, Rows
+from cafe.model.rows import Chunk, Rows
 from cafe.model.vlm import CAFe
 from cafe.objective import joint_loss, next_token_nll
 from cafe.recipes import Objective
@@ -82,7 +82,6 @@ class TrainingStep:
     def __call__(self, chunks: Sequence[Chunk]) -> StepNumbers:
         """Add the gradients of the batch that `chunks` are this rank's share of."""
         device = self.core.device
-        chunks = [chunk.to(device) for chunk in chunks]
         pairs = sum_over_ranks(sum(chunk.pairs for chunk in chunks), device)
         tokens = sum_over_ranks(sum(self._rows(c).label_ids.numel() for c in chunks), device)
         contrasts = self.objective.contrastive_weight > 0 and pairs > 0
@@ -133,6 +132,7 @@ class TrainingStep:
     @torch.no_grad()
     def _embed(self, chunk: Chunk) -> Tensor:
         """Pass 1. Dropout must meet the same tokens in both passes, so then it reads full rows."""
+        chunk = chunk.to(self.core.device)
         rows = self._rows(chunk) if uses_dropout(self.core) else chunk.embedding_rows
         with self.autocast():
             return self._pooled(self._hidden(rows, chunk), rows)
@@ -169,6 +169,7 @@ class TrainingStep:
 
     def _forward(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Embeddings [e, d] and the summed NLL of the labels."""
+        chunk = chunk.to(self.core.device)  # one chunk's pictures at a time are on the device
         rows, head = self._rows(chunk), self.core.lm_head
         hidden = self._hidden(rows, chunk)
         states = hidden.flatten(0, 1)[rows.label_source]
@@ -190,6 +191,7 @@ class TrainingStep:
 
 def _gathered(chunks: Sequence[Chunk], embeddings: Sequence[Tensor]) -> Sides:
     """The batch's sides over all chunks and ranks; gradient flows to this rank's only."""
+    device = embeddings[0].device
     query, target, negatives = [], [], []
     for chunk, e in zip(chunks, embeddings, strict=True):
         query.append(e[: chunk.pairs])
@@ -199,6 +201,6 @@ def _gathered(chunks: Sequence[Chunk], embeddings: Sequence[Tensor]) -> Sides:
         query=gather_around(torch.cat(query)),
         target=gather_around(torch.cat(target)),
         negatives=gather_around(torch.cat(negatives)),
-        target_ids=torch.cat(gather_rows(torch.cat([c.target_ids for c in chunks]))),
-        negative_ids=torch.cat(gather_rows(torch.cat([c.negative_ids for c in chunks]))),
+        target_ids=torch.cat(gather_rows(torch.cat([c.target_ids for c in chunks]).to(device))),
+        negative_ids=torch.cat(gather_rows(torch.cat([c.negative_ids for c in chunks]).to(device))),
     )

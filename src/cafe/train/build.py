@@ -1,0 +1,124 @@
+"""What a run is made of, built from its recipe: accelerator, model, step, optimizer, collator."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
+
+from cafe.errors import RecipeError
+from cafe.model.collate import Collator
+from cafe.model.vlm import CAFe
+from cafe.recipes import Recipe
+from cafe.train.checkpoints import TrainingState
+from cafe.train.contrast import Contrast
+from cafe.train.distributed import world_size
+from cafe.train.optim import build_optimizer, freeze, parts_of
+from cafe.train.reach import freeze_unreached
+from cafe.train.step import TrainingStep
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """Processes, device, precision and trackers. Raises RecipeError for a tracker not installed."""
+    wanted = recipe.log.trackers
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in wanted:
+        if name not in available:
+            raise RecipeError(
+                f"log.trackers: {name!r} is not installed, or accelerate does not know it; here "
+                f"are {', '.join(available) or 'none'}. Install it (pip install {name})"
+            )
+    # Two runs in one process may differ in precision; accelerate's state is one per process.
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        log_with=[*wanted] or None,
+        project_dir=recipe.output_dir,
+        # Ranks may have different numbers of chunks, and broadcasts happen per forward.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if wanted:
+        accelerator.init_trackers("cafe", config=_flat(recipe.model_dump(mode="json")))
+    if recipe.batch.examples < accelerator.num_processes:
+        raise RecipeError(
+            f"batch.examples is {recipe.batch.examples}, but there are {accelerator.num_processes} "
+            "processes; each needs an example"
+        )
+    return accelerator
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """Dotted key -> plain value, as trackers take them."""
+    if not isinstance(tree, dict | list):
+        return {name: tree if isinstance(tree, int | float | str | bool) else str(tree)}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flat(value, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def seed_everything(seed: int) -> None:
+    """Every global stream; torch seeds its devices along."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_step(
+    recipe: Recipe, core: CAFe, accelerator: Accelerator
+) -> tuple[TrainingStep, TrainingState]:
+    """The step on the prepared model, and the state that it changes."""
+    parts = parts_of(core)
+    freeze(parts, recipe.optimizer.freeze)
+    core.train()
+    if recipe.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # Renamed in transformers 5.23; the old name is in every version that we take.
+            warnings.simplefilter("ignore", FutureWarning)
+            core.model.gradient_checkpointing_enable({"use_reentrant": False})
+    contrast = Contrast(recipe.objective).to(accelerator.device)
+    step = TrainingStep(
+        core, core, contrast, recipe.objective, autocast=lambda: accelerator.autocast()
+    )
+    if accelerator.num_processes > 1:
+        freeze_unreached(core, step)
+    optimizer = build_optimizer(parts, contrast, recipe.optimizer, accelerator.device.type)
+    with warnings.catch_warnings():
+        # torch 2.13 is about to rename `broadcast_buffers`; older versions have that name only.
+        warnings.simplefilter("ignore", FutureWarning)
+        model, prepared = accelerator.prepare(core, optimizer)
+    step = replace(
+        step,
+        model=model,
+        backward=accelerator.backward,
+        no_sync=lambda: accelerator.no_sync(model),
+    )
+    return step, TrainingState(core.model, contrast, prepared, accelerator.device)
+
+
+def build_collator(recipe: Recipe, core: CAFe) -> Collator:
+    """How examples become chunks. Raises RecipeError for a length beyond the context."""
+    batch = recipe.batch
+    context = core.collator.max_tokens
+    if batch.max_tokens is not None and batch.max_tokens > context:
+        raise RecipeError(
+            f"batch.max_tokens is {batch.max_tokens}, but the context of {recipe.model} is "
+            f"{context} tokens"
+        )
+    return replace(
+        core.collator,
+        max_tokens=batch.max_tokens or context,
+        sharing=batch.sharing,
+        row_tokens=batch.row_tokens,
+        dummy_image=world_size() > 1,
+    )

@@ -1,0 +1,73 @@
+"""A recipe's data sources -> the examples of a run, its plan, and what was left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+
+from cafe.data.batches import BatchPlan
+from cafe.data.dataset import ExampleSet, Source
+from cafe.data.llava import read_llava
+from cafe.data.quarantine import Quarantine
+from cafe.errors import DataError
+from cafe.recipes import DataSource, Objective, Recipe
+from cafe.types import Example
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """Examples, numbered through; which of them make up which step; how many steps there are."""
+
+    examples: ExampleSet
+    plan: BatchPlan
+    steps: int
+
+
+def load_data(recipe: Recipe, quarantine: Quarantine) -> TrainingData:
+    """Read every source. Records that cannot be used go to `quarantine`.
+
+    Raises DataError when a file cannot be read, too many records are broken, or a source holds
+    nothing that this objective learns from.
+    """
+    sources = [_read(source, recipe.objective, quarantine) for source in recipe.data]
+    examples = ExampleSet.build(sources, merge_by_image=recipe.merge_by_image)
+    plan = examples.plan(recipe.batch.examples, recipe.seed)
+    schedule = recipe.schedule
+    steps = schedule.steps or ceil((schedule.epochs or 0) * plan.steps_per_epoch)
+    return TrainingData(examples, plan, steps)
+
+
+def _read(source: DataSource, objective: Objective, quarantine: Quarantine) -> Source:
+    records = read_llava(
+        Path(source.path),
+        mode=source.mode,
+        turns=source.turns,
+        image_root=source.image_root,
+        limit=source.limit,
+    )
+    quarantine.add(records.rejected, seen=len(records))
+    if not records.examples:
+        reason = str(records.rejected[0]) if records.rejected else "it has no records"
+        raise DataError(f"{source.path}: no record can be used ({reason})")
+    useful = [e for example in records.examples if (e := trained_part(example, objective))]
+    if not useful:
+        missing = "pairs" if objective.language_weight == 0 else "answers"
+        raise DataError(
+            f"{source.path} (mode: {source.mode}): its examples have no {missing}, which is all "
+            "that this objective learns from; change the mode or the objective's weights"
+        )
+    return Source(source.path, useful, source.weight)
+
+
+def trained_part(example: Example, objective: Objective) -> Example | None:
+    """The example without what a zero weight makes idle; None if nothing remains."""
+    if objective.contrastive_weight == 0 and example.query is not None:
+        if not example.dialogues:
+            return None
+        example = replace(example, query=None, target=None, negatives=(), target_id=None)
+    if objective.language_weight == 0:
+        if example.query is None:
+            return None
+        example = replace(example, dialogues=())
+    return example

@@ -1,0 +1,34 @@
+"""Let the process keep the memory it has freed, where taking it anew costs more than using it.
+
+Every step frees and takes the same large blocks. glibc hands a freed block back to the kernel and
+the next one arrives as fresh pages, each of which costs a page fault: on our two-core machine an
+elementwise product that writes 75 MB took 46 ms with fresh pages and 10 ms with kept or huge ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no larger one
+_NEVER = 2**31 - 1
+
+
+def keep_memory() -> None:
+    """Keep freed blocks below 32 MB, and let torch ask for huge pages for those above.
+
+    For the whole process, and for good. glibc on Linux only; elsewhere nothing happens. Call it
+    before torch allocates: torch reads its variable once.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    mallopt(_M_TRIM_THRESHOLD, _NEVER)

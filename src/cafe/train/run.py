@@ -1,0 +1,170 @@
+"""A recipe becomes a fine-tuned model: build everything, run the loop, save.
+
+What a run leaves in `output_dir`:
+
+    model/             the fine-tuned model, one directory for every tool
+    recipe.yaml        the resolved recipe; `cafe train` runs it again
+    log.jsonl          one line per step (`cafe.train.log`)
+    quarantine.jsonl   examples that were left out, with reasons (`cafe.data.quarantine`)
+    checkpoints/       the newest states of the run, to resume from
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from cafe.data.quarantine import Quarantine
+from cafe.errors import RecipeError, TrainingError
+from cafe.model.tiny import TINY_DIR
+from cafe.model.vlm import CAFe
+from cafe.recipes import Recipe
+from cafe.train.build import build_accelerator, build_collator, build_step, seed_everything
+from cafe.train.checkpoints import WRITE_ERRORS, Checkpoints, clean, complete, whole_directory
+from cafe.train.distributed import rank, world_size
+from cafe.train.examples import TrainingData, load_data
+from cafe.train.loader import Steps, step_loader
+from cafe.train.log import Reporter, RunLog, StepRecord, read_log
+from cafe.train.loop import Loop
+from cafe.train.memory import keep_memory
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a finished run left behind.
+
+    model_dir   the fine-tuned model
+    log_path    log.jsonl
+    records     what the log holds, steps before a resume included
+    """
+
+    model_dir: Path
+    log_path: Path
+    records: list[StepRecord]
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> TrainResult:
+    """Run `recipe` to its end.
+
+    resume    go on from the newest complete checkpoint in `output_dir`; without one, begin. The
+              result is the same bit for bit as that of a run that never stopped, on a CPU and
+              wherever the device's kernels are deterministic
+    on_step   called after every step, on every rank, before a checkpoint is written
+
+    Raises Interrupted (SIGINT, SIGTERM; the state is saved), TrainingError (loss not finite, disk
+    full, `output_dir` holds another run), and the errors of data, recipe and model.
+    """
+    output = recipe.output_dir
+    _prepare_output(output, resume)
+    if not torch.cuda.is_available():
+        keep_memory()
+    accelerator = build_accelerator(recipe)
+    main = accelerator.is_main_process
+    quarantine = Quarantine(output / "quarantine.jsonl" if main else None)
+    data = load_data(recipe, quarantine)
+
+    seed_everything(recipe.seed)
+    core = CAFe.from_pretrained(
+        recipe.model, dtype=torch.float32, device=accelerator.device, attention=recipe.attention
+    )
+    steps = Steps(data, build_collator(recipe, core), recipe.batch.chunk, rank(), world_size())
+    step, state = build_step(recipe, core, accelerator)
+    checkpoints = Checkpoints(output / "checkpoints", recipe.checkpoint.keep, _order(recipe, data))
+    seed_everything(recipe.seed + rank())  # dropout falls differently on each rank
+    done = checkpoints.restore(state) if resume else 0
+
+    log_path = output / "log.jsonl"
+    if main:
+        recipe.save(output / "recipe.yaml")
+    reporter = Reporter(
+        RunLog(log_path, done) if main else None,
+        done=done,
+        total=data.steps,
+        every_steps=recipe.log.every_steps,
+        bar=recipe.log.progress,
+        track=lambda values, number: accelerator.log(values, step=number),
+    )
+    with reporter:
+        if quarantine.count:
+            reporter.note(f"left out: {quarantine.count} records, see {quarantine.path}")
+        if resume:
+            reporter.note(f"going on after step {done} of {data.steps}")
+        loop = Loop(
+            recipe=recipe,
+            accelerator=accelerator,
+            step=step,
+            state=state,
+            checkpoints=checkpoints,
+            quarantine=quarantine,
+            reporter=reporter,
+            total=data.steps,
+            on_step=on_step,
+            resume_with=f"cafe train {shlex.quote(str(output / 'recipe.yaml'))} --resume",
+        )
+        loop.run(step_loader(steps, done, data.steps, recipe.batch.workers), done)
+    if main:
+        _save_model(core, recipe.model, output / "model")
+    accelerator.end_training()
+    return TrainResult(output / "model", log_path, read_log(log_path))
+
+
+def _prepare_output(output: Path, resume: bool) -> None:
+    """Make the folder; a new run never writes over an old one."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"output_dir {output}: cannot be made ({error.strerror})") from error
+    checkpoints = output / "checkpoints"
+    if not resume and (complete(checkpoints) or (output / "model").exists()):
+        raise TrainingError(
+            f"output_dir {output} holds a run already; go on with it by --resume, or give another "
+            "output_dir"
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        clean(checkpoints)
+        clean(output)
+
+
+def _order(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
+    """What decides which examples a step has."""
+    return {
+        "batch.examples": recipe.batch.examples,
+        "seed": recipe.seed,
+        "the number of examples": list(data.plan.sizes),
+        "the weight of the sources": list(data.plan.weights),
+    }
+
+
+def _save_model(core: CAFe, base: str, target: Path) -> None:
+    """Write the model whole or not at all, in the type of the base's own weights.
+
+    Training keeps its weights in float32 (the checkpoints have those); a base that came in bf16
+    leaves in bf16, half the size, as its users load it.
+    """
+    core.model.to(_base_dtype(base))
+    try:
+        with whole_directory(target) as unfinished:
+            core.save_pretrained(unfinished)
+    except WRITE_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise TrainingError(
+            f"the model {target} cannot be written ({reason}); the last checkpoint is whole. Free "
+            "space on that disk, then go on with --resume"
+        ) from error
+
+
+def _base_dtype(base: str) -> torch.dtype:
+    config = AutoConfig.from_pretrained(str(TINY_DIR) if base == "tiny" else base)
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

@@ -1,0 +1,143 @@
+"""Folders become pictures; a model, a task and data become one result that explains itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+import cafe.evaluate.run as run
+from cafe.data.scenes import mentioned_kinds, read_truth, write_scenes
+from cafe.errors import DataError
+from cafe.evaluate.data import read_pictures
+from cafe.evaluate.run import TASKS, evaluate
+from cafe.types import Image
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes") / "test"
+    write_scenes(folder, 5, 3, split="test", questions_per_scene=4)
+    return folder
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    """Three pictures, the first with two captions, and two records that cannot be used."""
+    for name in "abc":
+        PIL.Image.new("RGB", (40, 40), "red").save(tmp_path / f"{name}.png")
+    records = [
+        {
+            "id": i,
+            "image": image,
+            "conversations": [turn("human", "<image>\nSay."), turn("gpt", text)],
+        }
+        for i, (image, text) in enumerate(
+            [
+                ("a.png", "one"),
+                ("b.png", "two"),
+                ("a.png", "three"),
+                ("c.png", "four"),
+                ("d.png", "x"),
+            ]
+        )
+    ]
+    both = [turn("human", "<image><image>\nSay."), turn("gpt", "five")]
+    records.append({"id": 5, "image": ["a.png", "b.png"], "conversations": both})
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+def turn(who: str, text: str) -> dict[str, str]:
+    return {"from": who, "value": text}
+
+
+def test_a_scenes_folder_gives_captions_questions_with_kinds_and_the_truth(scenes):
+    pictures = read_pictures(scenes).pictures
+    records = {r["image"]: r for r in json.loads((scenes / "questions.json").read_text())}
+    assert len(pictures) == 5
+    for picture, truth in zip(pictures, read_truth(scenes), strict=True):
+        assert picture.image.key == str(scenes / truth.image)
+        assert picture.kinds == {item.kind for item in truth.scene.objects}
+        assert picture.kinds == mentioned_kinds(picture.captions[0])
+        assert [q.kind for q in picture.questions] == records[truth.image]["kinds"]
+        spoken = [t["value"] for t in records[truth.image]["conversations"]]
+        assert spoken[0] == "<image>\n" + picture.questions[0].text
+        assert spoken[1::2] == [q.answer for q in picture.questions]
+        prompt, answer = picture.dialogues[0]
+        assert isinstance(prompt.content[0], Image)
+        assert (prompt.text, answer.text) == ("Describe this image.", truth.caption)
+
+
+def test_llava_captions_come_together_by_picture_and_what_is_left_out_is_counted(captions):
+    found = read_pictures(captions)
+    assert [p.captions for p in found.pictures] == [("one", "three"), ("two",), ("four",)]
+    assert [len(p.dialogues) for p in found.pictures] == [2, 1, 1]
+    assert [p.kinds for p in found.pictures] == [None, None, None]
+    assert found.rejected == 2  # a picture that is missing, and a record with two
+    assert read_pictures(captions.parent).pictures[0].captions == ("one", "three")
+    assert len(read_pictures(captions, limit=1).pictures) == 1
+
+
+def test_a_folder_without_data_and_a_file_without_captions_are_errors(tmp_path):
+    with pytest.raises(DataError, match=r"no truth\.jsonl and no captions\.json"):
+        read_pictures(tmp_path)
+    (tmp_path / "captions.json").write_text("[]")
+    with pytest.raises(DataError, match="no record is one picture with a caption"):
+        read_pictures(tmp_path)
+
+
+def test_a_broken_question_record_is_named(scenes, tmp_path):
+    (tmp_path / "truth.jsonl").write_text((scenes / "truth.jsonl").read_text())
+    records = json.loads((scenes / "questions.json").read_text())
+    records[2]["kinds"].pop()
+    (tmp_path / "questions.json").write_text(json.dumps(records))
+    with pytest.raises(DataError, match=r"questions\.json, record 2: not a picture's questions"):
+        read_pictures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ("retrieval", {"image_to_text_recall@10", "text_to_image_recall@1"}),
+        ("caption", {"caption_loss", "caption_object_f1", "caption_object_precision"}),
+        ("presence", {"presence_accuracy", "question_accuracy"}),
+        ("gap", {"modality_gap", "alignment", "uniformity/text", "effective_rank/image"}),
+    ],
+)
+def test_each_task_runs_a_real_model_and_says_how(small_model, scenes, task, names):
+    result = evaluate(small_model, task, scenes, 4)
+    assert names <= set(result["scores"])
+    assert result["task"] == task
+    assert result["count"] == (16 if task == "presence" else 4)
+    assert (result["settings"]["data"], result["settings"]["limit"]) == (str(scenes), 4)
+    assert {"torch", "transformers"} <= set(result["packages"])
+    assert json.loads(json.dumps(result)) == result
+    assert set(TASKS) == {"retrieval", "caption", "presence", "gap"}
+
+
+def test_captions_of_other_people_are_measured_too(small_model, captions):
+    result = evaluate(small_model, "retrieval", captions, None)
+    assert (result["count"], result["rejected"]) == (3, 2)
+    assert set(evaluate(small_model, "caption", captions, None)["scores"]) == {"caption_loss"}
+    with pytest.raises(DataError, match="no picture has a question"):
+        evaluate(small_model, "presence", captions, None)
+
+
+def test_without_data_the_same_held_out_scenes_are_made_and_removed(small_model, monkeypatch):
+    folders = []
+
+    def spy(folder: Path, limit: int | None) -> object:
+        folders.append(folder)
+        return read_pictures(folder, limit)
+
+    monkeypatch.setattr(run, "read_pictures", spy)
+    first, second = (evaluate(small_model, "retrieval", None, 3) for _ in range(2))
+    assert first == second
+    assert first["count"] == 3
+    assert first["settings"]["data"].startswith("scenes:test?seed=")
+    assert len(folders) == 2
+    assert not any(folder.exists() for folder in folders)

@@ -1,0 +1,93 @@
+"""The demo from end to end, with a small random model: every file, every number, every word."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+from rich.console import Console
+
+from cafe.demo import Settings, faster_precision, run_demo
+from cafe.errors import DataError
+from cafe.evaluate.scenes import SCORES
+from cafe.model.vlm import CAFe
+from cafe.recipes import load_recipe
+
+
+@pytest.fixture(scope="module")
+def demo(small_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished demo, in a folder with a space in its name, and what it said."""
+    out = tmp_path_factory.mktemp("a folder") / "demo"
+    said = io.StringIO()
+    settings = Settings(
+        train_scenes=24,
+        train_questions=2,
+        test_scenes=6,
+        overrides=(f"model={small_dir}", "batch.examples=8", "batch.chunk=4", "batch.workers=0"),
+    )
+    run_demo(out, 2, 5, settings=settings, console=Console(file=said, width=100))
+    return out, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def results(demo: tuple[Path, str]) -> dict[str, Any]:
+    return json.loads((demo[0] / "results.json").read_text())
+
+
+def test_results_hold_every_score_before_and_after(results):
+    for when in ("before", "after"):
+        assert tuple(results[when]) == SCORES
+        assert all(isinstance(value, float) for value in results[when].values())
+        assert set(results["question_accuracy"][when]) >= {"presence", "object"}
+    assert results["before"]["caption_loss"] > results["after"]["caption_loss"]  # it was trained
+    assert results["seconds"] == pytest.approx(sum(results["stages_seconds"].values()), abs=0.1)
+    assert (results["settings"]["steps"], results["settings"]["seed"]) == (2, 5)
+
+
+def test_the_run_is_the_recipe_of_the_package_on_the_written_scenes(demo):
+    out, _ = demo
+    recipe = load_recipe(out / "recipe.yaml")
+    assert [Path(source.path) for source in recipe.data] == [
+        out / "train" / "captions.json",
+        out / "train" / "questions.json",
+    ]
+    assert recipe.merge_by_image
+    assert recipe.objective.contrastive_weight == recipe.objective.language_weight == 1
+    assert recipe.precision == faster_precision()
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+    assert len(json.loads((out / "train" / "captions.json").read_text())) == 24
+    assert len(json.loads((out / "test" / "captions.json").read_text())) == 6
+
+
+def test_the_model_and_the_picture_can_be_used(demo):
+    out, _ = demo
+    assert CAFe.from_pretrained(out / "model").encode("a red cat").shape == (64,)
+    with PIL.Image.open(out / "demo.png") as picture:
+        picture.load()
+
+
+def test_it_says_the_table_and_three_commands_whose_paths_exist(demo):
+    out, said = demo
+    for name in SCORES:
+        assert name.replace("_", " ") in said
+    commands = [shlex.split(line) for line in said.splitlines() if line.startswith("  cafe ")]
+    assert [command[1] for command in commands] == ["generate", "embed", "evaluate"]
+    for command in commands:
+        paths = [Path(word) for word in command if word.startswith(str(out))]
+        written = [path for path in paths if path.suffix == ".parquet"]
+        assert len(paths) >= 2
+        assert all(path.exists() for path in paths if path not in written)
+        assert all(path.parent.exists() for path in written)
+
+
+def test_a_folder_in_use_is_left_alone(demo):
+    out, _ = demo
+    before = sorted(out.iterdir())
+    with pytest.raises(DataError, match="is not an empty folder"):
+        run_demo(out, 1, 0)
+    assert sorted(out.iterdir()) == before
