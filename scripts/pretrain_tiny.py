@@ -99,9 +99,11 @@ def example(index: int, phase: Phase) -> Example:
             break
     rng = random_stream(scene.seed, "train", "language")
     asked = [(PROMPT_CAPTION, caption(scene, rng))] if phase.caption else []
-    found = [q for q in questions(scene, rng, 12) if q.kind in phase.question_kinds]
+    found = [q for q in questions(scene, rng, 24) if q.kind in phase.question_kinds]
     if not phase.caption:  # what is where comes first
         found.sort(key=lambda q: q.kind != "object")
+    if not found:
+        asked = [(PROMPT_CAPTION, caption(scene, rng))]
     asked += [(q.text, q.answer) for q in found[: phase.questions]]
     picture = Image(draw(scene))
     return Example(

@@ -103,7 +103,9 @@ def test_content_as_a_string_reads_like_content_as_parts(small_model: Any):
 
 def test_a_prompt_may_hold_any_characters(small_model: Any):
     prompt = EmbeddingPrompt(image="", text="It's \\ {{ 1 }}\nok", both="")
-    template = embedding_template(default_chat_template(small_model.processor), prompt, "<|im_end|>")
+    template = embedding_template(
+        default_chat_template(small_model.processor), prompt, "<|im_end|>"
+    )
     rendered = small_model.processor.apply_chat_template(
         [{"role": "user", "content": "x"}], chat_template=template
     )
@@ -192,7 +194,9 @@ def test_the_turns_of_a_dialogue_merge_into_one_path(collator: Collator):
 
 
 def test_dialogues_about_one_picture_share_it(collator: Collator):
-    dialogues = [(*user(PICTURE, q), assistant(a)) for q, a in (("What?", "A cat."), ("No?", "Yes"))]
+    dialogues = [
+        (*user(PICTURE, q), assistant(a)) for q, a in (("What?", "A cat."), ("No?", "Yes"))
+    ]
     rows = collator([Example(id="x", dialogues=tuple(dialogues))]).rows
     shown = rows.input_ids == collator.processor.image_token_id
     assert int(shown.sum()) == 78

@@ -141,7 +141,9 @@ def turn(*content: Any) -> Conversation:
 
 CASES = {
     "text only": Example("t", query=user("a cat"), target=user("a red cat")),
-    "one picture": Example("p", query=user(A), target=user("a cat"), dialogues=(turn(A, "?", "no"),)),
+    "one picture": Example(
+        "p", query=user(A), target=user("a cat"), dialogues=(turn(A, "?", "no"),)
+    ),
     "a wide picture": Example("w", query=user(WIDE), target=user("yes", WIDE)),
     "several answers": Example(
         "s", dialogues=(turn(A, "Is it?", "yes"), turn(A, "Is it?", "yellow"), turn(A, "It?", "no"))
@@ -218,9 +220,7 @@ def test_random_examples_share_without_a_trace(
     st.lists(st.lists(st.integers(5, 8), min_size=1, max_size=7), min_size=1, max_size=6),
     st.lists(st.integers(5, 8), min_size=1, max_size=30),
 )
-def test_random_tokens_share_without_a_trace(
-    model: CAFe, group: list[list[int]], mate: list[int]
-):
+def test_random_tokens_share_without_a_trace(model: CAFe, group: list[list[int]], mate: list[int]):
     sequences = [TokenSequence.from_text(tokens) for tokens in group]
     rows = [build_row(sequences), build_row([TokenSequence.from_text(mate)])]
     batch = stack_rows(rows, pad_token=0)

@@ -174,7 +174,7 @@ def test_a_key_names_its_picture_and_place(image: int, count: int):
     assert (keys < 0).all()
     assert [image_of_key(k) for k in keys[[0, -1]]] == [(image, 0), (image, count - 1)]
     assert len(np.unique(np.concatenate([keys, image_keys(image + 1, count)]))) == 2 * count
-    assert IMAGE_STRIDE > count
+    assert count < IMAGE_STRIDE
 
 
 @CHECKED

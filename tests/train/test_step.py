@@ -160,9 +160,7 @@ def _one_graph_over_chunks(model: Any, examples: Any, chunk: int) -> dict[str, t
         logits = model.lm_head(states[part.rows.label_source])
         nll = nll + functional.cross_entropy(logits, part.rows.label_ids, reduction="sum")
         count += len(part.rows.label_ids)
-    scores = (
-        functional.normalize(torch.cat(query)) @ functional.normalize(torch.cat(target)).T * 20
-    )
+    scores = functional.normalize(torch.cat(query)) @ functional.normalize(torch.cat(target)).T * 20
     own = torch.arange(len(examples))
     contrastive = (
         functional.cross_entropy(scores, own) + functional.cross_entropy(scores.T, own)

@@ -88,9 +88,7 @@ def _inputs(model: CAFe, sequences: list[RenderedSequence]) -> dict[str, Tensor]
         return_tensors="pt",
     )
     dtype = model.model.dtype
-    return {
-        k: v.to(dtype) if v.is_floating_point() else v for k, v in dict(inputs).items()
-    }
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in dict(inputs).items()}
 
 
 def _last_states(model: CAFe, sequences: list[RenderedSequence]) -> Tensor:

@@ -41,6 +41,10 @@ class CAFe(nn.Module):
         self.model: Any = model
         self.processor = processor
         self.family = family_of(model.config)
+        unused = self.family.unused(model.config)
+        for name, parameter in model.named_parameters():
+            if name.startswith(unused):
+                parameter.requires_grad_(False)
         self.collator = Collator(
             processor=processor,
             family=self.family,

@@ -94,7 +94,7 @@ def build_step(
         freeze_unreached(core, step)
     optimizer = build_optimizer(parts, contrast, recipe.optimizer, accelerator.device.type)
     with warnings.catch_warnings():
-        # torch 2.13 is about to rename `broadcast_buffers`; older versions have that name only.
+        # Renamed in torch 2.13; the old name is in every version that we take.
         warnings.simplefilter("ignore", FutureWarning)
         model, prepared = accelerator.prepare(core, optimizer)
     step = replace(

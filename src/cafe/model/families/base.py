@@ -51,6 +51,13 @@ class Family(Protocol):
         """Vision tensors -> for each picture its features [tokens, hidden], with gradient."""
         ...
 
+    def unused(self, config: Any) -> tuple[str, ...]:
+        """Prefixes of parameters that no forward reads, such as layers above the feature layer.
+
+        They get no gradient, and DDP would wait for it; so they do not train.
+        """
+        ...
+
     def alone_and_together_differ(self) -> bool:
         """Whether a picture has other features when its prompt holds several pictures."""
         ...

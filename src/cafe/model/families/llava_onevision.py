@@ -44,5 +44,15 @@ class LlavaOnevision(Family):
     def image_features(self, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
         return list(model.get_image_features(**inputs, return_dict=True).pooler_output)
 
+    def unused(self, config: Any) -> tuple[str, ...]:
+        layers = config.vision_config.num_hidden_layers
+        chosen = config.vision_feature_layer
+        chosen = [chosen] if isinstance(chosen, int) else chosen
+        # hidden_states[i] is the state after i layers; negative numbers count from the end.
+        highest = max(layer if layer >= 0 else layers + 1 + layer for layer in chosen)
+        tower = "model.vision_tower."
+        above = tuple(f"{tower}encoder.layers.{i}." for i in range(highest, layers))
+        return (*above, f"{tower}post_layernorm.", f"{tower}head.")
+
     def alone_and_together_differ(self) -> bool:
         return True
