@@ -98,7 +98,7 @@ def test_workers_change_nothing(world: Path, uninterrupted: Path, tmp_path: Path
     out = tmp_path / "out"
     with pytest.raises(Killed):
         train(long_recipe(world, out, "batch.workers=1"), on_step=die_after(5))
-    train(long_recipe(world, out, "batch.workers=1", "batch.chunk=2"), resume=True)
+    train(long_recipe(world, out), resume=True)
     assert_same_end(out, uninterrupted)
 
 
