@@ -32,7 +32,7 @@ check: $(STAMP)  ## lint, format, types, import direction
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/lint-imports --no-logo
+	$(BIN)/lint-imports --no-logo --no-cache
 
 test: check  ## check, then every test
 	$(BIN)/pytest

@@ -20,14 +20,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from joint_step import CAPTION, make_examples
-
 from cafe.model.tiny import tiny_model, tiny_processor
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
 from cafe.train.contrast import Contrast
 from cafe.train.memory import keep_memory
 from cafe.train.step import TrainingStep
+from joint_step import CAPTION, make_examples
 
 
 def resident_bytes() -> int:
@@ -45,7 +44,10 @@ def one_case(batch: int, chunk: int) -> dict[str, float]:
     chunks = [model.collator(examples[i : i + chunk]) for i in range(0, batch, chunk)]
     objective = Objective()
     step = TrainingStep(
-        model, model, Contrast(objective), objective,
+        model,
+        model,
+        Contrast(objective),
+        objective,
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),
     )
     before, peak, stop = resident_bytes(), [0], threading.Event()
@@ -84,8 +86,11 @@ def main() -> None:
     def case(batch: int, chunk: int) -> dict[str, float]:
         command = [sys.executable, __file__, "--case", str(batch), str(chunk)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-        print(f"batch {batch:4d} in chunks of {chunk:4d}: {found['bytes'] / 2**20:7.0f} MiB above "
-              f"the start, {found['seconds']:6.2f} s, loss {found['loss']:.4f}", flush=True)
+        print(
+            f"batch {batch:4d} in chunks of {chunk:4d}: {found['bytes'] / 2**20:7.0f} MiB above "
+            f"the start, {found['seconds']:6.2f} s, loss {found['loss']:.4f}",
+            flush=True,
+        )
         return found
 
     small = case(arguments.chunk, arguments.chunk)

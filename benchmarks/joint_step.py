@@ -118,16 +118,19 @@ def main() -> None:
 
     keep_memory()
     torch.manual_seed(0)
-    processor = tiny_processor([CAPTION, "Describe this image. Compress in one word:"] * 50,
-                               arguments.pixels)
+    processor = tiny_processor(
+        [CAPTION, "Describe this image. Compress in one word:"] * 50, arguments.pixels
+    )
     model = CAFe(tiny_model(processor), processor).train()
     examples = make_examples(arguments.batch, arguments.pixels)
     chunk = model.collator(examples)
     picture_tokens = int((chunk.rows.input_ids[0] == processor.image_token_id).sum())
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.1f}M parameters, batch {arguments.batch}, "
-          f"{picture_tokens} picture tokens, row of {chunk.rows.input_ids.shape[1]} tokens, "
-          f"{arguments.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{parameters / 1e6:.1f}M parameters, batch {arguments.batch}, "
+        f"{picture_tokens} picture tokens, row of {chunk.rows.input_ids.shape[1]} tokens, "
+        f"{arguments.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
 
     def autocast() -> Any:
         return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
@@ -163,8 +166,10 @@ def main() -> None:
     tolerance = 0.05 if bf16 else 1e-4
     reference = losses["three passes (published)"]
     for name, found in losses.items():
-        print(f"{name:26s} contrastive {found[0]:.5f}  language {found[1]:.5f}  "
-              f"median {statistics.median(times[name]):.3f} s")
+        print(
+            f"{name:26s} contrastive {found[0]:.5f}  language {found[1]:.5f}  "
+            f"median {statistics.median(times[name]):.3f} s"
+        )
         difference = max(abs(a - b) for a, b in zip(found, reference, strict=True))
         assert difference < tolerance, f"{name}: losses differ by {difference}"
     median = {name: statistics.median(values) for name, values in times.items()}

@@ -37,7 +37,6 @@ from cafe.model.checkpoint import save_checkpoint
 from cafe.model.collate import Collator
 from cafe.model.rows import Chunk
 from cafe.model.tiny import tiny_model, tiny_processor
-
 from cafe.model.vlm import CAFe
 from cafe.objective import next_token_nll
 from cafe.types import Example, Image, Message
@@ -152,7 +151,8 @@ def optimizers(model: CAFe) -> list[torch.optim.Optimizer]:
 
 def keep_memory() -> None:
     """Let glibc keep freed blocks: on a CPU, taking them anew from the kernel costs more than the
-    arithmetic done in them."""
+    arithmetic done in them.
+    """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
@@ -168,7 +168,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=200, help="steps")
     arguments = parser.parse_args()
-
 
     keep_memory()
     torch.set_num_threads(arguments.threads)

@@ -8,15 +8,18 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 from rich.console import Console
 
-from cafe.demo import Settings, faster_precision, run_demo
+from cafe.demo import Settings, example_search, faster_precision, run_demo
 from cafe.errors import DataError
-from cafe.evaluate.scenes import SCORES
+from cafe.evaluate.data import Picture
+from cafe.evaluate.scenes import SCORES, SceneScores
 from cafe.model.vlm import CAFe
 from cafe.recipes import load_recipe
+from cafe.types import Image
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,24 @@ def test_it_says_the_table_and_three_commands_whose_paths_exist(demo):
         assert len(paths) >= 2
         assert all(path.exists() for path in paths if path not in written)
         assert all(path.parent.exists() for path in written)
+
+
+def test_the_search_shows_the_nearest_pictures_and_says_where_the_right_one_is():
+    def made(kinds: str) -> Picture:
+        image = Image(PIL.Image.new("RGB", (8, 8)))
+        return Picture(kinds, image, (kinds,), (), kinds=frozenset(kinds.split()))
+
+    pictures = tuple(made(k) for k in ("cat", "cat bus key", "cat bus egg", "b", "c", "d", "e"))
+    # The text of number 1 is nearest to 3, then to 1: the first picture of three kinds.
+    cosines = np.array([0.1, 0.8, 0.2, 0.9, 0.3, 0.4, 0.5])
+    images = np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1)
+    captions = np.tile([1.0, 0.0], (7, 1))
+
+    search = example_search(pictures, SceneScores({}, {}, images, captions))
+
+    assert (search.text, search.rank, search.candidates) == ("cat bus key", 2, 7)
+    assert [round(found.score, 6) for found in search.found] == [0.9, 0.8, 0.5, 0.4, 0.3]
+    assert [found.right for found in search.found] == [False, True, False, False, False]
 
 
 def test_a_folder_in_use_is_left_alone(demo):

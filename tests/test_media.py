@@ -221,6 +221,8 @@ def test_sixteen_bits_become_eight_and_not_white():
     for kind in ("PNG", "TIFF"):
         read = opened(encoded(PIL.Image.fromarray(levels), kind))
         assert np.asarray(read)[0].tolist() == [[v, v, v] for v in (0, 1, 128, 255)]
+    big_endian = PIL.Image.frombytes("I;16B", (4, 4), levels.byteswap().tobytes())
+    assert np.asarray(opened(big_endian))[0].tolist() == [[v, v, v] for v in (0, 1, 128, 255)]
 
 
 @pytest.mark.parametrize(("mode", "colour"), [("L", 255), ("1", 1), ("P", 0), ("YCbCr", None)])

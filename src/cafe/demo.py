@@ -113,7 +113,7 @@ def run_demo(
         draw_demo(
             out / "demo.png",
             _curves(run.records),
-            _search(pictures, after),
+            example_search(pictures, after),
             before=Clouds(before.images, before.captions),
             after=Clouds(after.images, after.captions),
         )
@@ -194,8 +194,8 @@ def _curves(records: Sequence[StepRecord]) -> Curves:
     )
 
 
-def _search(pictures: tuple[Picture, ...], scores: SceneScores) -> Search:
-    """The first scene with some detail, searched by its caption among all pictures."""
+def example_search(pictures: tuple[Picture, ...], scores: SceneScores) -> Search:
+    """Search the first scene with some detail by its caption, among all pictures."""
     detailed = (i for i, p in enumerate(pictures) if len(p.kinds or ()) >= _SEARCH_KINDS)
     query = next(detailed, 0)
     cosines = scores.images @ scores.captions[query]

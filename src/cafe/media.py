@@ -61,7 +61,7 @@ def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     picture.load()
     if picture.mode.startswith("I;16"):
         # Pillow would clip 65,535 levels at 255, which leaves white.
-        picture = picture.point(lambda level: level / 257).convert("L")
+        picture = picture.convert("I").point(lambda level: level / 257).convert("L")
     if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         white = PIL.Image.new("RGBA", rgba.size, "white")

@@ -55,12 +55,12 @@ class FakeModel:
         return [self.replies[c[0].text] for c in conversations]
 
     def read(self, examples: Sequence[Example]) -> list[Reading]:
-        """One nat per word; greedy where the table has exactly this answer."""
+        """n words: n² nats, 2n tokens; greedy where the table has exactly this answer."""
 
         def answer(dialogue: Conversation) -> Answer:
             given = dialogue[-1].text
             words = len(given.split())
-            return Answer(float(words), 2 * words, self.replies.get(dialogue[0].text) == given)
+            return Answer(float(words**2), 2 * words, self.replies.get(dialogue[0].text) == given)
 
         def side(conversation: Conversation | None) -> np.ndarray | None:
             if conversation is None:
@@ -105,27 +105,20 @@ def test_a_constant_model_retrieves_nothing_and_has_no_gap():
 
 
 def test_the_gap_is_the_distance_of_the_two_centroids_and_alignment_that_of_pairs():
-    pictures = [make("a", ["a"]), make("b", ["b1", "b2"])]
-    east, north = [1.0, 0.0], [0.0, 1.0]
+    first, second = make("a", ["a"]), make("b", ["b1", "b2"])
+    east, north, west = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
     model = FakeModel(
-        {
-            pictures[0].image.key: east,
-            pictures[1].image.key: east,
-            "a": north,
-            "b1": north,
-            "b2": north,
-        },
-        {},
+        {first.image.key: east, second.image.key: north, "a": west, "b1": east, "b2": east}, {}
     )
-    found = gap(model.encode, pictures).scores
-    assert found["modality_gap"] == pytest.approx(np.sqrt(2))
-    assert found["alignment"] == pytest.approx(2)
-    assert found["modality_probe_accuracy"] == 1
+    found = gap(model.encode, [first, second]).scores
+    # Centroids: (1/2, 1/2) and (1/3, 0). Squared distances of pairs: 4, 2, 2.
+    assert found["modality_gap"] == pytest.approx(np.hypot(1 / 6, 1 / 2))
+    assert found["alignment"] == pytest.approx(8 / 3)
 
 
 def test_the_caption_loss_weighs_tokens_not_captions():
-    read = [[Answer(2.0, 2, True), Answer(1.0, 4, False)], [Answer(9.0, 6, False)]]
-    assert caption_loss_scores(read).scores == {"caption_loss": 1.0}  # 12 nats, 12 tokens
+    read = [[Answer(2.0, 2, True), Answer(1.0, 4, False)], [Answer(9.0, 2, False)]]
+    assert caption_loss_scores(read).scores == {"caption_loss": 1.5}  # 12 nats, 8 tokens
 
 
 def test_objects_of_captions_are_counted_over_all_pictures():
@@ -145,7 +138,7 @@ def test_objects_of_captions_are_counted_over_all_pictures():
 def test_without_the_truth_a_caption_has_a_loss_only():
     model = FakeModel({}, {})
     found = caption(model.read, model.generate, [make("a", ["one two"]), make("b", ["three"])])
-    assert found.scores == {"caption_loss": 0.5}
+    assert found.scores == {"caption_loss": pytest.approx(5 / 6)}
     assert model.asked == []
     with pytest.raises(DataError, match=r"'a'.*not known"):
         caption_objects(model.generate, [make("a", ["x"])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,20 @@ def test_an_error_while_streaming_reaches_the_caller(model: CAFe):
         model.generate(["a", "b"], stream=True)
 
 
+def test_a_stream_that_nobody_reads_on_stops(model: CAFe):
+    steps = []
+    handle = model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    threads = threading.active_count()
+    pieces = model.generate("hi", max_new_tokens=900, stream=True, min_new_tokens=900)
+    try:
+        next(iter(pieces))
+        pieces.close()  # type: ignore[union-attr]
+    finally:
+        handle.remove()
+    assert threading.active_count() == threads
+    assert len(steps) < 500
+
+
 def test_generation_stops_at_the_end_of_the_turn(model: CAFe):
     """A head that always says one word and then, given that word, the turn's end."""
     end = model.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -333,7 +348,7 @@ def test_a_score_is_the_probability_of_yes(model: CAFe):
     assert np.abs(by_text - expected).max() <= 1e-6
     for scores in (by_picture, by_text):
         assert ((scores > 0) & (scores < 1)).all()
-        assert np.ptp(scores) > 1e-3
+        assert np.ptp(scores) > 1e-4
     assert by_picture[1] == pytest.approx(by_text[0], abs=1e-6)
 
 

@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import build_small_model
-
 from cafe.data.scenes import write_scenes
 from cafe.recipes import Recipe, load_recipe
 from cafe.train.log import StepRecord
+from conftest import build_small_model
 
 SCENES = 32
 STEPS = 8  # one pass over the scenes in batches of 4

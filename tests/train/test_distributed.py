@@ -19,12 +19,12 @@ import torch.multiprocessing as multiprocessing
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import build_small_model, in_float64
 from twin import gradients, make_examples, worst_difference
 
 from cafe.recipes import Objective
 from cafe.train.contrast import Contrast
 from cafe.train.step import TrainingStep
+from conftest import build_small_model, in_float64
 
 JOINT = Objective(contrastive_weight=0.7, language_weight=1.3, learn_temperature=True)
 

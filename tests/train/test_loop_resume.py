@@ -172,7 +172,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(
     with full_disk(), pytest.raises(TrainingError) as stopped:
         train(long_recipe(world, out), resume=True)
     text = str(stopped.value)
-    assert text.startswith(f"step 4: the checkpoint {out}/checkpoints/step-000004 cannot be written")
+    assert text.startswith(
+        f"step 4: the checkpoint {out}/checkpoints/step-000004 cannot be written"
+    )
     assert "File too large" in text
     assert "the last good one is step-000002. Free space on that disk" in text
     assert steps_saved(out) == [2]
@@ -197,7 +199,8 @@ def test_an_incomplete_checkpoint_is_no_checkpoint(
 ) -> None:
     out = copied(uninterrupted, tmp_path)
     newest = latest(out)
-    assert newest is not None and newest.name == "step-000010"
+    assert newest is not None
+    assert newest.name == "step-000010"
     file = newest / name
     file.write_bytes(file.read_bytes()[:-10])
     assert latest(out) == out / "checkpoints" / "step-000008"

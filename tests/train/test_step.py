@@ -13,11 +13,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import build_small_model, in_float64
 from twin import gradients, make_examples, run_step, three_passes, worst_difference
 
 from cafe.recipes import Objective
 from cafe.train.randomness import uses_dropout
+from conftest import build_small_model, in_float64
 
 EXACT = 1e-9
 JOINT = Objective(contrastive_weight=0.7, language_weight=1.3)

@@ -28,7 +28,7 @@ from cafe.types import Example, Image, Message, user
 def make_examples(count: int, *, seed: int = 0) -> list[Example]:
     """Pairs of a picture and a text of varied length, each with a caption and a question."""
     rng = np.random.default_rng(seed)
-    words = "a big red cat at the top left yes no small".split()
+    words = ["a", "big", "red", "cat", "at", "the", "top", "left", "yes", "no", "small"]
     examples = []
     for i in range(count):
         pixels = rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)

@@ -133,7 +133,7 @@ class Collator:
             return Rows.none()
         if self.row_tokens is not None:
             rows = pack_rows(rows, self.row_tokens)
-        batch = stack_rows(rows, self._pad_id)
+        batch = stack_rows(rows, self.pad_id)
         width = batch.input_ids.shape[1]
         flat: dict[int, np.ndarray] = {}
         sequences = iter(of_row)
@@ -200,7 +200,7 @@ class Collator:
         return self.processor.tokenizer
 
     @property
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
         pad = self._tokenizer.pad_token_id
         return int(self._tokenizer.eos_token_id if pad is None else pad)
 

@@ -99,21 +99,29 @@ def stream(
 ) -> Iterator[str]:
     """One answer, piece by piece; joined, the pieces are what `generate` gives.
 
-    An error in generation is raised here, not lost in a thread.
+    An error in generation is raised here, not lost in a thread; closing the iterator early stops
+    the generation.
     """
-    from transformers import TextIteratorStreamer
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     inputs = _generation_inputs(model, [conversation], [0])
     streamer = TextIteratorStreamer(
         model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
     )
     failure: list[BaseException] = []
+    left = threading.Event()
+
+    def nobody_reads(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(tokens),), left.is_set(), device=tokens.device)
 
     def run() -> None:
         try:
             with torch.inference_mode():
                 model.model.generate(
-                    **inputs, **_settings(model, max_new_tokens, sampling), streamer=streamer
+                    **inputs,
+                    **_settings(model, max_new_tokens, sampling),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([nobody_reads]),
                 )
         except BaseException as error:  # handed to the consumer below
             failure.append(error)
@@ -121,8 +129,11 @@ def stream(
 
     worker = threading.Thread(target=run, daemon=True)
     worker.start()
-    yield from _stripped(streamer)
-    worker.join()
+    try:
+        yield from _stripped(streamer)
+    finally:
+        left.set()
+        worker.join()
     if failure:
         raise failure[0]
 
@@ -141,13 +152,12 @@ def _stripped(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _settings(model: CAFe, max_new_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
-    tokenizer = model.processor.tokenizer
-    end = tokenizer.convert_tokens_to_ids(model.collator.pooled_token)
+    end = model.processor.tokenizer.convert_tokens_to_ids(model.collator.pooled_token)
     return {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "eos_token_id": [end],
-        "pad_token_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        "pad_token_id": model.collator.pad_id,
         **sampling,
     }
 
@@ -162,10 +172,9 @@ def _generation_inputs(
     last = rows.pooled - torch.arange(len(conversations), device=model.device) * length
     shift = length - 1 - last
     index = torch.arange(length, device=model.device)[None] - shift[:, None]
+    pad = rows.input_ids.new_tensor(model.collator.pad_id)
     inputs: dict[str, Any] = {
-        "input_ids": torch.where(
-            index >= 0, rows.input_ids.gather(1, index.clamp(min=0)), rows.input_ids.new_tensor(0)
-        ),
+        "input_ids": torch.where(index >= 0, rows.input_ids.gather(1, index.clamp(min=0)), pad),
         "attention_mask": (index >= 0).long(),
     }
     if len(rows.image_order):

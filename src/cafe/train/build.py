@@ -21,8 +21,7 @@ from cafe.recipes import Recipe
 from cafe.train.checkpoints import TrainingState
 from cafe.train.contrast import Contrast
 from cafe.train.distributed import world_size
-from cafe.train.optim import build_optimizer, freeze, parts_of
-from cafe.train.reach import freeze_unreached
+from cafe.train.optim import build_optimizer, freeze, head_is_tied, parts_of
 from cafe.train.step import TrainingStep
 
 
@@ -80,6 +79,8 @@ def build_step(
     """The step on the prepared model, and the state that it changes."""
     parts = parts_of(core)
     freeze(parts, recipe.optimizer.freeze)
+    if recipe.objective.language_weight == 0 and not head_is_tied(core):
+        core.lm_head.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
     core.train()
     if recipe.gradient_checkpointing:
         with warnings.catch_warnings():
@@ -90,8 +91,6 @@ def build_step(
     step = TrainingStep(
         core, core, contrast, recipe.objective, autocast=lambda: accelerator.autocast()
     )
-    if accelerator.num_processes > 1:
-        freeze_unreached(core, step)
     optimizer = build_optimizer(parts, contrast, recipe.optimizer, accelerator.device.type)
     with warnings.catch_warnings():
         # Renamed in torch 2.13; the old name is in every version that we take.

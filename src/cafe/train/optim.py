@@ -39,11 +39,16 @@ def parts_of(core: CAFe) -> Parts:
 
 def freeze(parts: Parts, frozen: Sequence[str]) -> None:
     """The parts in `frozen` get no gradient. Raises RecipeError if nothing is left to learn."""
-    for part, parameters in parts.items():
-        for parameter in parameters.values():
-            parameter.requires_grad_(part not in frozen)
+    for part in frozen:
+        for parameter in parts[part].values():
+            parameter.requires_grad_(False)
     if not any(p.requires_grad for parameters in parts.values() for p in parameters.values()):
         raise RecipeError(f"optimizer.freeze is {list(frozen)}: nothing is left to learn")
+
+
+def head_is_tied(core: CAFe) -> bool:
+    """Whether the head's matrix is also the token embedding's."""
+    return core.lm_head.weight is core.model.get_input_embeddings().weight
 
 
 def build_optimizer(
