@@ -105,7 +105,7 @@ class ThreePasses:
             target = target + torch.cat(features)[:0].sum()
         contrastive = info_nce(query, target)
         (contrastive + language).backward()
-        return float(contrastive), float(language)
+        return contrastive.item(), language.item()
 
 
 def main() -> None:

@@ -49,13 +49,12 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Phase:
-    """What is shown up to a share of the time: first one thing a picture, then everything.
+    """What is shown for a share of the time: first one thing a picture, then everything.
 
     Naming single things first makes the vision tower useful within minutes; from the full mixture
     alone, it was still blind after 14 minutes (and 400 steps of AdamW).
     """
 
-    until: float
     max_objects: int
     question_kinds: frozenset[str]
     questions: int
@@ -65,17 +64,18 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.14, 1, frozenset({"object", "size", "place"}), 2, False, 64, 32),
-    Phase(0.45, 4, frozenset({"object", "presence", "place", "size", "count"}), 6, False, 32, 16),
-    Phase(1.0, 4, frozenset(QUESTION_KINDS), 5, True, 32, 16),
+    Phase(1, frozenset({"object", "size", "place"}), 2, False, 64, 32),
+    Phase(4, frozenset({"object", "presence", "place", "size", "count"}), 6, False, 32, 16),
+    Phase(4, frozenset(QUESTION_KINDS), 5, True, 32, 16),
 )
 
 
 class Batches(IterableDataset[list[Chunk]]):
     """Endless batches of fresh scenes, each collated in chunks of like length."""
 
-    def __init__(self, collator: Collator, done: Any) -> None:
+    def __init__(self, collator: Collator, done: Any, until: list[float]) -> None:
         self.collator = collator
+        self.until = until  # where each phase but the last ends
         self.done = done  # a shared number: how much of the time is over
 
     def __iter__(self) -> Iterator[list[Chunk]]:
@@ -83,7 +83,7 @@ class Batches(IterableDataset[list[Chunk]]):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in itertools.count(number, workers):
-            phase = next(p for p in PHASES if self.done.value <= p.until)
+            phase = PHASES[sum(self.done.value > end for end in self.until)]
             size, chunk = phase.pictures, phase.chunk
             examples = [example(batch * size + i, phase) for i in range(size)]
             examples.sort(key=lambda e: sum(len(m.text) for d in e.dialogues for m in d))
@@ -163,6 +163,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=65)
+    parser.add_argument("--start", type=Path, help="go on from this checkpoint directory")
+    parser.add_argument("--until", type=float, nargs=2, default=[0.25, 0.55], help="ends of phases")
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=1)
@@ -172,13 +174,16 @@ def main() -> None:
     keep_memory()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)
-    processor = tiny_processor(corpus())
-    model = CAFe(tiny_model(processor), processor).train()
+    if arguments.start:
+        model = CAFe.from_pretrained(arguments.start).train()
+    else:
+        processor = tiny_processor(corpus())
+        model = CAFe(tiny_model(processor), processor).train()
     both = optimizers(model)
     peaks = [group["lr"] for optimizer in both for group in optimizer.param_groups]
     progress = multiprocessing.Value("d", 0.0)
     loader = DataLoader(
-        Batches(model.collator, progress),
+        Batches(model.collator, progress, arguments.until),
         batch_size=None,
         num_workers=arguments.workers,
         prefetch_factor=8,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoConfig
 
 from cafe.data.quarantine import Quarantine
@@ -28,8 +29,9 @@ from cafe.model.vlm import CAFe
 from cafe.recipes import Recipe
 from cafe.train.build import build_accelerator, build_collator, build_step, seed_everything
 from cafe.train.checkpoints import WRITE_ERRORS, Checkpoints, clean, complete, whole_directory
-from cafe.train.distributed import rank, world_size
+from cafe.train.distributed import any_rank, rank, world_size
 from cafe.train.examples import TrainingData, load_data
+from cafe.train.interrupt import Interrupted
 from cafe.train.loader import Steps, step_loader
 from cafe.train.log import Reporter, RunLog, StepRecord, read_log
 from cafe.train.loop import Loop
@@ -113,10 +115,13 @@ def train(
             on_step=on_step,
             resume_with=f"cafe train {shlex.quote(str(output / 'recipe.yaml'))} --resume",
         )
-        loop.run(step_loader(steps, done, data.steps, recipe.batch.workers), done)
-    if main:
-        _save_model(core, recipe.model, output / "model")
-    accelerator.end_training()
+        try:
+            loop.run(step_loader(steps, done, data.steps, recipe.batch.workers), done)
+        except Interrupted:
+            _part(accelerator)
+            raise
+    _save_model(core, recipe.model, output / "model")
+    _part(accelerator)
     return TrainResult(output / "model", log_path, read_log(log_path))
 
 
@@ -148,21 +153,35 @@ def _order(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
 
 
 def _save_model(core: CAFe, base: str, target: Path) -> None:
-    """Write the model whole or not at all, in the type of the base's own weights.
+    """Write the model whole or not at all, in the type of the base's own weights; rank 0 does it.
 
     Training keeps its weights in float32 (the checkpoints have those); a base that came in bf16
     leaves in bf16, half the size, as its users load it.
     """
-    core.model.to(_base_dtype(base))
-    try:
-        with whole_directory(target) as unfinished:
-            core.save_pretrained(unfinished)
-    except WRITE_ERRORS as error:
-        reason = " ".join(str(error).split())
+    failure: Exception | None = None
+    if rank() == 0:
+        core.model.to(_base_dtype(base))
+        try:
+            with whole_directory(target) as unfinished:
+                core.save_pretrained(unfinished)
+        except WRITE_ERRORS as error:
+            failure = error
+    if any_rank(failure is not None, core.device):
+        reason = "another rank failed" if failure is None else " ".join(str(failure).split())
         raise TrainingError(
             f"the model {target} cannot be written ({reason}); the last checkpoint is whole. Free "
             "space on that disk, then go on with --resume"
-        ) from error
+        ) from failure
+
+
+def _part(accelerator: Accelerator) -> None:
+    """Close trackers and leave the other ranks, at a time when none of them still works.
+
+    A process group that is destroyed right after a collective can hang: its thread waits for
+    Python's lock to free that tensor, and this thread holds the lock and waits for its end.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def _base_dtype(base: str) -> torch.dtype:
