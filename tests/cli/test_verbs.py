@@ -140,11 +140,7 @@ def test_evaluate_prints_and_writes(cafe, stand_in, fake_model, tmp_path):
     (model, *rest), _ = calls[0]
     assert (model.name, *rest) == ("some/model", "retrieval", None, 9)
     assert stdout.splitlines() == ["recall@1     0.2500", "n            500", "by_kind.cat  1.0000"]
-    assert json.loads(out.read_text()) == {
-        "model": "some/model",
-        "task": "retrieval",
-        "scores": scores,
-    }
+    assert json.loads(out.read_text()) == {"model": "some/model", **scores}
     assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
 
 

@@ -101,7 +101,8 @@ def test_a_run_killed_between_and_during_saves_and_terminated_ends_as_one_never_
     wait_until(process, lambda: last_saved(out) > 0)
     half = kill_during_a_save(process, out / "checkpoints")
     saved = [step for step, _ in complete(out / "checkpoints")]
-    assert half and saved, "there was no save to interrupt"
+    assert half, "there was no save to interrupt"
+    assert saved
     assert f".tmp-step-{saved[-1]:06d}" not in half  # what is complete is not what was half
 
     process = start(*arguments, "--resume")

@@ -42,13 +42,13 @@ def command(
     from cafe.evaluate.run import evaluate
     from cafe.model.vlm import CAFe
 
-    scores = evaluate(CAFe.from_pretrained(model), task.value, data, limit)
-    rows = [(name, f"{v:.4f}" if isinstance(v, float) else str(v)) for name, v in _flat(scores)]
+    result = evaluate(CAFe.from_pretrained(model), task.value, data, limit)
+    rows = [(name, f"{v:.4f}" if isinstance(v, float) else str(v)) for name, v in _flat(result)]
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
     if json_out is not None:
-        _write_json(json_out, {"model": model, "task": task.value, "scores": scores})
+        _write_json(json_out, {"model": model, **result})
 
 
 def _flat(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

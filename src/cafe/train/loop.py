@@ -84,10 +84,10 @@ class Loop:
     def _set_aside(self, batch: StepData, device: torch.device) -> None:
         """Broken examples of all ranks into the quarantine, which every rank keeps alike."""
         if any_rank(bool(batch.rejected), device):
-            rejected = gather_object(batch.rejected)
-            for item in rejected:
+            known = self.quarantine.count
+            self.quarantine.add(gather_object(batch.rejected), seen=0)  # seen when they were read
+            for item in self.quarantine.rejected[known:]:
                 self.reporter.note(f"left out: {item}")
-            self.quarantine.add(rejected, seen=0)  # counted when they were read
         if not batch.chunks:
             reason = str(batch.rejected[0]) if batch.rejected else "no reason is known"
             raise DataError(f"no example of this run can be used; the first: {reason}")
@@ -105,33 +105,31 @@ class Loop:
         bad = not (all(finite) and math.isfinite(norm) and math.isfinite(numbers.contrastive))
         if not any_rank(bad, self.state.device):
             return
-        if not bad:
-            raise TrainingError(f"step {step}: the loss of another process is not finite")
         ids = self._culprits(batch, finite)
+        blame = f"for the examples {', '.join(ids)}" if ids else "on another process"
         what = "gradient" if all(finite) else "loss"
         raise TrainingError(
             f"step {step}: the {what} is not finite (contrastive {float(numbers.contrastive):.4g}, "
-            f"language {float(numbers.language):.4g}) for the examples {', '.join(ids)}; the "
-            "weights are as they were before. Look at these examples; if they are in order, lower "
-            "optimizer.learning_rate or set precision=fp32"
+            f"language {float(numbers.language):.4g}) {blame}; the weights are as they were "
+            "before. Look at these examples; if they are in order, lower optimizer.learning_rate "
+            "or set precision=fp32"
         )
 
     @torch.no_grad()
     def _culprits(self, batch: StepData, finite: list[bool]) -> list[str]:
-        """Ids of the chunks that are broken by themselves.
+        """Ids of the chunks that are broken by themselves; none if those are on other ranks.
 
         One broken embedding makes the contrastive loss of the whole batch infinite, and with it
         every chunk's; only looking at each chunk alone tells which it was.
         """
-        alone = []
+        blamed = []
         for chunk in batch.chunks:
             moved = chunk.to(self.state.device)
             with self.step.autocast():
                 hidden = self.step.core(moved.rows, moved.vision)
-            alone.append(not bool(torch.isfinite(hidden).all()))
-        blamed = alone if any(alone) else [not good for good in finite]
-        if not any(blamed):  # the gradient overflowed, somewhere
-            blamed = [True] * len(blamed)
+            blamed.append(not bool(torch.isfinite(hidden).all()))
+        if not any_rank(any(blamed), self.state.device):  # nothing shows in the forward
+            blamed = [all(finite) or not good for good in finite]
         return [
             repr(name)
             for chunk, bad in zip(batch.chunks, blamed, strict=True)

@@ -90,14 +90,8 @@ def train(
     log_path = output / "log.jsonl"
     if main:
         recipe.save(output / "recipe.yaml")
-    reporter = Reporter(
-        RunLog(log_path, done) if main else None,
-        done=done,
-        total=data.steps,
-        every_steps=recipe.log.every_steps,
-        bar=recipe.log.progress,
-        track=lambda values, number: accelerator.log(values, step=number),
-    )
+    log = RunLog(log_path, done) if main else None
+    reporter = _reporter(recipe, log, accelerator, done, data.steps)
     with reporter:
         if quarantine.count:
             reporter.note(f"left out: {quarantine.count} records, see {quarantine.path}")
@@ -150,6 +144,19 @@ def _order(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
         "the number of examples": list(data.plan.sizes),
         "the weight of the sources": list(data.plan.weights),
     }
+
+
+def _reporter(
+    recipe: Recipe, log: RunLog | None, accelerator: Accelerator, done: int, total: int
+) -> Reporter:
+    return Reporter(
+        log,
+        done=done,
+        total=total,
+        every_steps=recipe.log.every_steps,
+        bar=recipe.log.progress,
+        track=lambda values, step: accelerator.log(values, step=step),
+    )
 
 
 def _save_model(core: CAFe, base: str, target: Path) -> None:
