@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,6 @@ from cafe.train.examples import TrainingData, load_data, trained_part
 from cafe.train.interrupt import StopRequest
 from cafe.train.loader import Steps, step_loader, text_length
 from cafe.train.log import Reporter, RunLog, StepRecord, read_log
-from cafe.train.memory import keep_memory
 from cafe.train.optim import (
     build_optimizer,
     freeze,
@@ -309,32 +309,47 @@ def test_a_directory_is_whole_or_not_there(tmp_path: Path) -> None:
 def test_a_second_ctrl_c_does_not_wait() -> None:
     import signal
 
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal_number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    # A shell starts background jobs with SIGINT ignored; the usual handler is put in first.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):  # the usual handler is back
-        os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal_number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # the usual handler is back
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_TAKE_AND_FREE = """
+import resource, sys, torch
+from cafe.train.memory import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+for round in range(8):
+    if round == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    taken = torch.ones(int(sys.argv[2]) << 18)  # so many MiB
+    del taken
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
 
 
 def test_memory_that_was_freed_is_kept() -> None:
-    """Below glibc's limit a freed block is not given back to the kernel (Linux only)."""
+    """Below glibc's limit a freed block is not given back to the kernel: no new page faults."""
     if not sys.platform.startswith("linux"):
         pytest.skip("glibc only")
-    keep_memory()
-    keep_memory()
-    taken = torch.ones(4 << 20)  # 16 MB: above the default threshold, below the new one
-    del taken
-    before = resident_bytes()
-    taken = torch.ones(4 << 20)
-    assert resident_bytes() - before < 8 << 20, "the block was given back and taken anew"
-    del taken
 
+    def page_faults(mode: str, megabytes: int) -> int:
+        command = [sys.executable, "-c", _TAKE_AND_FREE, mode, str(megabytes)]
+        environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return int(done.stdout)
 
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    assert page_faults("keep", 16) < 2000
+    assert page_faults("plain", 40) > 10_000, "page faults are not seen here"
 
 
 def test_a_manifest_is_the_last_file_of_a_checkpoint(world: Path, tmp_path: Path) -> None:

@@ -184,11 +184,16 @@ def _save_model(core: CAFe, base: str, target: Path) -> None:
 def _part(accelerator: Accelerator) -> None:
     """Close trackers and leave the other ranks, at a time when none of them still works.
 
-    A process group that is destroyed right after a collective can hang: its thread waits for
-    Python's lock to free that tensor, and this thread holds the lock and waits for its end.
+    Gloo's group is left to the process's end. Destroying it right after a collective can hang:
+    its thread waits for Python's lock to free that tensor, and the destroying thread holds the
+    lock and waits for its end. NCCL asks to be destroyed.
     """
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    if accelerator.device.type == "cpu":
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    else:
+        accelerator.end_training()
 
 
 def _base_dtype(base: str) -> torch.dtype:

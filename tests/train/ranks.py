@@ -1,0 +1,72 @@
+"""What each rank of the distributed test does; a module of its own, so that spawn can import it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from twin import gradients, make_examples
+
+from cafe.recipes import Objective
+from cafe.train.contrast import Contrast
+from cafe.train.step import TrainingStep
+from conftest import build_small_model, in_float64
+
+JOINT = Objective(contrastive_weight=0.7, language_weight=1.3, learn_temperature=True)
+
+
+def examples_of(rank: int) -> list[Any]:
+    """Ten examples; the last two of rank 1 have no picture. The ranks' shares differ in size."""
+    examples = make_examples(7)
+    texts = [
+        dataclasses.replace(
+            e,
+            query=e.target,
+            target=(dataclasses.replace(e.target[0], content=(f"again {e.id}",)),),
+            dialogues=tuple(
+                (dataclasses.replace(q, content=q.content[1:]), a) for q, a in e.dialogues
+            ),
+        )
+        for e in make_examples(3, seed=1)
+    ]
+    everything = examples + texts
+    return {0: everything[:4], 1: everything[4:], -1: everything}[rank]
+
+
+def step_of(rank: int, chunk: int, wrapped: bool) -> tuple[Any, Any, Any]:
+    model = in_float64(build_small_model()).train()
+    collator = dataclasses.replace(model.collator, dummy_image=True)
+    contrast = Contrast(JOINT).double()
+    outer: Any = torch.nn.parallel.DistributedDataParallel(model) if wrapped else model
+    step = TrainingStep(
+        outer, model, contrast, JOINT, **({"no_sync": outer.no_sync} if wrapped else {})
+    )
+    examples = examples_of(rank)
+    size = chunk or len(examples)
+    parts = [collator(examples[i : i + size]) for i in range(0, len(examples), size)]
+    numbers = step(parts)
+    return model, contrast, numbers
+
+
+def worker(rank: int, port: int, chunk: int, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    model, contrast, numbers = step_of(rank, chunk, wrapped=True)
+    torch.save(
+        {
+            "gradients": gradients(model),
+            "temperature": contrast.log_temperature.grad,
+            "numbers": (numbers.contrastive, numbers.language, numbers.tokens, numbers.pairs),
+        },
+        f"{out}/rank{rank}.pt",
+    )
+    torch.distributed.destroy_process_group()
