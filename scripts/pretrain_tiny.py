@@ -10,11 +10,9 @@ caption and question. The result is copied to `src/cafe/model/tiny_base` by hand
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from cafe.model.rows import Chunk
 from cafe.model.tiny import tiny_model, tiny_processor
 from cafe.model.vlm import CAFe
 from cafe.objective import next_token_nll
+from cafe.train.memory import keep_memory
 from cafe.types import Example, Image, Message
 
 MUON_LEARNING_RATE = 0.02
@@ -147,16 +146,6 @@ def optimizers(model: CAFe) -> list[torch.optim.Optimizer]:
             others, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         ),
     ]
-
-
-def keep_memory() -> None:
-    """Let glibc keep freed blocks: on a CPU, taking them anew from the kernel costs more than the
-    arithmetic done in them.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main() -> None:
