@@ -1,10 +1,12 @@
-"""Make the tiny base: a small real LLaVA-OneVision, pretrained with the language loss only.
+"""Make the tiny base: a small real LLaVA-OneVision that talks, and cannot retrieve.
 
-    python scripts/pretrain_tiny.py --out runs/tiny-base --minutes 65
+    python scripts/pretrain_tiny.py --out runs/tiny-base
 
-It learns captions and questions about endless scenes (`cafe.data.scenes`, train split): it talks,
-and it cannot retrieve. Every example is one row: the picture's tokens once, then one branch per
-caption and question. The result is copied to `src/cafe/model/tiny_base` by hand, with its card.
+Two stages, as real ones are made. `pretrain_tower`: the vision tower names what its patches show.
+Then the whole model with the language loss only: captions and questions about endless scenes
+(`cafe.data.scenes`, train split), every example one row: the picture's tokens once, then one
+branch per caption and question. The result is copied to `src/cafe/model/tiny_base` by hand, with
+its card.
 """
 
 from __future__ import annotations
@@ -15,16 +17,15 @@ import json
 import multiprocessing
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pretrain_tower import pretrain_tower
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cafe.data.scenes import (
     PROMPT_CAPTION,
-    QUESTION_KINDS,
     caption,
     draw,
     questions,
@@ -41,68 +42,49 @@ from cafe.train.memory import keep_memory
 from cafe.types import Example, Image, Message
 
 MUON_LEARNING_RATE = 0.02
+SIGHT_LEARNING_RATE = 0.004  # of tower and projector, which come pretrained
 ADAM_LEARNING_RATE = 1e-3
 WARMUP_STEPS = 30
-SEED = 7
 
 
-@dataclass(frozen=True)
-class Phase:
-    """What is shown for a share of the time: first one thing a picture, then everything.
-
-    Naming single things first makes the vision tower useful within minutes; from the full mixture
-    alone, it was still blind after 14 minutes (and 400 steps of AdamW).
-    """
-
-    max_objects: int
-    question_kinds: frozenset[str]
-    questions: int
-    caption: bool
-    pictures: int
-    chunk: int
-
-
-PHASES = (
-    Phase(1, frozenset({"object", "size", "place"}), 2, False, 64, 32),
-    Phase(4, frozenset({"object", "presence", "place", "size", "count"}), 6, False, 32, 16),
-    Phase(4, frozenset(QUESTION_KINDS), 5, True, 32, 16),
-)
+PICTURES, CHUNK = 32, 16
+QUESTIONS = 8  # per picture: branches cost little, and ground the model faster than captions alone
+# Finding a thing by its name is learned last, and slowly from the mixture: yes or no tells little.
+# So there is a time in which most questions need it.
+FINDING = ("presence", "place", "size", "object")
+FINDING_QUESTIONS = 12
 
 
 class Batches(IterableDataset[list[Chunk]]):
     """Endless batches of fresh scenes, each collated in chunks of like length."""
 
-    def __init__(self, collator: Collator, done: Any, until: list[float]) -> None:
+    def __init__(self, collator: Collator, finding: Any, seed: int) -> None:
         self.collator = collator
-        self.until = until  # where each phase but the last ends
-        self.done = done  # a shared number: how much of the time is over
+        self.seed = seed
+        self.finding = finding  # a number that the training process may change
 
     def __iter__(self) -> Iterator[list[Chunk]]:
         torch.set_num_threads(1)
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in itertools.count(number, workers):
-            phase = PHASES[sum(self.done.value > end for end in self.until)]
-            size, chunk = phase.pictures, phase.chunk
-            examples = [example(batch * size + i, phase) for i in range(size)]
+            examples = [
+                example(self.seed, batch * PICTURES + i, bool(self.finding.value))
+                for i in range(PICTURES)
+            ]
             examples.sort(key=lambda e: sum(len(m.text) for d in e.dialogues for m in d))
-            yield [self.collator(examples[i : i + chunk]) for i in range(0, size, chunk)]
+            yield [self.collator(examples[i : i + CHUNK]) for i in range(0, PICTURES, CHUNK)]
 
 
-def example(index: int, phase: Phase) -> Example:
-    """One scene with its caption and some questions; scenes of the train split only."""
-    for attempt in itertools.count():
-        scene = sample_scene(scene_seed(SEED, index * 64 + attempt), "train")
-        if len(scene.objects) <= phase.max_objects:
-            break
+def example(seed: int, index: int, finding: bool = False) -> Example:
+    """One scene of the train split with its caption and some questions."""
+    scene = sample_scene(scene_seed(seed, index), "train")
     rng = random_stream(scene.seed, "train", "language")
-    asked = [(PROMPT_CAPTION, caption(scene, rng))] if phase.caption else []
-    found = [q for q in questions(scene, rng, 24) if q.kind in phase.question_kinds]
-    if not phase.caption:  # what is where comes first
-        found.sort(key=lambda q: q.kind != "object")
-    if not found:
-        asked = [(PROMPT_CAPTION, caption(scene, rng))]
-    asked += [(q.text, q.answer) for q in found[: phase.questions]]
+    asked = [(PROMPT_CAPTION, caption(scene, rng))]
+    found = questions(scene, rng, 4 * FINDING_QUESTIONS if finding else QUESTIONS)
+    if finding:
+        found = sorted((q for q in found if q.kind in FINDING), key=lambda q: FINDING.index(q.kind))
+    asked += [(q.text, q.answer) for q in found[:FINDING_QUESTIONS]]
     picture = Image(draw(scene))
     return Example(
         id=str(scene.seed),
@@ -113,10 +95,10 @@ def example(index: int, phase: Phase) -> Example:
     )
 
 
-def corpus(scenes: int = 4000) -> Iterator[str]:
+def corpus(seed: int, scenes: int = 4000) -> Iterator[str]:
     """What the tokenizer learns its pieces from."""
     for index in range(scenes):
-        for dialogue in example(index, PHASES[-1]).dialogues:
+        for dialogue in example(seed, index).dialogues:
             for message in dialogue:
                 yield message.text
     for _ in range(50):
@@ -125,23 +107,39 @@ def corpus(scenes: int = 4000) -> Iterator[str]:
         yield "You are a helpful assistant."
 
 
+def look_alike_first(model: CAFe) -> None:
+    """Start attention where like attends to like: keys begin as their queries.
+
+    Finding a named thing in a picture is a match between a word and a patch that points the same
+    way (`pretrain_tower`). From unrelated queries and keys that match takes longer to appear than
+    everything else together. After Trockman and Kolter, "Mimetic Initialization" (2023).
+    """
+    for layer in model.model.model.language_model.layers:
+        attention = layer.self_attn
+        with torch.no_grad():
+            attention.q_proj.weight.mul_(2)
+            attention.k_proj.weight.copy_(attention.q_proj.weight)
+
+
 def pace(done: float, step: int) -> float:
     """Share of the peak learning rate: a short warm-up, level, then down to zero at the end."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, 0.02 + (1.0 - done) / 0.45)
+    return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, 0.02 + (1.0 - done) / 0.4)
 
 
 def optimizers(model: CAFe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the towers, AdamW for everything else."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    matrices = [
-        p
-        for p in model.parameters()
-        if p.ndim == 2 and "embed" not in names[id(p)] and "lm_head" not in names[id(p)]
-    ]
-    inside = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in inside]
+    matrices = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.ndim == 2 and "embed" not in name and "lm_head" not in name
+    }
+    inside = {id(p) for p in matrices.values()}
+    language = [p for name, p in matrices.items() if "language_model" in name]
+    sight = [p for name, p in matrices.items() if "language_model" not in name]
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
     return [
-        torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, momentum=0.95, weight_decay=0.01),
+        torch.optim.Muon(language, lr=MUON_LEARNING_RATE, momentum=0.95, weight_decay=0.01),
+        torch.optim.Muon(sight, lr=SIGHT_LEARNING_RATE, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(
             others, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         ),
@@ -151,9 +149,13 @@ def optimizers(model: CAFe) -> list[torch.optim.Optimizer]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=65)
-    parser.add_argument("--start", type=Path, help="go on from this checkpoint directory")
-    parser.add_argument("--until", type=float, nargs=2, default=[0.25, 0.55], help="ends of phases")
+    parser.add_argument("--minutes", type=float, default=30, help="of the language stage")
+    parser.add_argument("--tower-minutes", type=float, default=5)
+    parser.add_argument(
+        "--finding", type=float, nargs=2, default=[0.0, 0.5], help="shares of the time: from, to"
+    )
+    parser.add_argument("--start", type=Path, help="no first stage: go on from this directory")
+    parser.add_argument("--seed", type=int, default=7, help="of scenes and weights")
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=1)
@@ -162,17 +164,20 @@ def main() -> None:
 
     keep_memory()
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(SEED)
+    torch.manual_seed(arguments.seed)
     if arguments.start:
         model = CAFe.from_pretrained(arguments.start).train()
     else:
-        processor = tiny_processor(corpus())
+        processor = tiny_processor(corpus(arguments.seed))
         model = CAFe(tiny_model(processor), processor).train()
+        look_alike_first(model)
+        pretrain_tower(model, arguments.tower_minutes, arguments.workers)
+        save(model, arguments.out / "tower")
     both = optimizers(model)
     peaks = [group["lr"] for optimizer in both for group in optimizer.param_groups]
-    progress = multiprocessing.Value("d", 0.0)
+    finding = multiprocessing.Value("b", False)
     loader = DataLoader(
-        Batches(model.collator, progress, arguments.until),
+        Batches(model.collator, finding, arguments.seed),
         batch_size=None,
         num_workers=arguments.workers,
         prefetch_factor=8,
@@ -184,7 +189,7 @@ def main() -> None:
         done = max((time.monotonic() - start) / 60 / arguments.minutes, step / arguments.steps)
         if done >= 1:
             break
-        progress.value = done
+        finding.value = arguments.finding[0] <= done < arguments.finding[1]
         groups = [group for optimizer in both for group in optimizer.param_groups]
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * pace(done, step)

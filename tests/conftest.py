@@ -23,7 +23,8 @@ def build_small_model(**sizes: Any) -> Any:
 
     torch.manual_seed(0)
     processor = tiny_processor(
-        ["Describe this image.", "a big red cat at the top left", "yes no", "Compress this in one"]
+        ["Describe this image.", "a big red cat at the top left", "yes no", "Compress this in one"],
+        patch_pixels=16,  # a picture alone takes 78 tokens, beside others 37
     )
     shape = {"vision_layers": 1, "vision_width": 64, "language_layers": 2, "language_width": 64}
     return CAFe(tiny_model(processor, **{**shape, **sizes}), processor).eval()

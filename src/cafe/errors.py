@@ -13,7 +13,12 @@ from __future__ import annotations
 
 
 class CafeError(Exception):
-    """Base class. The command line prints it in one line, without a traceback."""
+    """Base class. The command line prints it in one line, without a traceback.
+
+    exit_code   of the command that ended so: 2, or 128 + a signal's number
+    """
+
+    exit_code: int = 2
 
 
 class DataError(CafeError):

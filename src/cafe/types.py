@@ -6,6 +6,7 @@ collator (`cafe.model.collate`) knows how they turn into tokens. No torch, no tr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,20 +17,47 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant"]
 
 
+class Stored(ABC):
+    """A picture file inside something larger: an archive, a table. It can be sent to workers.
+
+    name   names it in errors, and tells it from all others
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """The encoded picture. Raises ImageError when it is no longer there."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
     """A picture by reference; decoded late, by `cafe.media.open_image`.
 
-    `source` is a path, the encoded bytes of a picture file, or a decoded PIL image.
+    `source` is a path, the encoded bytes of a picture file, a picture stored inside something
+    larger, or a decoded PIL image. A picture of more than `pixel_budget` pixels (width x height) is
+    made smaller when it is opened.
     Two `Image` objects are the same picture when they are the same object or share `key`.
     """
 
-    source: str | Path | bytes | PIL.Image.Image
+    source: str | Path | bytes | PIL.Image.Image | Stored
+    pixel_budget: int | None = None
 
     @property
     def key(self) -> object:
-        """What tells pictures apart when branches are merged: the path, or object identity."""
-        return str(self.source) if isinstance(self.source, str | Path) else id(self.source)
+        """What tells pictures apart when branches are merged: path and size, or identity."""
+        match self.source:
+            case str() | Path():
+                name: object = str(self.source)
+            case Stored():
+                name = self.source.name
+            case _:
+                name = id(self.source)
+        return name if self.pixel_budget is None else (name, self.pixel_budget)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,7 +5,6 @@ The verbs run in this process, with stand-ins for what they call.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -102,13 +101,23 @@ def raising(error: BaseException):
     return function
 
 
-def test_demo(cafe, stand_in):
+def test_demo(cafe, stand_in, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     calls = stand_in("cafe.demo", "run_demo")
     assert cafe("demo")[0] == 0
     assert cafe("demo", "--out", "x", "--steps", "5", "--seed", "3")[0] == 0
     assert calls == [((Path("demo"), None, 0), {}), ((Path("x"), 5, 3), {})]
     assert cafe("demo", "--steps", "0")[0] == 2
     assert len(calls) == 2
+
+
+def test_a_second_demo_leaves_the_first_alone(cafe, stand_in, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for taken in ("demo", "demo-2"):
+        Path(taken).mkdir()
+    calls = stand_in("cafe.demo", "run_demo")
+    assert cafe("demo")[0] == 0
+    assert calls == [((Path("demo-3"), None, 0), {})]
 
 
 def test_train_takes_overrides_before_and_after_options(cafe, stand_in, recipe_file):
@@ -127,28 +136,6 @@ def test_a_misspelt_override_is_one_line_and_nothing_is_trained(cafe, stand_in, 
         "error: override 'batch.exmples=4': batch.exmples is no key of a recipe; "
         "did you mean batch.examples?\n"
     )
-
-
-def test_evaluate_prints_and_writes(cafe, stand_in, fake_model, tmp_path):
-    scores = {"recall@1": 0.25, "n": 500, "by_kind": {"cat": 1.0}}
-    calls = stand_in("cafe.evaluate.run", "evaluate", lambda *_: scores)
-    out = tmp_path / "new" / "scores.json"
-    code, stdout, _ = cafe(
-        "evaluate", "some/model", "--task", "retrieval", "--json", str(out), "--limit", "9"
-    )
-    assert code == 0
-    (model, *rest), _ = calls[0]
-    assert (model.name, *rest) == ("some/model", "retrieval", None, 9)
-    assert stdout.splitlines() == ["recall@1     0.2500", "n            500", "by_kind.cat  1.0000"]
-    assert json.loads(out.read_text()) == {"model": "some/model", **scores}
-    assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
-
-
-def test_an_unknown_task_is_refused(cafe, stand_in, fake_model):
-    calls = stand_in("cafe.evaluate.run", "evaluate")
-    code, _, err = cafe("evaluate", "tiny", "--task", "chess")
-    assert (code, calls) == (2, [])
-    assert "presence" in err
 
 
 def test_generate_streams_the_answer(cafe, fake_model, tmp_path):

@@ -9,7 +9,8 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from cafe.data.llava import Records, read_llava
+from cafe.data.read import read_examples
+from cafe.data.records import Reading, Records
 from cafe.data.scenes import read_truth, write_scenes
 from cafe.errors import DataError
 from cafe.types import Conversation, Image, Message, user
@@ -37,7 +38,7 @@ def record(*texts: str, **fields: Any) -> dict[str, Any]:
 
 def read(folder: Path, *records: object, mode: Any = "chat", **options: Any) -> Records:
     (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
-    return read_llava(folder / "data.json", mode=mode, **options)
+    return read_examples(folder / "data.json", Reading("llava", mode=mode, **options))
 
 
 def shown(conversation: Conversation) -> list[tuple[str, ...]]:
@@ -167,13 +168,15 @@ def test_json_lines_and_a_json_list_read_alike_and_limit_counts_records(folder: 
     whole = read(folder, *records)
     lines = folder / "data.jsonl"
     lines.write_text("\n\n".join(json.dumps(r) for r in records), encoding="utf-8-sig")
-    by_line = read_llava(lines, mode="chat")
+    by_line = read_examples(lines, Reading("llava", mode="chat"))
     assert [shown(e.dialogues[0]) for e in by_line.examples] == [
         shown(e.dialogues[0]) for e in whole.examples
     ]
     assert [e.id for e in by_line.examples] == ["0", "1", "2", "3"]
     for path in (lines, folder / "data.json"):
-        assert [e.id for e in read_llava(path, mode="chat", limit=2).examples] == ["0", "1"]
+        assert [
+            e.id for e in read_examples(path, Reading("llava", mode="chat", limit=2)).examples
+        ] == ["0", "1"]
 
 
 def test_a_record_without_an_id_is_named_by_its_place(folder: Path) -> None:
@@ -193,7 +196,7 @@ def test_pictures_start_at_image_root(folder: Path) -> None:
 
 BAD = {
     "no conversations": ({"id": "7"}, "'conversations' must be a list of turns, found nothing"),
-    "not an object": ("text", "expected an object with 'conversations', found a string"),
+    "not an object": ("text", "expected an object, found a string"),
     "no turns": (record(conversations=[]), "found an empty list"),
     "a turn without text": (record(conversations=[{"from": "human"}]), "turn 1: has neither"),
     "an unknown role": (
@@ -251,7 +254,7 @@ def test_a_line_that_is_not_json_is_rejected_by_its_number(folder: Path) -> None
     good = json.dumps(record("What?", "A mug.")).encode()
     lines = [good, b"", b'{"id": "8", "conv', b"\xff\xfe", b"[" * 100_000, good]
     (folder / "data.jsonl").write_bytes(b"\n".join(lines))
-    records = read_llava(folder / "data.jsonl", mode="chat")
+    records = read_examples(folder / "data.jsonl", Reading("llava", mode="chat"))
     assert len(records.examples) == 2
     assert [r.record for r in records.rejected] == ["line 3", "line 4", "line 5"]
     assert all(r.reason.startswith("not JSON") for r in records.rejected)
@@ -297,13 +300,13 @@ def test_a_json_file_that_is_none_is_an_error_with_its_place(
 ) -> None:
     (folder / "data.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_llava(folder / "data.json", mode="chat")
+        read_examples(folder / "data.json", Reading("llava", mode="chat"))
 
 
 def test_a_file_or_root_that_cannot_be_read_is_an_error(folder: Path) -> None:
-    for path in ("none.json", "nowhere/none.jsonl", "images"):
+    for path in ("none.json", "nowhere/none.jsonl"):
         with pytest.raises(DataError, match=rf"{path}: no such file"):
-            read_llava(folder / path, mode="chat")
+            read_examples(folder / path, Reading("llava", mode="chat"))
     with pytest.raises(DataError, match=r"image_root .*nowhere': no such folder"):
         read(folder, image_root=folder / "nowhere")
 
@@ -315,8 +318,10 @@ def test_a_scenes_folder_is_read_completely(tmp_path: Path) -> None:
     folder = tmp_path / "scenes"
     write_scenes(folder, count=12, seed=3)
     truth = read_truth(folder)
-    captions = read_llava(folder / "captions.json", mode="caption")
-    asked = read_llava(folder / "questions.json", mode="chat", turns="branches")
+    captions = read_examples(folder / "captions.json", Reading("llava", mode="caption"))
+    asked = read_examples(
+        folder / "questions.json", Reading("llava", mode="chat", turns="branches")
+    )
     assert captions.rejected == asked.rejected == []
     assert [e.id for e in captions.examples] == [t.id for t in truth]
     assert [e.target_id for e in captions.examples] == [t.caption for t in truth]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cafe.data.dataset import ExampleSet, Source
-from cafe.data.llava import read_llava
 from cafe.data.merge import merge_by_image
+from cafe.data.read import read_examples
+from cafe.data.records import Reading
 from cafe.data.scenes import write_scenes
 from cafe.errors import DataError
 from cafe.types import Conversation, Example, Image, Message, Video, user
@@ -44,8 +45,10 @@ def answers(example: Example) -> list[str]:
 def test_a_scenes_folder_gives_one_example_per_picture(tmp_path: Path) -> None:
     folder = tmp_path / "scenes"
     write_scenes(folder, count=12, seed=3)
-    captions = read_llava(folder / "captions.json", mode="caption").examples
-    asked = read_llava(folder / "questions.json", mode="chat", turns="branches").examples
+    captions = read_examples(folder / "captions.json", Reading("llava", mode="caption")).examples
+    asked = read_examples(
+        folder / "questions.json", Reading("llava", mode="chat", turns="branches")
+    ).examples
     merged = merge_by_image([*captions, *asked])
     assert [example.id for example in merged] == [example.id for example in captions]
     assert [len(example.dialogues) for example in merged] == [1 + 6] * 12

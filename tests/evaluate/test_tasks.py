@@ -45,7 +45,7 @@ class FakeModel:
         self.embeddings, self.replies = embeddings, replies
         self.asked: list[str] = []
 
-    def encode(self, inputs: Sequence[Image | str]) -> np.ndarray:
+    def encode(self, inputs: Sequence[Any]) -> np.ndarray:
         keys = [i if isinstance(i, str) else i.key for i in inputs]
         rows = np.array([self.embeddings[key] for key in keys])
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -89,7 +89,8 @@ def test_recall_counts_any_caption_of_a_picture_and_every_caption_by_itself():
     assert result.scores["image_to_text_recall@1"] == pytest.approx(2 / 3)
     assert result.scores["text_to_image_recall@1"] == pytest.approx(3 / 4)
     assert result.scores["text_to_image_recall@5"] == 1
-    assert result.items["text_to_image_recall@1"].tolist() == [1, 0, 1, 1]
+    assert result.items["caption_hits@1"].tolist() == [1, 1, 1]  # of two, one and one
+    assert result.items["captions"].tolist() == [2, 1, 1]
     assert result.count == 3
 
 
@@ -132,7 +133,7 @@ def test_objects_of_captions_are_counted_over_all_pictures():
     assert found.scores["caption_object_precision"] == pytest.approx(3 / 4)
     assert found.scores["caption_object_recall"] == pytest.approx(3 / 5)
     assert found.scores["caption_object_f1"] == pytest.approx(6 / 9)
-    assert found.items["caption_objects_right"].tolist() == [2, 1]
+    assert found.items["objects_right"].tolist() == [2, 1]
 
 
 def test_without_the_truth_a_caption_has_a_loss_only():
@@ -169,8 +170,17 @@ def test_only_questions_that_reading_does_not_settle_are_asked_and_compared_in_n
         "question_accuracy/count": 1.0,
         "presence_accuracy": 0.5,
     }
-    assert found.items["question_right"].tolist() == [1, 0, 1, 1]
+    # The sample is a picture; the second has no question.
+    assert found.items["asked"].tolist() == [4]
+    assert found.items["right"].tolist() == [3]
     assert found.count == 4
+
+
+def test_both_answers_to_a_yes_no_question_are_read_so_a_plain_wrong_one_is_not_generated():
+    model = FakeModel({}, REPLIES | {"Is there a bus?": "yes"})
+    found = presence(model.read, model.generate, [make("a", ["x"], QUESTIONS[:2])])
+    assert model.asked == []
+    assert found.scores["presence_accuracy"] == 0.5
 
 
 def test_no_question_at_all_is_an_error():

@@ -14,6 +14,8 @@ from cafe.metrics import (
     bootstrap_scores,
     chair_scores,
     paired_interval,
+    percentile_interval,
+    resampled_sums,
     wilson_interval,
 )
 
@@ -154,3 +156,42 @@ def test_bad_input_is_one_clear_error() -> None:
     for successes, trials in ((3, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="is no proportion"):
             wilson_interval(successes, trials)
+
+
+def test_sums_begin_with_the_samples_as_they_are_and_agree_with_the_slow_bootstrap():
+    rng = np.random.default_rng(0)
+    hits, asked = rng.integers(0, 3, size=20), rng.integers(3, 5, size=20)
+    cells = rng.normal(size=(20, 4))
+    columns = {"hits": hits, "asked": asked, "cells": cells}
+    sums = resampled_sums(columns, resamples=50, seed=3)
+    assert sums["hits"].shape == (51,)
+    assert sums["cells"].shape == (51, 4)
+    assert sums["hits"][0] == hits.sum()
+    np.testing.assert_allclose(sums["cells"][0], cells.sum(axis=0))
+    seen = []
+
+    def slow(draw: np.ndarray) -> dict[str, float]:
+        seen.append([hits[draw].sum(), asked[draw].sum(), *cells[draw].sum(axis=0)])
+        return {"ratio": hits[draw].sum() / asked[draw].sum()}
+
+    expected = bootstrap_scores(slow, 20, resamples=50, seed=3)["ratio"]
+    fast = np.column_stack([sums["hits"], sums["asked"], sums["cells"]])
+    np.testing.assert_allclose(fast, seen)
+    assert percentile_interval(sums["hits"] / sums["asked"]) == pytest.approx(expected)
+
+
+def test_the_draws_depend_on_the_seed_and_the_number_of_samples_only():
+    a = resampled_sums({"x": np.arange(9)}, resamples=20, seed=1)["x"]
+    b = resampled_sums({"y": np.ones(9), "x": np.arange(9)}, resamples=20, seed=1)["x"]
+    c = resampled_sums({"x": np.arange(9)}, resamples=20, seed=2)["x"]
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).any()
+
+
+def test_columns_of_different_samples_and_no_resample_are_refused():
+    with pytest.raises(ValueError, match=r"lengths \[2, 3\]"):
+        resampled_sums({"a": np.ones(2), "b": np.ones(3)})
+    with pytest.raises(ValueError, match="lengths"):
+        resampled_sums({})
+    with pytest.raises(ValueError, match="at least one resample"):
+        percentile_interval(np.ones(1))

@@ -15,9 +15,9 @@ from beartype import beartype
 from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
 
 import cafe.metrics
-from cafe.metrics import captioning, geometry, hallucination, interval, ranking
+from cafe.metrics import captioning, geometry, hallucination, interval, ngrams, ranking
 
-MODULES = (captioning, geometry, hallucination, interval, ranking)
+MODULES = (captioning, geometry, hallucination, interval, ngrams, ranking)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,6 +48,16 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
 
 SIDE, OTHER, VALUES = np.eye(3, 4), np.ones((3, 4)), np.linspace(0, 1, 3)
 FLAGS, OWN = np.array([True, False, True]), [[0], [1], np.array([2])]
+THRONE_SUMS = {
+    name: column.sum(axis=0)[None]
+    for name, column in hallucination.throne_columns(
+        np.array([[0, 9]]), np.array([[True, False]])
+    ).items()
+}
+BLEU_SUMS = {
+    name: column.sum(axis=0)[None]
+    for name, column in ngrams.bleu_columns([["a"]], [[["a"]]]).items()
+}
 CALLS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (ranking.recall_at_k, (SIDE, OTHER.astype(np.float32), OWN), {"block": 2}),
     (ranking.first_relevant_ranks, (SIDE, OTHER, OWN), {}),
@@ -64,6 +74,8 @@ CALLS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (hallucination.object_f1, ([["a"]], [{"a"}]), {}),
     (hallucination.throne_verdicts, (np.array([[0, 9]]),), {}),
     (hallucination.throne_scores, (np.array([[0, 9]]), np.array([[True, False]])), {}),
+    (hallucination.throne_columns, (np.array([[0, 9]]), np.array([[True, False]])), {}),
+    (hallucination.throne_summary, (THRONE_SUMS,), {}),
     (captioning.normalise_answer, ("A dog",), {}),
     (captioning.answer_accuracy, (["a"], [["a"]]), {}),
     (captioning.consensus_accuracy, (["a"], [["a", "b"]]), {}),
@@ -77,6 +89,12 @@ CALLS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (interval.paired_interval, (FLAGS, VALUES), {"resamples": 9}),
     (interval.bootstrap_scores, (lambda draw: {"a": 1.0}, 3), {"resamples": 9}),
     (interval.wilson_interval, (1, 3), {}),
+    (interval.resampled_sums, ({"a": VALUES, "b": SIDE},), {"resamples": 9}),
+    (interval.percentile_interval, (VALUES,), {}),
+    (ngrams.caption_words, ("A dog's ball.",), {}),
+    (ngrams.cider_d, ([["a"]], [[["a"]]]), {}),
+    (ngrams.bleu_columns, ([["a"]], [[["a"]]]), {}),
+    (ngrams.bleu_summary, (BLEU_SUMS,), {}),
 ]
 
 

@@ -122,7 +122,7 @@ def test_an_unknown_prompt_is_an_error_that_lists_the_known(collator: Collator):
         collator.render_embedding(user("a cat"), "compres")
     with pytest.raises(DataError, match=r"example 'x': embedding prompt 'nothing'"):
         collator([replace(pair("x"), embedding_prompt="nothing")])
-    assert set(PROMPTS) == {"compress", "none"}
+    assert set(PROMPTS) == {"compress", "official", "none"}
 
 
 def test_a_processor_without_template_is_an_error():
@@ -231,7 +231,7 @@ def test_pooled_is_the_end_of_the_empty_turn_in_the_order_of_the_losses(collator
         ((*user("What?"), assistant("  ")), "assistant turn is empty"),
         (user("What?"), "nothing to learn"),
         ((*user("What?"), Message("assistant", (PICTURE, "This."))), "answers are text"),
-        ((*user(Video("film.mp4")), assistant("A film.")), "videos are not supported"),
+        ((*user(Video("film.mp4")), assistant("A film.")), "video .film.mp4.: no such file"),
     ],
 )
 def test_a_dialogue_that_teaches_nothing_is_named(

@@ -117,7 +117,8 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_what_the_package_exports_is_there_and_complete() -> None:
-    modules = (cafe.objective.contrastive, cafe.objective.joint, cafe.objective.language)
+    objective = cafe.objective
+    modules = (objective.contrastive, objective.joint, objective.language, objective.official)
     public = {name for module in modules for name in module.__all__}
     assert set(cafe.objective.__all__) == public
     assert all(hasattr(cafe.objective, name) for name in public)

@@ -8,13 +8,28 @@ from typing import Annotated
 
 import typer
 
-from cafe.cli import data, demo, doctor, embed, evaluate, generate, train
+from cafe.cli import (
+    compare,
+    convert,
+    data,
+    demo,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    generate,
+    index,
+    mine,
+    search,
+    serve,
+    train,
+)
 from cafe.errors import CafeError
 
 __all__ = ["app", "main"]
 
-USER_ERROR = 2
-INTERRUPTED = 130
+_SIGNALS = 128
+INTERRUPTED = _SIGNALS + 2
 
 # Plain help: rich's boxes would double the time that `cafe --help` takes.
 app = typer.Typer(
@@ -40,8 +55,15 @@ def root(
 app.command("demo")(demo.command)
 app.command("train")(train.command)
 app.command("evaluate")(evaluate.command)
+app.command("compare")(compare.command)
 app.command("embed")(embed.command)
+app.command("index")(index.command)
+app.command("search")(search.command)
 app.command("generate")(generate.command)
+app.command("mine")(mine.command)
+app.command("convert")(convert.command)
+app.command("export")(export.command)
+app.command("serve")(serve.command)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.command)
 
@@ -53,7 +75,8 @@ def main() -> None:
     except CafeError as error:
         if os.environ.get("CAFE_DEBUG", "0") not in {"", "0"}:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(USER_ERROR)
+        prefix = "" if error.exit_code > _SIGNALS else "error: "  # a stop on request is no error
+        print(prefix + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,10 @@ import typer
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="Where results, pictures and the model go.")] = Path(
-        "demo"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where results, pictures and the model go; default: demo, demo-2, …"),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps; default: as the recipe says.")
     ] = None,
@@ -23,4 +25,13 @@ def command(
     """
     from cafe.demo import run_demo
 
-    run_demo(out, steps, seed)
+    run_demo(out or _free_folder("demo"), steps, seed)
+
+
+def _free_folder(name: str) -> Path:
+    """The first of name, name-2, name-3, … that is not there: an earlier demo is never lost."""
+    return next(
+        path
+        for number in itertools.count(1)
+        if not (path := Path(name if number == 1 else f"{name}-{number}")).exists()
+    )

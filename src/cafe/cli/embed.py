@@ -1,8 +1,9 @@
-"""`cafe embed`: texts, pictures, or both together become a Parquet file of embeddings."""
+"""`cafe embed`: texts, pictures, or both together become embeddings in Parquet or LanceDB."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +14,12 @@ from cafe.cli.arguments import Model
 if TYPE_CHECKING:
     import numpy as np
 
-    from cafe.cli.inputs import Loaded, Skipped
+    from cafe.cli.inputs import Loaded, Skipped, Source
     from cafe.model.vlm import CAFe
+
+TABLE_SHARD = 8192
+"""Inputs of one write into a LanceDB table, if --shard-size does not say; they are kept in memory
+until then."""
 
 
 def command(
@@ -27,19 +32,48 @@ def command(
             '{"text": ..., "image": path relative to the file}, or a folder of pictures.',
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE.parquet", help="Where to write.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.parquet", help="Where to write; a folder with --shard-size."),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="DIR", help="Write a LanceDB table there, for cafe search."),
+    ] = None,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Inputs per file. Finished files are not made again."),
+    ] = None,
 ) -> None:
     """Write embeddings of texts and pictures.
 
-    Broken inputs are listed on stderr, counted, and skipped.
+    Broken inputs are listed on stderr, counted, and skipped. Under torchrun each process embeds its
+    share of the files, on its own GPU.
     """
-    from cafe.cli.files import replacing
     from cafe.cli.inputs import open_source
+    from cafe.cli.shards import Ranks, embed_to_files, embed_to_table
+    from cafe.errors import DataError
+
+    if (out is None) == (to is None):
+        raise DataError("name where to write: --out FILE.parquet, or --to DIR for a LanceDB table")
+    ranks = Ranks.here()
+    inputs = open_source(source)  # before torch: a wrong path is told at once
+    if to is not None:
+        print(embed_to_table(model, source, inputs, to, shard_size or TABLE_SHARD, ranks))
+    elif out is not None and shard_size is not None:
+        print(embed_to_files(model, source, inputs, out, shard_size, ranks))
+    elif out is not None:
+        if ranks.count > 1:
+            raise DataError(f"{out}: {ranks.count} processes cannot write one file; --shard-size")
+        print(_embed_to_one(model, source, inputs, out))
+
+
+def _embed_to_one(model: str, source: Path, inputs: Source, out: Path) -> str:
+    from cafe.cli.files import replacing
     from cafe.cli.progress import progress_bar
     from cafe.cli.table import EmbeddingTable
     from cafe.errors import DataError
 
-    inputs = open_source(source)  # before torch: a wrong path is told at once
     with replacing(out) as unfinished:
         from cafe.model.vlm import CAFe
 
@@ -50,35 +84,32 @@ def command(
             progress_bar("embed", inputs.count) as done,
         ):
             for block, problems in inputs.blocks():
-                rows, embeddings, more_problems = _encode(vlm, block)
+                rows, embeddings, more_problems = encode_block(vlm, block)
                 table.append(rows, embeddings)
                 embedded, skipped = embedded + len(rows), skipped + len(problems + more_problems)
-                for problem in problems + more_problems:
-                    print(f"skipped {problem.place}: {problem.reason}", file=sys.stderr)
+                tell(problems + more_problems)
                 done(embedded + skipped)
         if not embedded:
             raise DataError(f"{source}: nothing to embed ({skipped} inputs skipped)")
-    print(f"{embedded} embeddings in {out}" + (f", {skipped} inputs skipped" if skipped else ""))
+    return f"{embedded} embeddings in {out}" + (f", {skipped} inputs skipped" if skipped else "")
 
 
-def _encode(
+def tell(problems: Sequence[Skipped]) -> None:
+    for problem in problems:
+        print(f"skipped {problem.place}: {problem.reason}", file=sys.stderr)
+
+
+def encode_block(
     vlm: CAFe, block: list[Loaded]
 ) -> tuple[list[Loaded], np.ndarray | None, list[Skipped]]:
     """Embed a block; when the model refuses it, find out which input it is and skip that one."""
-    from cafe.cli.inputs import Skipped
-    from cafe.errors import DataError
-
-    if not block:
-        return [], None, []
-    try:
-        return block, vlm.encode([row.value for row in block]), []
-    except DataError as error:
-        if len(block) == 1:
-            return [], None, [Skipped(block[0].place, str(error))]
     import numpy as np
 
-    parts = [_encode(vlm, [row]) for row in block]
-    rows = [row for kept, _, _ in parts for row in kept]
-    arrays = [array for _, array, _ in parts if array is not None]
-    problems = [problem for _, _, found in parts for problem in found]
-    return rows, np.concatenate(arrays) if arrays else None, problems
+    from cafe.cli.inputs import Skipped
+    from cafe.index.upkeep import encode_each
+
+    found, failures = encode_each(vlm.encode, [row.value for row in block])
+    kept = [i for i in range(len(block)) if i not in failures]
+    problems = [Skipped(block[i].place, str(error)) for i, error in sorted(failures.items())]
+    embeddings = np.stack([found[i] for i in kept]) if kept else None
+    return [block[i] for i in kept], embeddings, problems

@@ -1,68 +1,113 @@
-"""`cafe evaluate`: a model and a task become numbers."""
+"""`cafe evaluate`: a model and a task, or a suite of tasks, become numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cafe.cli.arguments import Model
 
+if TYPE_CHECKING:
+    from cafe.evaluate.run import Outcome
 
-class Task(StrEnum):
-    """What can be measured."""
 
-    retrieval = "retrieval"
-    caption = "caption"
-    presence = "presence"
-    gap = "gap"
+class Suite(StrEnum):
+    """Which tasks run together."""
+
+    quick = "quick"
+    paper = "paper"
+    all = "all"
 
 
 def command(
     model: Model,
-    task: Annotated[Task, typer.Option(help="What to measure.")],
+    task: Annotated[
+        str | None, typer.Option(help="One task; a name that is none lists them all.")
+    ] = None,
+    suite: Annotated[Suite | None, typer.Option(help="Several tasks (default: quick).")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Data folder; default: held-out generated scenes.")
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="A task's data: folder or hub name. With a suite: the folder of their folders.",
+        ),
     ] = None,
     json_out: Annotated[
-        Path | None, typer.Option("--json", metavar="OUT", help="Also write the result here.")
+        Path | None,
+        typer.Option("--json", metavar="DIR", help="Keep one result file a task, and resume."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use the first so many records only.")
+        int | None, typer.Option(min=1, help="Use the first so many samples only.")
     ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For THRONE, repeatable: a FLAN-T5 folder or hub name, or http://HOST/v1#MODEL."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure again what --json has already.")
+    ] = False,
 ) -> None:
     """Measure a model.
 
-    The tasks are retrieval, caption, presence (does it see what is not there?), and gap (between
-    the embeddings of pictures and of texts).
+    Suites: quick (the bundled world, no data needed), paper (COCO, Flickr, MMEB, POPE, CHAIR,
+    THRONE), all. Several processes: torchrun --nproc-per-node N -m cafe evaluate …
     """
-    from cafe.evaluate.run import evaluate
+    from cafe.errors import DataError
+
+    if task is not None and suite is not None:
+        raise DataError("name a --task or a --suite, not both")
+
+    from cafe.evaluate.run import Options, run_tasks, suite_tasks
+    from cafe.evaluate.spread import ranks
+    from cafe.evaluate.tasks import TASKS
     from cafe.model.vlm import CAFe
 
-    result = evaluate(CAFe.from_pretrained(model), task.value, data, limit)
-    rows = [(name, f"{v:.4f}" if isinstance(v, float) else str(v)) for name, v in _flat(result)]
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
-    if json_out is not None:
-        _write_json(json_out, {"model": model, **result})
+    if task is not None and task not in TASKS:
+        raise DataError(f"--task {task}: no such task; there are {', '.join(TASKS)}")
+    chosen = None if task is not None else (suite or Suite.quick).value
+    names = (task,) if task is not None else suite_tasks(chosen or "quick")
+    options = Options(data, limit, json_out, force, tuple(judge or ()))
+    failed = []
+    with ranks() as rank:
+        device = f"cuda:{rank.local}" if rank.size > 1 and _has_gpu() else None
+        outcomes = run_tasks(
+            lambda: CAFe.from_pretrained(model, device=device),
+            model,
+            names,
+            options,
+            suite=chosen,
+            rank=rank,
+        )
+        for outcome in outcomes:
+            failed += [outcome.task] if outcome.state == "failed" else []
+            if rank.number == 0:
+                _tell(outcome)
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(names)} tasks could not be run: {', '.join(failed)}"
+        )
 
 
-def _flat(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in scores.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+def _tell(outcome: Outcome) -> None:
+    record = outcome.record
+    if record is None:
+        print(f"\n{outcome.task}  could not be run: {outcome.reason}", flush=True)
+        return
+    kept = " (kept)" if outcome.state == "kept" else ""
+    print(f"\n{outcome.task}  {record['count']} samples{kept}")
+    width = max(len(name) for name in record["scores"])
+    for name, value in record["scores"].items():
+        interval = record["intervals"].get(name)
+        shown = "" if interval is None else f"  [{interval[0]:.4f}, {interval[1]:.4f}]"
+        print(f"  {name:<{width}}  {value:.4f}{shown}", flush=True)
 
 
-def _write_json(path: Path, result: Mapping[str, Any]) -> None:
-    import json
+def _has_gpu() -> bool:
+    import torch
 
-    from cafe.cli.files import replacing, writing
-
-    with replacing(path) as unfinished, writing(path):
-        unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return torch.cuda.is_available()

@@ -11,7 +11,7 @@ Inputs come in blocks that fit in memory. A broken input never stops the others.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -68,21 +68,28 @@ class Source:
 
     def blocks(self) -> Iterator[tuple[list[Loaded], list[Skipped]]]:
         """Loaded records and broken ones, a memory's worth at a time, in order."""
-        block: list[Loaded] = []
-        problems: list[Skipped] = []
-        pixels = 0
-        for record in self.records():
-            loaded = record if isinstance(record, Skipped) else _load(record)
-            if isinstance(loaded, Skipped):
-                problems.append(loaded)
-            else:
-                block.append(loaded)
-                pixels += _pixels(loaded.value)
-            if len(block) + len(problems) >= MAX_BLOCK_INPUTS or pixels >= MAX_BLOCK_PIXELS:
-                yield block, problems
-                block, problems, pixels = [], [], 0
-        if block or problems:
+        return blocks_of(self.records())
+
+
+def blocks_of(
+    records: Iterable[Record | Skipped],
+) -> Iterator[tuple[list[Loaded], list[Skipped]]]:
+    """Records, loaded, and broken ones, a memory's worth at a time, in order."""
+    block: list[Loaded] = []
+    problems: list[Skipped] = []
+    pixels = 0
+    for record in records:
+        loaded = record if isinstance(record, Skipped) else _load(record)
+        if isinstance(loaded, Skipped):
+            problems.append(loaded)
+        else:
+            block.append(loaded)
+            pixels += _pixels(loaded.value)
+        if len(block) + len(problems) >= MAX_BLOCK_INPUTS or pixels >= MAX_BLOCK_PIXELS:
             yield block, problems
+            block, problems, pixels = [], [], 0
+    if block or problems:
+        yield block, problems
 
 
 def open_source(path: Path) -> Source:

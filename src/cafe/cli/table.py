@@ -20,12 +20,18 @@ from cafe.cli.inputs import Loaded
 
 
 class EmbeddingTable:
-    """Appends rows to a Parquet file; the first block decides the number of dimensions."""
+    """Appends rows to a Parquet file; the first block decides the number of dimensions.
 
-    def __init__(self, path: Path, columns: tuple[str, ...], model: str) -> None:
+    dimensions   if known: then a file without any row is a table as well
+    """
+
+    def __init__(
+        self, path: Path, columns: tuple[str, ...], model: str, dimensions: int | None = None
+    ) -> None:
         self._path = path
         self._columns = columns
         self._model = model
+        self._dimensions = dimensions
         self._writer: pq.ParquetWriter | None = None
 
     def __enter__(self) -> Self:
@@ -37,8 +43,10 @@ class EmbeddingTable:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._writer is not None:
-            with writing(self._path):
+        with writing(self._path):
+            if self._writer is None and self._dimensions is not None and error is None:
+                self._writer = pq.ParquetWriter(self._path, self._schema(self._dimensions))
+            if self._writer is not None:
                 self._writer.close()  # writes the footer
 
     def append(self, rows: list[Loaded], embeddings: np.ndarray | None) -> None:
@@ -52,13 +60,14 @@ class EmbeddingTable:
             "text": [row.text for row in rows],
             "path": [None if row.path is None else str(row.path) for row in rows],
         }
-        names = ["id", *self._columns]
-        fields = [pa.field(name, pa.string()) for name in names]
-        schema = pa.schema(
-            [*fields, pa.field("embedding", vectors.type)], metadata={"cafe.model": self._model}
-        )
-        arrays = [pa.array(texts[name], pa.string()) for name in names]
+        schema = self._schema(embeddings.shape[1])
+        arrays = [pa.array(texts[name], pa.string()) for name in schema.names[:-1]]
         with writing(self._path):
             if self._writer is None:
                 self._writer = pq.ParquetWriter(self._path, schema)
             self._writer.write_table(pa.Table.from_arrays([*arrays, vectors], schema=schema))
+
+    def _schema(self, dimensions: int) -> pa.Schema:
+        fields = [pa.field(name, pa.string()) for name in ("id", *self._columns)]
+        embedding = pa.field("embedding", pa.list_(pa.float32(), dimensions))
+        return pa.schema([*fields, embedding], metadata={"cafe.model": self._model})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +27,6 @@ def command(
 
     checked = load_recipe(recipe, overrides or [])  # before torch: a typo is told at once
 
-    from cafe.train.interrupt import Interrupted
     from cafe.train.run import train
 
-    try:
-        train(checked, resume=resume)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(stopped.exit_code) from None
+    train(checked, resume=resume)

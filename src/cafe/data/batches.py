@@ -27,10 +27,13 @@ class BatchPlan:
     batch    examples of one step
     seed     of the order
     names    of the sources, for messages
+    targets  int64 [size] for each source, equal where examples have the same target; None where
+             all are different
 
     Every batch is of one source. A source is shuffled anew for each of its epochs, in which no
     example comes twice; those that do not fill a last batch are left out, other ones each time.
     A source that is smaller than one batch comes whole: its batches are that small.
+    A target comes once in a batch, unless it has more examples than there are batches (`spread`).
     Raises DataError when a source has too few examples to contrast (2), or none.
     """
 
@@ -39,6 +42,7 @@ class BatchPlan:
     batch: int
     seed: int
     names: Sequence[str] = ()
+    targets: Sequence[np.ndarray | None] = ()
     _orders: dict[int, tuple[int, np.ndarray]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -111,5 +115,32 @@ class BatchPlan:
         if known is None or known[0] != epoch:
             # Seeds of numpy are not negative.
             stream = np.random.default_rng([self.seed & (2**64 - 1), source, epoch])
-            known = self._orders[source] = (epoch, stream.permutation(self.sizes[source]))
+            order = stream.permutation(self.sizes[source])
+            targets = self.targets[source] if self.targets else None
+            if targets is not None:
+                order = spread(order, targets, self.batch, stream)
+            known = self._orders[source] = (epoch, order)
         return known[1]
+
+
+def spread(
+    order: np.ndarray, targets: np.ndarray, batch: int, stream: np.random.Generator
+) -> np.ndarray:
+    """`order` rearranged so that examples with equal targets are in different batches.
+
+    order    int64 [n], a random permutation of the examples
+    targets  int64 [n], of each example (not of each place in `order`)
+    stream   of random numbers, for the order of the targets and of the batches
+
+    The examples of the whole batches are sorted by target and dealt out to the batches like cards.
+    So a target with c examples, b batches, is in a batch floor(c/b) or ceil(c/b) times.
+    """
+    count = len(order) // batch
+    if count < 2:
+        return order
+    whole, rest = order[: count * batch], order[count * batch :]
+    _, numbers = np.unique(targets, return_inverse=True)
+    shuffled = stream.permutation(numbers.max() + 1)[numbers]
+    by_target = whole[np.argsort(shuffled[whole], kind="stable")]
+    dealt = by_target.reshape(batch, count).T  # row b has the cards b, b + count, b + 2 count, ...
+    return np.concatenate([stream.permutation(dealt).ravel(), rest])

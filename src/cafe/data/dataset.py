@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Self
 
+import numpy as np
+
 from cafe.data.batches import BatchPlan
 from cafe.data.merge import merge_with_origin
 from cafe.errors import DataError
@@ -65,10 +67,31 @@ class ExampleSet:
             batch=batch,
             seed=seed,
             names=[source.name for source in self.sources],
+            targets=[_targets(source.examples) for source in self.sources],
         )
 
     def _number(self, index: int) -> int:
         return bisect_right(self._ends, index)
+
+
+def _targets(examples: Sequence[Example]) -> np.ndarray | None:
+    """int64 [n]: equal numbers where targets are equal; None when no two of them are."""
+    numbers: dict[object, int] = {}
+    found = [
+        numbers.setdefault(_target(index, example), len(numbers))
+        for index, example in enumerate(examples)
+    ]
+    return None if len(numbers) == len(examples) else np.array(found, dtype=np.int64)
+
+
+def _target(index: int, example: Example) -> object:
+    """Equal for examples that are no negatives of one another; without a pair, like no other."""
+    if example.target is None:
+        return index
+    if example.target_id is not None:
+        return example.target_id
+    parts = [part for message in example.target for part in message.content]
+    return tuple(part if isinstance(part, str) else ("shown", part.key) for part in parts)
 
 
 def _merged(sources: Sequence[Source]) -> list[Source]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 import numpy as np
@@ -10,9 +11,9 @@ import numpy as np
 from cafe.data.scenes import mentioned_kinds
 from cafe.errors import DataError
 from cafe.evaluate.data import Picture
+from cafe.evaluate.scoring import Ratio
 from cafe.evaluate.task import Generate, Read, Result
 from cafe.evaluate.teacher_forced import Answer
-from cafe.metrics import object_f1
 from cafe.types import Conversation, Example
 
 MAX_NEW_TOKENS = 64
@@ -21,11 +22,11 @@ MAX_NEW_TOKENS = 64
 
 def caption(read: Read, generate: Generate, pictures: Sequence[Picture]) -> Result:
     """The caption loss, and the object scores where it is known what the pictures show."""
-    loss = caption_loss(read, pictures)
+    loss = replace(caption_loss(read, pictures), ids=tuple(p.id for p in pictures))
     if any(picture.kinds is None for picture in pictures):
         return loss
     objects = caption_objects(generate, pictures)
-    return Result(loss.scores | objects.scores, loss.count, loss.items | objects.items)
+    return replace(loss, items=loss.items | objects.items, ratios=loss.ratios | objects.ratios)
 
 
 def caption_prompt(picture: Picture) -> Conversation:
@@ -48,9 +49,9 @@ def caption_loss_scores(captions: Sequence[Sequence[Answer]]) -> Result:
     nats = np.array([sum(a.nll_nats for a in answers) for answers in captions])
     tokens = np.array([sum(a.tokens for a in answers) for answers in captions])
     return Result(
-        {"caption_loss": float(nats.sum() / tokens.sum())},
         len(captions),
         {"caption_nats": nats, "caption_tokens": tokens},
+        {"caption_loss": Ratio("caption_nats", "caption_tokens")},
     )
 
 
@@ -68,10 +69,17 @@ def caption_objects(generate: Generate, pictures: Sequence[Picture]) -> Result:
     texts = generate([caption_prompt(picture) for picture in pictures], MAX_NEW_TOKENS)
     named = [mentioned_kinds(text) for text in texts]
     shown = [picture.kinds or frozenset() for picture in pictures]
-    scores = {f"caption_object_{name}": v for name, v in object_f1(named, shown).items()}
+    pairs = list(zip(named, shown, strict=True))
     items = {
-        "caption_objects_right": np.array([len(n & s) for n, s in zip(named, shown, strict=True)]),
-        "caption_objects_named": np.array([len(kinds) for kinds in named]),
-        "caption_objects_shown": np.array([len(kinds) for kinds in shown]),
+        "objects_right": np.array([len(n & s) for n, s in pairs]),
+        "objects_right_twice": np.array([2 * len(n & s) for n, s in pairs]),
+        "objects_named": np.array([len(n) for n, _ in pairs]),
+        "objects_shown": np.array([len(s) for _, s in pairs]),
+        "objects_named_and_shown": np.array([len(n) + len(s) for n, s in pairs]),
     }
-    return Result(scores, len(pictures), items)
+    ratios = {
+        "caption_object_precision": Ratio("objects_right", "objects_named"),
+        "caption_object_recall": Ratio("objects_right", "objects_shown"),
+        "caption_object_f1": Ratio("objects_right_twice", "objects_named_and_shown"),
+    }
+    return Result(len(pictures), items, ratios)

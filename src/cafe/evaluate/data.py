@@ -1,7 +1,8 @@
 """Pictures and what is known about them, for evaluation.
 
 Two sources: a folder of scenes (`cafe.data.scenes.write_scenes`: exact truth, questions with their
-kinds), and captions in LLaVA's format (`cafe.data.llava`: any number of captions per picture).
+kinds), and captions in LLaVA's format (`cafe.data.formats.llava`: any number of captions per
+picture).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cafe.data.llava import read_llava
+from cafe.data.read import read_examples
+from cafe.data.records import Reading
 from cafe.data.scenes import PROMPT_CAPTION, Question, read_truth
 from cafe.errors import DataError
 from cafe.types import Conversation, Image, Message, user
@@ -81,7 +83,7 @@ def _scenes(folder: Path) -> Iterator[Picture]:
 
 def _captioned(file: Path, limit: int | None) -> Pictures:
     """Captions in LLaVA's format; those of one picture come together."""
-    records = read_llava(file, mode="caption")
+    records = read_examples(file, Reading(mode="caption"))
     pictures: dict[object, Picture] = {}
     several = 0
     for example in records.examples:

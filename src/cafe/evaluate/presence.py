@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from cafe.data.scenes import Question
 from cafe.errors import DataError
 from cafe.evaluate.data import Picture
+from cafe.evaluate.replies import Asked, ask
+from cafe.evaluate.scoring import Ratio
 from cafe.evaluate.task import Generate, Read, Result
 from cafe.evaluate.teacher_forced import Answer
 from cafe.metrics import answer_accuracy
-from cafe.types import Conversation, Example, Message, user
+from cafe.types import Conversation, Message, user
 
 MAX_NEW_TOKENS = 16
 """An answer is a word or two."""
@@ -21,9 +24,8 @@ MAX_NEW_TOKENS = 16
 def presence(read: Read, generate: Generate, pictures: Sequence[Picture]) -> Result:
     """Ask all questions about all pictures. Scores: see `question_scores`.
 
-    A question is right if greedy decoding gives its answer, up to `normalise_answer`. Where the
-    model would write exactly the given answer, reading tells; only the other questions are
-    really asked, as their answer may still be the same in another form ("Yes." for "yes").
+    A question is right if greedy decoding gives its answer, up to `normalise_answer` ("Yes." for
+    "yes" is). An empty reply is wrong.
 
     Raises:
         DataError: no picture has a question.
@@ -31,16 +33,19 @@ def presence(read: Read, generate: Generate, pictures: Sequence[Picture]) -> Res
     asked = [(picture, q) for picture in pictures for q in picture.questions]
     if not asked:
         raise DataError("no picture has a question; use a folder with a questions.json")
-    with_questions = [p for p in pictures if p.questions]
-    examples = [Example(id=p.id, dialogues=question_dialogues(p)) for p in with_questions]
-    right = exact_matches([reading.answers for reading in read(examples)])
-    other = np.flatnonzero(~right)
-    if len(other):
-        replies = generate(
-            [user(asked[i][0].image, asked[i][1].text) for i in other], MAX_NEW_TOKENS
-        )
-        right[other] = answer_accuracy(replies, [[asked[i][1].answer] for i in other]) == 1
-    return question_scores([q for _, q in asked], right)
+    replies = ask(
+        read, generate, [Asked(p.image, q.text, _likely(q)) for p, q in asked], MAX_NEW_TOKENS
+    )
+    right = answer_accuracy(replies, [[q.answer] for _, q in asked]) == 1
+    places = {picture.id: i for i, picture in enumerate(pictures)}
+    of_picture = np.array([places[picture.id] for picture, _ in asked])
+    result = question_scores([q for _, q in asked], right, of_picture)
+    return replace(result, ids=tuple(picture.id for picture in pictures))
+
+
+def _likely(question: Question) -> tuple[str, ...]:
+    yes_or_no = ("yes", "no")
+    return yes_or_no if question.answer in yes_or_no else (question.answer,)
 
 
 def question_dialogues(picture: Picture) -> tuple[Conversation, ...]:
@@ -55,16 +60,27 @@ def exact_matches(answers: Sequence[Sequence[Answer]]) -> np.ndarray:
     return np.array([answer.greedy for of_picture in answers for answer in of_picture], dtype=bool)
 
 
-def question_scores(questions: Sequence[Question], right: np.ndarray) -> Result:
+def question_scores(
+    questions: Sequence[Question], right: np.ndarray, of_picture: np.ndarray | None = None
+) -> Result:
     """Accuracies from what was right.
 
     Scores: `question_accuracy` over all, `question_accuracy/<kind>` over those of one kind, and
     `presence_accuracy`, the same as that of the kind `presence`, where there are such questions.
+
+    of_picture   the number of each question's picture, the sample; None: each question is one
     """
+    owners = np.arange(len(questions)) if of_picture is None else of_picture
+    count = int(owners.max()) + 1
     kinds = np.array([question.kind for question in questions])
-    scores = {"question_accuracy": float(right.mean())}
-    for kind in sorted(set(kinds.tolist())):
-        scores[f"question_accuracy/{kind}"] = float(right[kinds == kind].mean())
-    if "presence" in kinds:
-        scores["presence_accuracy"] = scores["question_accuracy/presence"]
-    return Result(scores, len(questions), {"question_right": right.astype(np.float64)})
+    found = {"": np.ones(len(kinds), bool)} | {
+        f"/{kind}": kinds == kind for kind in sorted(set(kinds.tolist()))
+    }
+    items, ratios = {}, {}
+    for suffix, chosen in found.items():
+        items[f"asked{suffix}"] = np.bincount(owners[chosen], minlength=count)
+        items[f"right{suffix}"] = np.bincount(owners[chosen & right], minlength=count)
+        ratios[f"question_accuracy{suffix}"] = Ratio(f"right{suffix}", f"asked{suffix}")
+    if "/presence" in found:
+        ratios["presence_accuracy"] = Ratio("right/presence", "asked/presence")
+    return Result(len(questions), items, ratios)

@@ -10,7 +10,7 @@ nothing invents nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +31,9 @@ __all__ = [
     "object_f1",
     "parse_yes_no",
     "pope_scores",
+    "throne_columns",
     "throne_scores",
+    "throne_summary",
     "throne_verdicts",
 ]
 
@@ -40,6 +42,8 @@ PRESENT, ABSENT, DISQUALIFIED = 1, 0, -1
 
 THRONE_VOTES = 9
 """Three judges, three phrasings of the question."""
+
+_BETAS = {"f1": 1.0, "f0.5": 0.5}
 
 
 def parse_yes_no(reply: str) -> bool:
@@ -185,6 +189,24 @@ def throne_scores(
     Raises:
         DataError, ValueError: as in `throne_verdicts`; no cells, two shapes, or truth not boolean.
     """
+    columns = throne_columns(yes_votes, present, votes=votes)
+    sums = {name: column.sum(axis=0)[None] for name, column in columns.items()}
+    return {name: float(value[0]) for name, value in throne_summary(sums).items()}
+
+
+def throne_columns(
+    yes_votes: Int[np.ndarray, "n c"],
+    present: Bool[np.ndarray, "n c"],
+    *,
+    votes: int = THRONE_VOTES,
+) -> dict[str, Float[np.ndarray, "n ..."]]:
+    """Per picture, what `throne_summary` needs the sums of. Arguments as in `throne_scores`.
+
+    `hits`, `said` and `true` are [n, c], all others [n].
+
+    Raises:
+        DataError, ValueError: as in `throne_scores`.
+    """
     truth = _flags("present", present)
     if yes_votes.shape != truth.shape or truth.ndim != 2 or truth.size == 0:
         raise ValueError(f"votes {yes_votes.shape} and truth {truth.shape} must both be [n, c]")
@@ -192,51 +214,76 @@ def throne_scores(
     said = verdicts == PRESENT
     true = truth & (verdicts != DISQUALIFIED)
     hits = said & true
-
-    per_picture = [cells.sum(axis=1) for cells in (hits, said, true)]
-    either_empty = (per_picture[1] == 0) | (per_picture[2] == 0)
-    precision, recall = _precision_recall(*per_picture)
-    overall = np.where(either_empty, 0.0, precision), np.where(either_empty, 0.0, recall)
-    classwise = _precision_recall(*(cells.sum(axis=0) for cells in (hits, said, true)))
-    return {
-        **_throne_summary("overall", *overall),
-        **_throne_summary("classwise", *classwise),
-        "disqualified": float((verdicts == DISQUALIFIED).mean()),
+    counts = [cells.sum(axis=1) for cells in (hits, said, true)]
+    either_empty = (counts[1] == 0) | (counts[2] == 0)
+    precision, recall = (np.where(either_empty, 0.0, v) for v in _precision_recall(*counts))
+    columns = {
+        "pictures": np.ones(len(truth)),
+        "cells": np.full(len(truth), float(truth.shape[1])),
+        "disqualified": (verdicts == DISQUALIFIED).sum(axis=1).astype(np.float64),
+        "precision": precision,
+        "recall": recall,
     }
+    for name, beta in _BETAS.items():
+        score = _f(precision, recall, beta)
+        columns[name] = np.nan_to_num(score)
+        columns[f"{name}_exists"] = (~np.isnan(score)).astype(np.float64)
+    cells = {"hits": hits, "said": said, "true": true}
+    return columns | {name: value.astype(np.float64) for name, value in cells.items()}
 
 
-def _throne_summary(
-    prefix: str, precision: Float[np.ndarray, " k"], recall: Float[np.ndarray, " k"]
-) -> Scores:
-    p, r = _mean_of_numbers(precision), _mean_of_numbers(recall)
-    scores = {f"{prefix}_precision": p, f"{prefix}_recall": r}
-    for name, beta in (("f1", 1.0), ("f0.5", 0.5)):
-        scores[f"{prefix}_{name}"] = _mean_of_numbers(_f(np.array([p]), np.array([r]), beta))
-        scores[f"{prefix}_mean_{name}"] = _mean_of_numbers(_f(precision, recall, beta))
-    return scores
+def throne_summary(
+    sums: Mapping[str, Float[np.ndarray, " ..."]],
+) -> dict[str, Float[np.ndarray, " ..."]]:
+    """THRONE's scores from sums of `throne_columns` over pictures, for many resamples at once.
+
+    Sums are [...], those of `hits`, `said` and `true` [..., c]; so are the scores, [...].
+    """
+    overall = (
+        _quotient(sums["precision"], sums["pictures"]),
+        _quotient(sums["recall"], sums["pictures"]),
+    )
+    per_class = _precision_recall(sums["hits"], sums["said"], sums["true"])
+    scores = {"overall_precision": overall[0], "overall_recall": overall[1]}
+    classwise = _mean_of_numbers(per_class[0]), _mean_of_numbers(per_class[1])
+    for name, beta in _BETAS.items():
+        scores[f"overall_{name}"] = np.nan_to_num(_f(*overall, beta))
+        scores[f"overall_mean_{name}"] = _quotient(sums[name], sums[f"{name}_exists"])
+    scores |= {"classwise_precision": classwise[0], "classwise_recall": classwise[1]}
+    for name, beta in _BETAS.items():
+        scores[f"classwise_{name}"] = np.nan_to_num(_f(*classwise, beta))
+        scores[f"classwise_mean_{name}"] = _mean_of_numbers(_f(*per_class, beta))
+    return scores | {"disqualified": _quotient(sums["disqualified"], sums["cells"])}
 
 
 def _precision_recall(
-    hits: Int[np.ndarray, " k"], said: Int[np.ndarray, " k"], true: Int[np.ndarray, " k"]
-) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """NaN where nothing was said, or nothing is there."""
+    hits: np.ndarray, said: np.ndarray, true: np.ndarray
+) -> tuple[Float[np.ndarray, " ..."], Float[np.ndarray, " ..."]]:
+    """NaN where nothing was said, or nothing is there. All shapes are alike."""
     with np.errstate(invalid="ignore"):
         return hits / said, hits / true
 
 
 def _f(
-    precision: Float[np.ndarray, " k"], recall: Float[np.ndarray, " k"], beta: float
-) -> Float[np.ndarray, " k"]:
+    precision: Float[np.ndarray, " ..."], recall: Float[np.ndarray, " ..."], beta: float
+) -> Float[np.ndarray, " ..."]:
     """(1 + β²) P R / (β² P + R); NaN where P or R is, or where both are 0."""
     with np.errstate(invalid="ignore"):
         return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
 
 
-def _mean_of_numbers(values: Float[np.ndarray, " k"]) -> float:
-    """The mean without the NaNs; 0 if there is nothing else."""
+def _quotient(
+    part: Float[np.ndarray, " ..."], whole: Float[np.ndarray, " ..."]
+) -> Float[np.ndarray, " ..."]:
+    """A fraction of nothing is 0."""
+    return np.divide(part, whole, out=np.zeros(np.shape(part)), where=np.asarray(whole) != 0)
+
+
+def _mean_of_numbers(values: Float[np.ndarray, "*_ c"]) -> Float[np.ndarray, " ..."]:
+    """The mean along the last axis without the NaNs; 0 if there is nothing else."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        return float(np.nan_to_num(np.nanmean(values)))
+        return np.nan_to_num(np.nanmean(values, axis=-1))
 
 
 def _object_counts(

@@ -10,8 +10,9 @@ the number would vary with other samples of the same kind, and nothing of other 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +28,8 @@ __all__ = [
     "bootstrap_interval",
     "bootstrap_scores",
     "paired_interval",
+    "percentile_interval",
+    "resampled_sums",
     "wilson_interval",
 ]
 
@@ -116,6 +119,54 @@ def bootstrap_scores(
     }
 
 
+def resampled_sums(
+    columns: Mapping[str, Float[np.ndarray, "n ..."] | Int[np.ndarray, "n ..."]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Float[np.ndarray, "_ ..."]]:
+    """Column sums over the samples as they are (row 0), and over each resample (rows 1 ...).
+
+    Nearly every score is a function of such sums: a mean, a ratio, an F1, BLEU, class-wise means.
+    Computed on all rows at once it gives the score and its bootstrap distribution; computed for two
+    models with equal seeds, and subtracted, the paired one.
+
+    Args:
+        columns: per sample, what is summed: [n] or [n, c], all with the same n.
+        resamples: how many to draw.
+        seed: of the draws; they depend on it and on n, not on the columns.
+
+    Returns [1 + resamples] or [1 + resamples, c] for each column.
+
+    Raises:
+        ValueError: no columns, different lengths, no samples, or fewer than one resample.
+    """
+    lengths = {len(column) for column in columns.values()}
+    if len(lengths) != 1:
+        raise ValueError(f"columns of lengths {sorted(lengths)}; all must have the same samples")
+    (count,) = lengths
+    wide = {name: np.asarray(column, dtype=np.float64) for name, column in columns.items()}
+    blocks = [np.ones((1, count))]
+    sums: dict[str, list[np.ndarray]] = {name: [] for name in wide}
+    for block in itertools.chain(blocks, _multiplicities(count, resamples, seed)):
+        for name, column in wide.items():
+            sums[name].append(block @ column)
+    return {name: np.concatenate(parts) for name, parts in sums.items()}
+
+
+def percentile_interval(
+    statistics: Float[np.ndarray, " r"], *, confidence: float = 0.95
+) -> Interval:
+    """The interval of a score from its values on `resampled_sums`: row 0 is the estimate.
+
+    Raises:
+        ValueError: fewer than two values, or a confidence outside (0, 1).
+    """
+    if len(statistics) < 2:
+        raise ValueError("an interval needs the estimate and at least one resample")
+    return _percentiles(float(statistics[0]), statistics[1:], confidence)
+
+
 def wilson_interval(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
     """A proportion with Wilson's score interval, which is sound near 0 and 1 and for few trials.
 
@@ -148,6 +199,14 @@ def _draws(count: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, "b
     at_once = max(1, _DRAWS_AT_ONCE // count)
     for start in range(0, resamples, at_once):
         yield rng.integers(count, size=(min(at_once, resamples - start), count))
+
+
+def _multiplicities(count: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "b n"]]:
+    """How often each sample was drawn, resample by resample."""
+    for draws in _draws(count, resamples, seed):
+        offset = np.arange(len(draws))[:, None] * count
+        times = np.bincount((draws + offset).ravel(), minlength=draws.size)
+        yield times.reshape(draws.shape).astype(np.float64)
 
 
 def _percentiles(

@@ -10,13 +10,15 @@ format as this library does, without custom code:
     modules.json  config_sentence_transformers.json             sentence-transformers
     sentence_bert_config.json  1_Pooling/  2_Normalize/
 
+A model with an adapter leaves an adapter's directory (`cafe.model.adapter`).
+
 Never write it through `SentenceTransformer.save_pretrained`: that drops `lm_head`.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -26,37 +28,71 @@ from typing import Any
 import torch
 
 from cafe.errors import CafeError, CheckpointError
+from cafe.model.adapter import adapter_of, base_of, is_adapter, load_adapter, save_adapter
 from cafe.model.collate import Collator
 from cafe.model.families import family_of
+from cafe.model.location import first_line, locate
 from cafe.model.prompts import DEFAULT_PROMPT, default_chat_template
-from cafe.model.tiny import TINY_DIR
 
 EMBEDDING_TEMPLATE = "embedding"
 
-HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
-"""What is downloaded of a hub model: no pickled weights, no code."""
-
 
 def load_pretrained(
-    name_or_dir: str | Path, *, dtype: torch.dtype, attention: str
+    name_or_dir: str | Path,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    adapter: str | Path | None = None,
+    quantization: Any = None,
 ) -> tuple[Any, Any]:
     """The transformers model and processor of a directory, a hub id (owner/name), or "tiny".
 
+    A directory with an adapter loads its base and the adapter beside it (`cafe.model.adapter`).
+
+    adapter        a directory or hub id of an adapter for this base
+    quantization   transformers' configuration of a base in fewer bits
     Raises CheckpointError when nothing is there, weights are missing or do not match;
     FamilyError, before any weight is read, for a family without facts.
     """
+    path = locate(name_or_dir)
+    if is_adapter(path):
+        if adapter is not None:
+            raise CheckpointError(
+                f"model {str(name_or_dir)!r}: is an adapter itself, so it cannot take {adapter}; "
+                "merge it first: cafe export"
+            )
+        adapter, name_or_dir = path, base_of(path)
+    if adapter is None:
+        return _load_whole(name_or_dir, dtype, attention, quantization)
+    adapter = locate(adapter, "adapter")
+    # Ours comes with the processor that it was trained with, peft's own directories have none.
+    processor_dir = adapter if (adapter / "processor_config.json").is_file() else None
+    model, processor = _load_whole(name_or_dir, dtype, attention, quantization, processor_dir)
+    load_adapter(model, adapter)
+    return model.to(dtype), processor
+
+
+def _load_whole(
+    name_or_dir: str | Path,
+    dtype: torch.dtype,
+    attention: str,
+    quantization: Any,
+    processor_dir: Path | None = None,
+) -> tuple[Any, Any]:
+    """A model with all of its weights, and its processor or the one in `processor_dir`."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     name = f"model {str(name_or_dir)!r}"
-    path = _directory(name, name_or_dir)
+    path = _checked(name, locate(name_or_dir))
     try:
         with _quiet():
             family_of(AutoConfig.from_pretrained(path))
-            processor = AutoProcessor.from_pretrained(path)
+            processor = AutoProcessor.from_pretrained(processor_dir or path)
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path,
                 dtype=dtype,
                 attn_implementation=attention,
+                quantization_config=quantization,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # collected in `info`, and refused below
                 output_loading_info=True,
@@ -64,7 +100,7 @@ def load_pretrained(
     except CafeError:
         raise
     except Exception as error:  # parsers of many files: they raise whatever they like
-        raise CheckpointError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+        raise CheckpointError(f"{name}: cannot be loaded ({first_line(error)})") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(m[0]) for m in info["mismatched_keys"])
@@ -77,25 +113,19 @@ def load_pretrained(
     return model, processor
 
 
-def _directory(name: str, name_or_dir: str | Path) -> Path:
-    """The directory that holds the model, downloaded if it is a hub id.
+def weights_dtype(name_or_dir: str | Path) -> torch.dtype:
+    """The type that the model's own weights were saved in; of an adapter, its base's."""
+    from transformers import AutoConfig
 
-    One request, so that without a network it fails at once: transformers alone would ask for a
-    dozen files, each with its retries.
-    """
-    source = str(name_or_dir)
-    path = TINY_DIR if source == "tiny" else Path(source).expanduser()
-    if not path.is_dir():
-        if path == TINY_DIR or path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-            raise CheckpointError(f"{name}: no such directory; give one, or a hub id (owner/name)")
-        import huggingface_hub
+    path = locate(name_or_dir)
+    if is_adapter(path):
+        path = locate(base_of(path))
+    dtype = AutoConfig.from_pretrained(path).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
-        try:
-            path = Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES))
-        except Exception as error:  # no network, no such model, no access, full disk, …
-            raise CheckpointError(
-                f"{name}: neither a directory here nor found on the hub ({_first_line(error)})"
-            ) from error
+
+def _checked(name: str, path: Path) -> Path:
+    """`path`, which holds a configuration and weights."""
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json in {path}; give a checkpoint directory")
     if not any(path.glob("*.safetensors")):
@@ -104,10 +134,6 @@ def _directory(name: str, name_or_dir: str | Path) -> Path:
             "(pickled weights are not read: they can run code)"
         )
     return path
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -126,17 +152,44 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def save_checkpoint(model: Any, processor: Any, collator: Collator, directory: Path) -> None:
-    """Write model, processor and the sentence-transformers files to `directory`."""
+def save_checkpoint(
+    model: Any,
+    processor: Any,
+    collator: Collator,
+    directory: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write model, processor and the sentence-transformers files to `directory`.
+
+    A model with an adapter leaves the adapter only, in peft's format. sentence-transformers cannot
+    put that on its bare model (other layer names) and would pool another token, so it finds
+    nothing there; merge the adapter for it.
+
+    weights   parameter name -> tensor, when those in the model are pieces of them
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    if adapter_of(model) is not None:
+        save_adapter(model, directory, weights)
+        save_processor(processor, collator, directory)
+        return
     with _quiet():
-        model.save_pretrained(directory)
+        (model if weights is None else _twin(model, weights)).save_pretrained(directory)
     save_processor(processor, collator, directory)
     hidden = int(model.config.get_text_config().hidden_size)
     for name, content in _sentence_transformers_files(hidden).items():
         file = directory / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _twin(model: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """A model of the same configuration around `weights`; for saving only."""
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    twin.load_state_dict(weights, strict=False, assign=True)
+    twin.tie_weights()
+    twin.generation_config = model.generation_config
+    return twin
 
 
 def save_processor(processor: Any, collator: Collator, directory: Path) -> None:

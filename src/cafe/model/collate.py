@@ -7,10 +7,8 @@ workers can carry it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,9 +17,12 @@ from torch import Tensor
 
 from cafe.errors import DataError
 from cafe.model.families import Family
-from cafe.model.pictures import Pictures
+from cafe.model.identity import hashes, identity
+from cafe.model.official import official_labels, with_system_turn
+from cafe.model.pictures import Pictures, frames_as_pictures, named
 from cafe.model.prompts import (
     DEFAULT_PROMPT,
+    OFFICIAL_PROMPT,
     PROMPTS,
     default_chat_template,
     disarm,
@@ -35,6 +36,7 @@ from cafe.model.trie import (
     build_row,
     pack_rows,
     separate_rows,
+    sight_ends,
     stack_rows,
 )
 from cafe.types import Conversation, Example, Image, Message, Video
@@ -44,14 +46,14 @@ from cafe.types import Conversation, Example, Image, Message, Video
 class RenderedSequence:
     """Text on its way to tokens.
 
-    images    its pictures, in the order of their markers
+    images    its pictures and videos, in the order of their markers
     longest   the longest piece of text that somebody wrote: what is cut when it does not fit
     labelled  so many characters at the end carry the language loss
     pooled    whether its last token is read out
     """
 
     text: str
-    images: tuple[Image, ...]
+    images: tuple[Image | Video, ...]
     longest: str = ""
     labelled: int = 0
     pooled: bool = False
@@ -68,6 +70,9 @@ class Collator:
     row_tokens          pack rows up to this length (for FlexAttention); None: one example a row
     dummy_image         add an unused picture to a chunk without any, so that every rank runs the
                         vision tower and none waits for another
+    max_frames          of a video; they are evenly spaced. A family without videos sees them as
+                        pictures
+    official            system turn and labels as the published code has them
     """
 
     processor: Any
@@ -77,6 +82,8 @@ class Collator:
     sharing: Literal["trie", "none"] = "trie"
     row_tokens: int | None = None
     dummy_image: bool = False
+    max_frames: int = 16
+    official: bool = False
 
     # ------------------------------------------------------------------ training
 
@@ -96,8 +103,8 @@ class Collator:
             embedding_rows=self._rows(embeddings_only, groups, pictures),
             vision=pictures.inputs,
             pairs=len(pairs),
-            target_ids=_hashes([e.target_id or _identity(e.target) for e in pairs]),
-            negative_ids=_hashes([_identity(n) for e in pairs for n in e.negatives]),
+            target_ids=hashes([e.target_id or identity(e.target) for e in pairs]),
+            negative_ids=hashes([identity(n) for e in pairs for n in e.negatives]),
         )
 
     def _render_example(self, example: Example) -> list[RenderedSequence]:
@@ -148,14 +155,19 @@ class Collator:
         ]
         source = [flat[id(s)][s.label_at - 1] for s in of_row if len(s.label_at)]
         labels = [s.tokens.tokens[s.label_at] for s in of_row if len(s.label_at)]
+        image_order, video_order = pictures.orders(batch.keys)
         return Rows(
             input_ids=batch.input_ids,
             positions=batch.positions,
             subtree_end=batch.subtree_end,
-            image_order=torch.tensor(pictures.order(batch.keys), dtype=torch.long),
+            image_order=torch.tensor(image_order, dtype=torch.long),
+            video_order=torch.tensor(video_order, dtype=torch.long),
             pooled=torch.tensor(pooled, dtype=torch.long),
             label_source=_concatenated(source),
             label_ids=_concatenated(labels),
+            sight_end=torch.from_numpy(sight_ends(batch.keys))
+            if self.family.pictures_see_themselves
+            else None,
         )
 
     # ------------------------------------------------------------------ inference
@@ -220,18 +232,26 @@ class Collator:
             template_messages(conversation), tokenize=False, **kwargs
         )
 
-    def _disarm(self, conversation: Conversation) -> Conversation:
+    def _readable(self, conversation: Conversation) -> Conversation:
+        """What somebody wrote is text only, and a family without videos gets their frames."""
+        family, processor = self.family, self.processor
+        if family.video_marker(processor) is None:
+            conversation = frames_as_pictures(conversation, self.max_frames)
         added = self._tokenizer.added_tokens_decoder.values()
         special = {str(token) for token in added if token.special}
-        return disarm(conversation, special | {self.family.marker(self.processor)})
+        ids = [family.placeholder_id(processor), family.video_placeholder_id(processor)]
+        markers = {family.marker(processor), *self._tokenizer.convert_ids_to_tokens(ids)}
+        return disarm(conversation, special | markers)
 
     def render_embedding(self, conversation: Conversation, prompt: str) -> RenderedSequence:
-        conversation = self._disarm(conversation)
+        conversation = self._readable(conversation)
+        if self.official or prompt == OFFICIAL_PROMPT:
+            conversation = with_system_turn(conversation)
         text = self._apply(conversation, chat_template=self.template(prompt))
         return RenderedSequence(text, _images(conversation), _longest(conversation), pooled=True)
 
     def render_prompt(self, conversation: Conversation) -> RenderedSequence:
-        conversation = self._disarm(conversation)
+        conversation = self._readable(conversation)
         text = self._apply(conversation, add_generation_prompt=True)
         return RenderedSequence(text, _images(conversation), _longest(conversation))
 
@@ -241,16 +261,22 @@ class Collator:
         The trie merges the turns of a dialogue again wherever the template renders a past turn
         as it was generated; where it does not, each turn is trained as it will be asked for.
         """
+        if self.official:
+            return [self._render_whole(with_system_turn(self._readable(dialogue)))]
         rendered = []
         history: Conversation = ()
-        for message in self._disarm(dialogue):
+        for message in self._readable(dialogue):
             if message.role == "assistant":
                 message = Message("assistant", (_answer(message),))
+                prompt = self._apply(history, add_generation_prompt=True)
                 whole = self._apply((*history, Message("assistant", (_STAND_IN,))))
-                target = message.text + whole[whole.rindex(_STAND_IN) + 1 :].rstrip()
+                at = whole.rindex(_STAND_IN)
+                # What the template writes between its prompt and an answer: "Assistant:", " cat".
+                between = whole[len(prompt) : at] if whole.startswith(prompt) else ""
+                target = between + message.text + whole[at + 1 :].rstrip()
                 rendered.append(
                     RenderedSequence(
-                        text=self._apply(history, add_generation_prompt=True) + target,
+                        text=prompt + target,
                         images=_images(history),
                         longest=_longest((*history, message)),
                         labelled=len(target),
@@ -261,6 +287,11 @@ class Collator:
             raise DataError("a dialogue without an assistant turn has nothing to learn")
         return rendered
 
+    def _render_whole(self, dialogue: Conversation) -> RenderedSequence:
+        """One sequence of all turns, as the published code trains a dialogue."""
+        text = self._apply(dialogue)
+        return RenderedSequence(text, _images(dialogue), _longest(dialogue), labelled=len(text))
+
     # ------------------------------------------------------------------ tokens
 
     def _tokenize(self, sequences: Sequence[_Sequence]) -> Pictures:
@@ -270,32 +301,37 @@ class Collator:
             self.processor,
             self.family,
             self.dummy_image,
+            self.max_frames,
         )
-        texts = [s.rendered.text for s in sequences]
-        if not texts:
+        if not sequences:
             return pictures
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        for s, ids, offsets in zip(
-            sequences, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        shown = [
+            named(s.name, pictures.show, s.rendered.text, s.rendered.images) for s in sequences
+        ]
+        encoded = self._tokenizer(
+            [prompt.text for prompt in shown], add_special_tokens=False, return_offsets_mapping=True
+        )
+        for s, prompt, ids, offsets in zip(
+            sequences, shown, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            tokens, spans = np.asarray(ids, dtype=np.int64), np.asarray(offsets)
-            try:
-                tokens, keys, spans = pictures.splice(tokens, spans, s.rendered.images)
-            except DataError as error:
-                raise DataError(f"{s.name}: {error}") from error
+            tokens, keys, spans = named(
+                s.name, pictures.fill, prompt, np.asarray(ids, dtype=np.int64), np.asarray(offsets)
+            )
             if len(tokens) > self.max_tokens:
-                kept = self._kept(s, len(tokens), spans)
+                kept = self._kept(s, prompt.text, len(tokens), spans)
                 tokens, keys, spans = tokens[kept], keys[kept], spans[kept]
-            s.tokens = TokenSequence(tokens, keys)
+            s.tokens = TokenSequence(tokens, keys, pictures.positions(keys))
             if s.rendered.labelled:
-                begin = len(s.rendered.text) - s.rendered.labelled
+                begin = len(prompt.text) - s.rendered.labelled
                 s.label_at = np.flatnonzero(spans[:, 1] > begin)
+                if self.official:
+                    s.label_at = official_labels(prompt.text, tokens, spans, self._tokenizer)
         return pictures
 
-    def _kept(self, sequence: _Sequence, count: int, spans: np.ndarray) -> np.ndarray:
+    def _kept(self, sequence: _Sequence, text: str, count: int, spans: np.ndarray) -> np.ndarray:
         """Which tokens stay when a sequence is too long: the longest text loses its end."""
         excess = count - self.max_tokens
-        begin = sequence.rendered.text.rfind(sequence.rendered.longest)
+        begin = text.rfind(sequence.rendered.longest)
         end = begin + len(sequence.rendered.longest)
         cuttable = np.flatnonzero((spans[:, 0] >= begin) & (spans[:, 1] <= end))
         if begin < 0 or len(cuttable) <= excess:
@@ -343,42 +379,14 @@ def _answer(message: Message) -> str:
     return answer
 
 
-def _images(conversation: Conversation) -> tuple[Image, ...]:
+def _images(conversation: Conversation) -> tuple[Image | Video, ...]:
     parts = [p for message in conversation for p in message.content]
-    if any(isinstance(p, Video) for p in parts):
-        raise DataError("videos are not supported yet; give some of its frames as pictures")
-    return tuple(p for p in parts if isinstance(p, Image))
+    return tuple(p for p in parts if not isinstance(p, str))
 
 
 def _longest(conversation: Conversation) -> str:
     texts = [p.strip() for m in conversation for p in m.content if isinstance(p, str)]
     return max(texts, key=len, default="")
-
-
-def _identity(conversation: Conversation | None) -> str:
-    """Equal for conversations that say and show the same, in every process and run."""
-    parts = [p for message in conversation or () for p in message.content]
-    return "\x1f".join(p if isinstance(p, str) else f"\x1e{_shown(p)}" for p in parts)
-
-
-def _shown(part: Image | Video) -> str:
-    """What names a picture: its path, else its content (an address differs from run to run)."""
-    match part.source:
-        case str() | Path():
-            return str(part.source)
-        case bytes():
-            content = [part.source]
-        case tuple():
-            content = [frame.tobytes() for frame in part.source]
-        case _:
-            content = [part.source.tobytes(), str(part.source.size).encode()]
-    return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
-
-
-def _hashes(identities: Sequence[str]) -> Tensor:
-    """Strings to int64, the same in every process (Python's own hash is salted)."""
-    digests = [hashlib.blake2b(i.encode(), digest_size=8).digest() for i in identities]
-    return torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests], dtype=torch.long)
 
 
 def _concatenated(arrays: Sequence[np.ndarray]) -> Tensor:

@@ -172,12 +172,21 @@ def _generation_inputs(
     last = rows.pooled - torch.arange(len(conversations), device=model.device) * length
     shift = length - 1 - last
     index = torch.arange(length, device=model.device)[None] - shift[:, None]
-    pad = rows.input_ids.new_tensor(model.collator.pad_id)
-    inputs: dict[str, Any] = {
-        "input_ids": torch.where(index >= 0, rows.input_ids.gather(1, index.clamp(min=0)), pad),
-        "attention_mask": (index >= 0).long(),
-    }
-    if len(rows.image_order):
+    real = index >= 0
+
+    def left(tensor: Tensor, padding: int) -> Tensor:
+        """Move what is padded on the right, [rows, t] or [axes, rows, t], to the right."""
+        shifted = tensor.gather(-1, index.clamp(min=0).expand_as(tensor))
+        return shifted.masked_fill(~real, padding)
+
+    ids = left(rows.input_ids, model.collator.pad_id)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": real.long()}
+    if rows.positions.ndim == 3:
+        inputs["position_ids"] = left(rows.positions, 0)
+    if rows.sight_end is not None:
+        placeholder = model.family.placeholder_id(model.processor)
+        inputs["token_type_ids"] = (ids == placeholder).long()
+    if len(rows.image_order) or len(rows.video_order):
         inputs["mm_encoder_outputs"] = model.encoder_outputs(
             rows, {k: v.to(model.device) for k, v in vision.items()}
         )

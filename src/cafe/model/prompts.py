@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cafe.errors import CheckpointError
@@ -36,17 +36,22 @@ class EmbeddingPrompt:
     separator: str = "\n"
 
 
+_COMPRESS = EmbeddingPrompt(
+    image="Compress this image in one word:",
+    text="Compress this sentence in one word:",
+    both="Compress this image and sentence in one word:",
+)
+
 PROMPTS = {
-    "compress": EmbeddingPrompt(
-        image="Compress this image in one word:",
-        text="Compress this sentence in one word:",
-        both="Compress this image and sentence in one word:",
-    ),
+    "compress": _COMPRESS,
     # MMEB: the instruction is part of the text, nothing is appended (paper §1.6).
     "none": EmbeddingPrompt(image="", text="", both=""),
+    # The published code's: nothing between a text and the prompt (`cafe.model.official`).
+    "official": replace(_COMPRESS, separator=""),
 }
 
 DEFAULT_PROMPT = "compress"
+OFFICIAL_PROMPT = "official"
 
 _APPEND_PROMPT = """\
 {%- set seen = namespace(picture=false, text=false) -%}

@@ -13,12 +13,16 @@ from torch import Tensor
 class Rows:
     """What the model reads, and where to look in what it returns.
 
-    input_ids, positions, subtree_end  int64 [rows, t]   (see `cafe.model.trie`)
+    input_ids, subtree_end  int64 [rows, t]   (see `cafe.model.trie`)
+    positions      int64 [rows, t]; [axes, rows, t], depth first, for models that count time,
+                   height and width apart (M-RoPE)
     image_order    int64 [k]  which picture of the chunk each run of placeholders shows
     pooled         int64 [e]  flat index (row * t + token) of each embedding: queries, targets,
                               then negatives
     label_source   int64 [l]  flat index of the token that predicts each labelled token
     label_ids      int64 [l]  the labelled tokens
+    sight_end      int64 [rows, t] where the tokens of a picture see each other; else None
+    video_order    int64 [v]  the same as `image_order`, of placeholders that videos alone have
     """
 
     input_ids: Tensor
@@ -28,6 +32,13 @@ class Rows:
     pooled: Tensor
     label_source: Tensor
     label_ids: Tensor
+    sight_end: Tensor | None = None
+    video_order: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    @property
+    def depth(self) -> Tensor:
+        """int64 [rows, t]: how many tokens of its sequence come before each token."""
+        return self.positions if self.positions.ndim == 2 else self.positions[0]
 
     def to(self, device: torch.device | str) -> Self:
         return _move(self, device)

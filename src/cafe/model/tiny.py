@@ -1,13 +1,14 @@
 """The small real LLaVA-OneVision that ships with the package: its configuration and its place.
 
-About 5M parameters: a SigLIP tower of 4 layers x 192 over 96 px pictures in patches of 16, a
+About 6M parameters: a SigLIP tower of 4 layers x 192 over 96 px pictures in patches of 24, a
 two-layer projector, a Qwen2 language model of 4 layers x 256, a byte-level word-piece vocabulary
-under 1,000. A picture takes 36 tokens of overview, 36 of its one tile and 6 line ends.
+under 1,000. A picture takes 16 tokens of overview, 16 of its one tile and 4 line ends.
 `scripts/pretrain_tiny.py` made the weights in `tiny_base/`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 TINY_DIR = Path(__file__).parent / "tiny_base"
 
 IMAGE_PIXELS = 96
+PATCH_PIXELS = 24
 VOCABULARY = 960
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
@@ -36,7 +38,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_processor(texts: Iterable[str], image_pixels: int = IMAGE_PIXELS) -> Any:
+def tiny_processor(
+    texts: Iterable[str], image_pixels: int = IMAGE_PIXELS, patch_pixels: int = PATCH_PIXELS
+) -> Any:
     """A LLaVA-OneVision processor whose tokenizer learns its pieces from `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
@@ -72,7 +76,7 @@ def tiny_processor(texts: Iterable[str], image_pixels: int = IMAGE_PIXELS) -> An
         ),
         tokenizer=wrapped,
         video_processor=LlavaOnevisionVideoProcessor(size=size),
-        num_image_tokens=(image_pixels // 16) ** 2,
+        num_image_tokens=(image_pixels // patch_pixels) ** 2,
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
     )
@@ -100,7 +104,7 @@ def tiny_model(
             "num_hidden_layers": vision_layers,
             "num_attention_heads": max(1, vision_width // 64),
             "image_size": images.size["height"],
-            "patch_size": 16,
+            "patch_size": images.size["height"] // math.isqrt(processor.num_image_tokens),
             "vision_use_head": False,
             "attention_dropout": dropout,
         },
@@ -113,6 +117,7 @@ def tiny_model(
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # as Qwen2 has it
             "attention_dropout": dropout,
             "tie_word_embeddings": True,
             "bos_token_id": None,

@@ -14,6 +14,13 @@ index just after its last descendant). Then
 That one integer per token is the whole attention rule: causal, branching, and the packing of
 unrelated sequences alike. Every hidden state in the row equals the one its sequence would have
 had alone, because a causal model's state depends on the sequence's own prefix only.
+
+Two families of models bend the rule, and the trie bends with them:
+
+- Where the tokens of one picture see each other in both directions (Gemma3), each token carries
+  its *sight_end* too, the end of its own run of placeholders, and `j < sight_end[i]` takes the
+  place of `j <= i`. A run is never split between branches, so this too is the sequence alone.
+- A sliding-window layer measures distance in depth, not in row indices, which branches stretch.
 """
 
 from __future__ import annotations
@@ -36,10 +43,13 @@ class TokenSequence:
     keys    int64 [t]; two tokens are the same token exactly if their keys are equal. Text tokens
             are their own keys; picture placeholders all share one token id, so theirs name the
             picture and the place in it (`image_keys`).
+    positions   int64 [axes, t], depth first, where the model counts along several axes (M-RoPE);
+            None: the depth alone. They must depend on the keys up to the token only.
     """
 
     tokens: np.ndarray
     keys: np.ndarray
+    positions: np.ndarray | None = None
 
     @classmethod
     def from_text(cls, tokens: Sequence[int] | np.ndarray) -> TokenSequence:
@@ -57,11 +67,21 @@ def image_of_key(key: int) -> tuple[int, int]:
     return divmod(-int(key) - 1, IMAGE_STRIDE)
 
 
+def picture_runs(keys: np.ndarray) -> list[tuple[int, int]]:
+    """The (begin, end) of each run of one picture's placeholders in keys [t], in order."""
+    at = np.flatnonzero(keys < 0)
+    if len(at) == 0:
+        return []
+    breaks = np.flatnonzero((np.diff(at) != 1) | (np.diff(keys[at]) != -1)) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(at, breaks)]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A flattened trie, or several of them one after the other.
 
-    tokens, keys, positions, subtree_end   int64 [t]
+    tokens, keys, subtree_end   int64 [t]
+    positions   int64 [t], or [axes, t] with the depth first
     places   for each sequence, in the order given, the row index of each of its tokens
     """
 
@@ -79,7 +99,8 @@ def build_row(sequences: Sequence[TokenSequence]) -> Row:
     """Merge `sequences` where they begin alike and flatten the trie depth-first.
 
     Branches keep the order in which they first appear. A sequence may be a prefix of another,
-    or equal to it. Raises ValueError for no sequences or an empty one.
+    or equal to it. Raises ValueError for no sequences or an empty one, and for sequences that
+    begin alike but count their positions differently.
     """
     if not sequences or any(len(sequence.keys) == 0 for sequence in sequences):
         raise ValueError("a row needs at least one sequence, and no empty ones")
@@ -94,6 +115,7 @@ def build_row(sequences: Sequence[TokenSequence]) -> Row:
         shared = _shared_length([keys[m] for m in members], depth)
         run = len(runs)
         if shared > depth:
+            _check_positions([sequences[m] for m in members], depth, shared)
             runs.append((members[0], depth, shared))
             ends.append(0)
             row_indices = np.arange(length, length + shared - depth)
@@ -113,7 +135,7 @@ def build_row(sequences: Sequence[TokenSequence]) -> Row:
     return Row(
         tokens=np.concatenate([sequences[s].tokens[a:b] for s, a, b in runs]),
         keys=np.concatenate([keys[s][a:b] for s, a, b in runs]),
-        positions=np.concatenate([np.arange(a, b) for _, a, b in runs]),
+        positions=np.concatenate([_positions(sequences[s], a, b) for s, a, b in runs], axis=-1),
         subtree_end=np.repeat(ends, [b - a for _, a, b in runs]),
         places=tuple(places),
     )
@@ -128,6 +150,19 @@ def _shared_length(keys: list[np.ndarray], depth: int) -> int:
         if differs.any():
             shared = depth + int(differs.argmax())
     return shared
+
+
+def _positions(sequence: TokenSequence, begin: int, end: int) -> np.ndarray:
+    if sequence.positions is None:
+        return np.arange(begin, end)
+    return sequence.positions[:, begin:end]
+
+
+def _check_positions(sequences: Sequence[TokenSequence], begin: int, end: int) -> None:
+    first = _positions(sequences[0], begin, end)
+    for other in sequences[1:]:
+        if not np.array_equal(first, _positions(other, begin, end)):
+            raise ValueError("equal tokens have unequal positions: such sequences cannot share")
 
 
 def separate_rows(sequences: Sequence[TokenSequence]) -> list[Row]:
@@ -160,7 +195,7 @@ def _concatenate(rows: Sequence[Row]) -> Row:
     return Row(
         tokens=np.concatenate([row.tokens for row in rows]),
         keys=np.concatenate([row.keys for row in rows]),
-        positions=np.concatenate([row.positions for row in rows]),
+        positions=np.concatenate([row.positions for row in rows], axis=-1),
         subtree_end=np.concatenate(
             [row.subtree_end + o for row, o in zip(rows, offsets, strict=True)]
         ),
@@ -174,8 +209,9 @@ def _concatenate(rows: Sequence[Row]) -> Row:
 class RowBatch:
     """Rows padded on the right to one length.
 
-    input_ids, positions, subtree_end   int64 [rows, t]
-    keys                                int64 [rows, t] (numpy: collation only)
+    input_ids, subtree_end   int64 [rows, t]
+    positions                int64 [rows, t], or [axes, rows, t] with the depth first
+    keys                     int64 [rows, t] (numpy: collation only)
     Padding tokens see and are seen by themselves only.
     """
 
@@ -189,13 +225,13 @@ def stack_rows(rows: Sequence[Row], pad_token: int) -> RowBatch:
     """Pad `rows` to the longest and stack them."""
     shape = (len(rows), max(len(row) for row in rows))
     input_ids = np.full(shape, pad_token, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
+    positions = np.zeros((*rows[0].positions.shape[:-1], *shape), dtype=np.int64)
     subtree_end = np.broadcast_to(np.arange(1, shape[1] + 1), shape).copy()
     keys = np.zeros(shape, dtype=np.int64)
     for r, row in enumerate(rows):
         t = len(row)
         input_ids[r, :t] = row.tokens
-        positions[r, :t] = row.positions
+        positions[..., r, :t] = row.positions
         subtree_end[r, :t] = row.subtree_end
         keys[r, :t] = row.keys
     return RowBatch(
@@ -206,21 +242,62 @@ def stack_rows(rows: Sequence[Row], pad_token: int) -> RowBatch:
     )
 
 
-def dense_mask(subtree_end: Tensor) -> Tensor:
-    """The attention rule as a boolean mask for SDPA.
+def sight_ends(keys: np.ndarray) -> np.ndarray:
+    """How far each token of rows of keys [rows, t] may look ahead: int64 [rows, t].
 
-    subtree_end int64 [rows, t]  ->  bool [rows, 1, t, t], True where query i may see key j.
+    The end of its own run of picture placeholders; for a text token the index after itself.
     """
-    index = torch.arange(subtree_end.shape[-1], device=subtree_end.device)
-    causal = index[:, None] >= index[None, :]
-    inside = index[None, :, None] < subtree_end[:, None, :]
-    return (causal & inside)[:, None]
+    ends = np.broadcast_to(np.arange(1, keys.shape[1] + 1), keys.shape).copy()
+    for r, row in enumerate(keys):
+        for begin, end in picture_runs(row):
+            ends[r, begin:end] = end
+    return ends
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """Which token may see which, for one kind of layer.
+
+    subtree_end   int64 [rows, t]
+    sight_end     int64 [rows, t]; None: no token looks ahead
+    depth         int64 [rows, t]; needed with a window
+    window        a token sees this many tokens of its sequence, itself included; None: all
+    """
+
+    subtree_end: Tensor
+    sight_end: Tensor | None = None
+    depth: Tensor | None = None
+    window: int | None = None
+
+    def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The rule as FlexAttention's `create_block_mask` takes it: (row, head, query, key)."""
+        # A closure over tensors, not a method: that is what torch.compile traces best.
+        subtree_end, sight_end, depth = self.subtree_end, self.sight_end, self.depth
+        window = self.window
+
+        def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            sight = query + 1 if sight_end is None else sight_end[row, query]
+            allowed = (key < sight) & (query < subtree_end[row, key])
+            if window is not None and depth is not None:
+                allowed = allowed & (depth[row, query] - depth[row, key] < window)
+            return allowed
+
+        return rule
+
+    def dense(self) -> Tensor:
+        """The rule for SDPA: bool [rows, 1, t, t], True where query i may see key j."""
+        rows, length = self.subtree_end.shape
+        index = torch.arange(length, device=self.subtree_end.device)
+        row = torch.arange(rows, device=self.subtree_end.device)[:, None, None]
+        allowed = self.mask_mod()(row, row, index[None, :, None], index[None, None, :])
+        return allowed.expand(rows, length, length)[:, None]
+
+
+def dense_mask(subtree_end: Tensor) -> Tensor:
+    """The plain rule as a boolean mask: int64 [rows, t] -> bool [rows, 1, t, t]."""
+    return AttentionRule(subtree_end).dense()
 
 
 def mask_mod(subtree_end: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The same rule for FlexAttention's `create_block_mask`."""
-
-    def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < subtree_end[row, key])
-
-    return rule
+    """The plain rule for FlexAttention."""
+    return AttentionRule(subtree_end).mask_mod()

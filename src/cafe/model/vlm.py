@@ -15,16 +15,16 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from cafe.errors import FamilyError
 from cafe.model import inference
 from cafe.model.checkpoint import load_pretrained, save_checkpoint
 from cafe.model.collate import Collator
 from cafe.model.families import family_of
 from cafe.model.inputs import Input, as_conversation, as_messages, is_many
-from cafe.model.prompts import DEFAULT_PROMPT
+from cafe.model.prompts import DEFAULT_PROMPT, default_chat_template
 from cafe.model.rows import Rows
-from cafe.model.trie import dense_mask, mask_mod
+from cafe.model.trie import AttentionRule
 
 Attention = Literal["sdpa", "eager", "flex_attention"]
 
@@ -41,6 +41,7 @@ class CAFe(nn.Module):
         self.model: Any = model
         self.processor = processor
         self.family = family_of(model.config)
+        self._windows = layer_windows(model.config)
         unused = self.family.unused(model.config)
         for name, parameter in model.named_parameters():
             if name.startswith(unused):
@@ -60,16 +61,21 @@ class CAFe(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         attention: Attention = "sdpa",
+        adapter: str | Path | None = None,
     ) -> CAFe:
         """Load a directory, a hub id, or "tiny" (the base that ships with the package).
 
-        dtype   of the weights; None: float32 on CPU, bfloat16 on a GPU
+        dtype     of the weights; None: float32 on CPU, bfloat16 on a GPU
+        adapter   a directory or hub id of LoRA or DoRA weights for this model; an adapter that
+                  names its base can be loaded by itself
         Raises CheckpointError when there is no model there or its weights do not fit;
         FamilyError for a family without facts.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        model, processor = load_pretrained(name_or_dir, dtype=dtype, attention=attention)
+        model, processor = load_pretrained(
+            name_or_dir, dtype=dtype, attention=attention, adapter=adapter
+        )
         return cls(model, processor).to(device).eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -106,10 +112,11 @@ class CAFe(nn.Module):
             input_ids=rows.input_ids,
             attention_mask=self._mask(rows),
             position_ids=rows.positions,
-            mm_encoder_outputs=_in_order(features, rows),
+            mm_encoder_outputs=self._in_order(features, rows),
             use_cache=False,
         ).last_hidden_state
-        unused = set(range(len(features))) - set(rows.image_order.tolist())
+        shown = {*rows.image_order.tolist(), *rows.video_order.tolist()}
+        unused = set(range(len(features))) - shown
         if unused and torch.is_grad_enabled():
             # Every rank runs the tower's backward, or the others wait for its gradients.
             hidden = hidden + 0 * sum(features[i].sum() for i in unused)
@@ -117,7 +124,20 @@ class CAFe(nn.Module):
 
     def encoder_outputs(self, rows: Rows, vision: dict[str, Tensor]) -> dict[str, Any]:
         """Picture features as transformers' forward and `generate` take them, in row order."""
-        return _in_order(self._features(vision), rows)
+        return self._in_order(self._features(vision), rows)
+
+    def _in_order(self, features: list[Tensor], rows: Rows) -> dict[str, Any]:
+        def shown(order: Tensor) -> list[Tensor]:
+            return [features[i] for i in order.tolist()]
+
+        outputs: dict[str, Any] = {}
+        if len(rows.image_order):
+            pictures = shown(rows.image_order)
+            outputs["image"] = self.family.encoder_output(pictures, self.embedding_dimension)
+        if len(rows.video_order):
+            videos = shown(rows.video_order)
+            outputs["video"] = self.family.video_output(videos, self.embedding_dimension)
+        return outputs
 
     def _features(self, vision: dict[str, Tensor]) -> list[Tensor]:
         if not vision:
@@ -129,15 +149,25 @@ class CAFe(nn.Module):
         )
 
     def _mask(self, rows: Rows) -> Any:
+        """One mask, or one for each kind of layer where a model has several kinds."""
+        length = rows.input_ids.shape[1]
+        # A window that holds a whole row is none.
+        windows = {k: w if w is not None and w < length else None for k, w in self._windows.items()}
+        masks = {window: self._mask_of(rows, window) for window in set(windows.values())}
+        if len(windows) == 1:
+            return masks[next(iter(windows.values()))]
+        return {kind: masks[window] for kind, window in windows.items()}
+
+    def _mask_of(self, rows: Rows, window: int | None) -> Any:
+        rule = AttentionRule(rows.subtree_end, rows.sight_end, rows.depth, window)
         attention = self.model.config._attn_implementation
         if attention == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask
 
             count, length = rows.input_ids.shape
-            return create_block_mask(
-                mask_mod(rows.subtree_end), count, None, length, length, device=str(self.device)
-            )
-        mask = dense_mask(rows.subtree_end)
+            device = str(self.device)
+            return create_block_mask(rule.mask_mod(), count, None, length, length, device=device)
+        mask = rule.dense()
         if attention == "eager":
             blocked = torch.finfo(self.model.dtype).min
             return torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, blocked)
@@ -239,21 +269,48 @@ class CAFe(nn.Module):
         }
 
 
-def _in_order(features: list[Tensor], rows: Rows) -> dict[str, Any]:
-    order = rows.image_order.tolist()
-    if not order:
-        return {}
-    shown: Any = [features[i] for i in order]
-    return {"image": BaseModelOutputWithPooling(pooler_output=shown)}
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """How far each kind of layer of the language model sees, in tokens; None: to the beginning.
+
+    Raises FamilyError for a kind of layer whose attention is neither full nor a sliding window.
+    """
+    text = config.get_text_config()
+    if getattr(text, "use_bidirectional_attention", False):
+        raise FamilyError(
+            f"model type {config.model_type!r} with use_bidirectional_attention cannot generate"
+        )
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        return {"every": window}
+    known = {"full_attention": None, "sliding_attention": window}
+    for kind in kinds:
+        if kind not in known:
+            raise FamilyError(
+                f"model type {config.model_type!r}: its {kind!r} layers cannot share a row; "
+                f"cafe knows {' and '.join(known)}"
+            )
+    return {kind: known[kind] for kind in sorted(set(kinds))}
 
 
 def _turn_end(processor: Any) -> str:
-    """The token that closes an assistant turn: ChatML's end if there is one, else EOS."""
-    vocabulary = processor.tokenizer.get_vocab()
-    for token in ("<|im_end|>", "<end_of_utterance>", "<end_of_turn>"):
-        if token in vocabulary:
-            return token
-    return str(processor.tokenizer.eos_token)
+    """The token that closes an assistant turn, as the chat template writes it; else EOS.
+
+    A vocabulary does not tell: SmolVLM's holds "<|im_end|>" and closes with "<end_of_utterance>".
+    """
+    tokenizer, answer = processor.tokenizer, "\ue000"
+    if processor.chat_template:
+        turns = [("user", "a"), ("assistant", answer)]
+        messages = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in turns]
+        whole = processor.apply_chat_template(
+            messages, tokenize=False, chat_template=default_chat_template(processor)
+        )
+        after = whole[whole.rindex(answer) + 1 :].lstrip()
+        tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
+        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        if tokens and tokens[0] in special:
+            return str(tokenizer.convert_ids_to_tokens(tokens[0]))
+    return str(tokenizer.eos_token)
 
 
 def _context_tokens(model: PreTrainedModel) -> int:

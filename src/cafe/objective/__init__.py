@@ -8,13 +8,17 @@ from __future__ import annotations
 from cafe.objective.contrastive import Directions, clamped_temperature, info_nce, sigmoid_loss
 from cafe.objective.joint import joint_loss
 from cafe.objective.language import IGNORE_LABEL, next_token_nll
+from cafe.objective.official import Compat, contrastive_share, language_count
 
 __all__ = [
     "IGNORE_LABEL",
+    "Compat",
     "Directions",
     "clamped_temperature",
+    "contrastive_share",
     "info_nce",
     "joint_loss",
+    "language_count",
     "next_token_nll",
     "sigmoid_loss",
 ]

@@ -3,7 +3,7 @@
 Pure data: nothing here imports torch, and nothing here knows who runs a recipe.
 """
 
-from cafe.recipes.load import load_recipe
+from cafe.recipes.load import load_recipe, load_source
 from cafe.recipes.tree import (
     Batch,
     Checkpoint,
@@ -13,6 +13,7 @@ from cafe.recipes.tree import (
     Optimizer,
     Recipe,
     Schedule,
+    Tuning,
 )
 
 __all__ = [
@@ -24,5 +25,7 @@ __all__ = [
     "Optimizer",
     "Recipe",
     "Schedule",
+    "Tuning",
     "load_recipe",
+    "load_source",
 ]

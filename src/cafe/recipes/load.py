@@ -17,10 +17,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cafe.errors import RecipeError
-from cafe.recipes.tree import Recipe
+from cafe.recipes.tree import DataSource, Recipe
 from cafe.recipes.yaml_text import parse_yaml
 
-_SECTIONS = ("objective", "batch", "optimizer", "schedule", "checkpoint", "log")
+_SECTIONS = ("objective", "batch", "optimizer", "tuning", "schedule", "checkpoint", "log")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -40,6 +40,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise _recipe_error(error, str(path), overrides) from None
+
+
+def load_source(path: str, overrides: Sequence[str] = ()) -> DataSource:
+    """One data source, with `overrides` such as `mode=chat`, as `data.0` of a recipe has them.
+
+    Paths are relative to the working directory. Raises RecipeError.
+    """
+    tree: dict[str, Any] = {"data": [{"path": path}], **_ANY_RUN}
+    prefixed = [f"data.0.{override}" for override in overrides]
+    for override in prefixed:
+        _apply(tree, override)
+    _anchor_data_paths(tree, Path())
+    try:
+        return Recipe.model_validate(tree).data[0]
+    except ValidationError as error:
+        raise _recipe_error(error, path, prefixed) from None
+
+
+_ANY_RUN: dict[str, Any] = {
+    "model": "tiny",
+    "output_dir": "out",
+    "batch": {"examples": 1},
+    "optimizer": {"learning_rate": 1.0},
+    "schedule": {"steps": 1},
+}
+"""What a recipe needs besides its data."""
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -69,7 +95,7 @@ def _anchor_data_paths(tree: dict[str, Any], folder: Path) -> None:
     for source in sources if isinstance(sources, list) else []:
         for key in ("path", "image_root"):
             value = source.get(key) if isinstance(source, dict) else None
-            if isinstance(value, str) and value:
+            if isinstance(value, str) and value and not value.startswith("hub:"):
                 source[key] = str((folder / Path(value).expanduser()).absolute())
 
 

@@ -26,6 +26,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
+Part = Literal["vision", "projector", "language"]
 UserPath = Annotated[Path, Strict(False), AfterValidator(Path.expanduser)]
 
 
@@ -35,6 +36,15 @@ def _check_warmup(value: object) -> object:
         raise ValueError("expected a share of all steps (0.03) or a number of steps (100)")
     if value < 0 or (isinstance(value, float) and value >= 1):
         raise ValueError("expected a share of all steps below 1.0, or a whole number of steps")
+    return value
+
+
+def _check_rejected(value: object) -> object:
+    """As `_check_warmup`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("expected a share of all records (0.05) or a number of records (100)")
+    if value < 0 or (isinstance(value, float) and value >= 1):
+        raise ValueError("expected a share of all records below 1.0, or a whole number of records")
     return value
 
 
@@ -54,17 +64,41 @@ class DataSource(Section):
     """One source of training examples."""
 
     path: Name
-    """A file of LLaVA conversations (.json, .jsonl), relative to the recipe's folder."""
-    mode: Literal["caption", "chat"] = "caption"
-    """caption: the picture is the query, its caption the target. chat: conversations."""
+    """A file or folder of records, relative to the recipe's folder; shard-{000..127}.tar; or
+    hub:OWNER/NAME[:CONFIG], a data set of the Hugging Face hub."""
+    format: Literal["auto", "llava", "messages", "swift", "mmeb", "pairs", "captions"] = "auto"
+    """What a record means (`cafe.data.formats`); auto: found by its columns."""
+    mode: Literal["caption", "chat", "pair"] | None = None
+    """caption: the picture is the query, its caption the target. chat: conversations, no pair.
+    pair: query and target as the records give them. None: pair where the format has no other, else
+    caption."""
+    language_loss: bool = True
+    """Also learn to write the answers; false: the pairs only."""
+    embedding_prompt: Literal["compress", "none"] | None = None
+    """What is added to both sides of a pair. None: nothing where records bring instructions (mmeb,
+    conversations as pairs), else "Compress … in one word:"."""
+    columns: dict[Name, Name] | None = None
+    """Names that the formats know -> columns of this data set, e.g. {image: photo, text: title}."""
+    split: Name | None = None
+    """Of a data set that has several; None: train, or the only one."""
     image_root: UserPath | None = None
     """Where picture paths start, relative to the recipe's folder; None: the file's own folder."""
+    max_pixels: Count | None = None
+    """Larger pictures (width x height) are made smaller before the model's processor sees them."""
     weight: NotNegative = 1.0
     """How often this source is drawn, relative to the others."""
     turns: Literal["conversation", "branches"] = "conversation"
     """branches: every question-and-answer pair about the picture stands alone."""
+    task: Name = "default"
+    """Records about the same picture are merged (merge_by_image) within a task only."""
     limit: Count | None = None
     """Use the first so many records only."""
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.mode == "chat" and not self.language_loss:
+            raise ValueError("mode chat without language_loss leaves nothing to learn")
+        return self
 
 
 class Objective(Section):
@@ -86,6 +120,8 @@ class Objective(Section):
     """Extra weight of negatives that look like positives (LLaVE); 0 is off."""
     matryoshka_dims: Annotated[list[Count], Field(min_length=1)] | None = None
     """Also train embeddings cut to these numbers of dimensions."""
+    compat: Literal["none", "official"] = "none"
+    """official: the published code's labels, prompts and scaling by processes (ChatML models)."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
@@ -120,7 +156,7 @@ class Optimizer(Section):
     """Peak rate of the vision tower; None: learning_rate."""
     projector_learning_rate: Positive | None = None
     """Peak rate of the projector; None: learning_rate."""
-    freeze: list[Literal["vision", "projector", "language"]] = []
+    freeze: list[Part] = []
     """Parts that stay as they are."""
     weight_decay: NotNegative = 0.0
     """Decoupled; matrices only."""
@@ -130,6 +166,40 @@ class Optimizer(Section):
     """Added to the denominator."""
     max_grad_norm: Positive | None = 1.0
     """Gradients are clipped to this global norm; None: never."""
+
+
+class Tuning(Section):
+    """Which weights learn: the model's own, or an adapter's beside them (LoRA and its kin)."""
+
+    kind: Literal["full", "lora", "dora", "qlora"] = "full"
+    """full: the weights themselves. qlora: LoRA on a base in 4 bits (needs bitsandbytes)."""
+    rank: Count = 16
+    """Rank of each adapted matrix's update."""
+    alpha: Count = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Share = 0.0
+    """Of what the adapter reads."""
+    parts: Annotated[list[Part], Field(min_length=1)] = ["language"]
+    """Parts whose linear layers are adapted. Other parts stay as they are."""
+    targets: Annotated[list[Name], Field(min_length=1)] | None = None
+    """Only these layers of the parts, e.g. [q_proj, v_proj]; None: every linear layer."""
+    full_parts: list[Literal["vision", "projector"]] = []
+    """Parts that learn their own weights beside the adapter, which then holds those too."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.kind == "full":
+            changed = [name for name in self.model_fields_set if name != "kind"]
+            changed = [n for n in changed if getattr(self, n) != type(self).model_fields[n].default]
+            if changed:
+                raise ValueError(
+                    f"kind is full, so there is no adapter that takes {sorted(changed)[0]}; set "
+                    "kind to lora"
+                )
+        both = [part for part in self.full_parts if part in self.parts]
+        if both:
+            raise ValueError(f"{both[0]} is in parts and in full_parts; name it in one of them")
+        return self
 
 
 class Schedule(Section):
@@ -185,18 +255,24 @@ class Recipe(Section):
     """Where examples come from; several sources are mixed by weight."""
     merge_by_image: bool = False
     """Records about the same picture become branches of one row."""
+    max_rejected: Annotated[float | int, BeforeValidator(_check_rejected)] = 0.05
+    """Broken records that are left out before the run ends: a share, or a whole number."""
     objective: Objective = Objective()
     """The joint loss."""
     batch: Batch
     """Sizes."""
     optimizer: Optimizer
     """Learning rates and frozen parts."""
+    tuning: Tuning = Tuning()
+    """The model's own weights, or an adapter."""
     schedule: Schedule
     """Length of the run."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of forward and backward; weights and optimizer state stay fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: each process holds a piece of weights, gradients and optimizer state, not all."""
     attention: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     """Attention kernel."""
     checkpoint: Checkpoint = Checkpoint()
@@ -208,6 +284,17 @@ class Recipe(Section):
     def _check_data(self) -> Self:
         if sum(source.weight for source in self.data) == 0:
             raise ValueError("data: every weight is 0; give one source a positive weight")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tuning(self) -> Self:
+        if self.tuning.kind == "qlora" and self.sharding == "fsdp":
+            raise ValueError("weights in 4 bits cannot be cut; set sharding: none, or kind: lora")
+        if self.tuning.kind != "full":
+            frozen = [p for p in self.optimizer.freeze if p in self.tuning.parts]
+            frozen += [p for p in self.optimizer.freeze if p in self.tuning.full_parts]
+            if frozen:
+                raise ValueError(f"{frozen[0]} is in optimizer.freeze and in tuning; name it once")
         return self
 
     def dump(self) -> str:

@@ -12,16 +12,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from cafe.errors import RecipeError
 from cafe.model.collate import Collator
 from cafe.model.vlm import CAFe
 from cafe.recipes import Recipe
-from cafe.train.checkpoints import TrainingState
+from cafe.train.adapt import halve_frozen_layers
 from cafe.train.contrast import Contrast
 from cafe.train.distributed import world_size
 from cafe.train.optim import build_optimizer, freeze, head_is_tied, parts_of
+from cafe.train.sharding import shard
+from cafe.train.state import TrainingState, fingerprint
 from cafe.train.step import TrainingStep
 
 
@@ -45,6 +47,11 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         # Ranks may have different numbers of chunks, and broadcasts happen per forward.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise RecipeError(
+            "accelerate's own FSDP is switched on; leave it off (no --use_fsdp) and set "
+            "sharding=fsdp in the recipe"
+        )
     if wanted:
         accelerator.init_trackers("cafe", config=_flat(recipe.model_dump(mode="json")))
     if recipe.batch.examples < accelerator.num_processes:
@@ -77,32 +84,45 @@ def build_step(
     recipe: Recipe, core: CAFe, accelerator: Accelerator
 ) -> tuple[TrainingStep, TrainingState]:
     """The step on the prepared model, and the state that it changes."""
-    parts = parts_of(core)
-    freeze(parts, recipe.optimizer.freeze)
+    freeze(parts_of(core), recipe.optimizer.freeze)
     if recipe.objective.language_weight == 0 and not head_is_tied(core):
         core.lm_head.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
+    sharded = is_sharded(recipe)
+    if recipe.tuning.kind == "lora" and recipe.precision == "bf16" and not sharded:
+        halve_frozen_layers(core)
     core.train()
     if recipe.gradient_checkpointing:
         with warnings.catch_warnings():
             # Renamed in transformers 5.23; the old name is in every version that we take.
             warnings.simplefilter("ignore", FutureWarning)
             core.model.gradient_checkpointing_enable({"use_reentrant": False})
-    contrast = Contrast(recipe.objective).to(accelerator.device)
+    base = fingerprint(core.model)
+    device = accelerator.device
+    if sharded:
+        shard(core, device)
+    contrast = Contrast(recipe.objective).to(device)
     step = TrainingStep(
-        core, core, contrast, recipe.objective, autocast=lambda: accelerator.autocast()
-    )
-    optimizer = build_optimizer(parts, contrast, recipe.optimizer, accelerator.device.type)
-    with warnings.catch_warnings():
-        # Renamed in torch 2.13; the old name is in every version that we take.
-        warnings.simplefilter("ignore", FutureWarning)
-        model, prepared = accelerator.prepare(core, optimizer)
-    step = replace(
-        step,
-        model=model,
+        core,
+        core,
+        contrast,
+        recipe.objective,
         backward=accelerator.backward,
-        no_sync=lambda: accelerator.no_sync(model),
+        autocast=lambda: accelerator.autocast(),
+        sharded=sharded,
     )
-    return step, TrainingState(core.model, contrast, prepared, accelerator.device)
+    optimizer: Any = build_optimizer(parts_of(core), contrast, recipe.optimizer, device.type)
+    if not sharded:
+        with warnings.catch_warnings():
+            # Renamed in torch 2.13; the old name is in every version that we take.
+            warnings.simplefilter("ignore", FutureWarning)
+            model, optimizer = accelerator.prepare(core, optimizer)
+        step = replace(step, model=model, no_sync=lambda: accelerator.no_sync(model))
+    return step, TrainingState(core.model, contrast, optimizer, device, base, sharded)
+
+
+def is_sharded(recipe: Recipe) -> bool:
+    """One process has nothing to share."""
+    return recipe.sharding == "fsdp" and world_size() > 1
 
 
 def build_collator(recipe: Recipe, core: CAFe) -> Collator:
@@ -120,4 +140,5 @@ def build_collator(recipe: Recipe, core: CAFe) -> Collator:
         sharing=batch.sharing,
         row_tokens=batch.row_tokens,
         dummy_image=world_size() > 1,
+        official=recipe.objective.compat == "official",
     )

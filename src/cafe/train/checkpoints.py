@@ -1,10 +1,15 @@
 """The state of a run on disk: written whole or not at all, and read back bit for bit.
 
 output_dir/checkpoints/step-000123/
-    weights.safetensors   the model's parameters, fp32; tied ones once
+    weights.safetensors   the model's parameters, fp32, tied ones once; with an adapter only what
+                          learns
     optimizer.pt          AdamW's moments
-    state.pt              what the contrast learns, and each rank's random state
+    pieces/               instead of these two, of a sharded run: each rank's own part of them
+    state.pt              what the contrast learns, each rank's random state, with an adapter the
+                          base's fingerprint
     manifest.json         written last: {"step": 123, "files": {name: bytes}, "data": {...}}
+
+Pieces and whole files are read by runs on any number of processes, sharded or not.
 
 A checkpoint is written to a temporary sibling, synced to disk and renamed. A run that is killed
 at any moment leaves complete checkpoints, and at most one temporary that nobody reads.
@@ -14,47 +19,39 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.optim import Optimizer
 
 from cafe.errors import CheckpointError, TrainingError
-from cafe.train.contrast import Contrast
 from cafe.train.distributed import any_rank, rank, world_size
-
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = (
-    "weights.safetensors",
-    "optimizer.pt",
-    "state.pt",
-    "manifest.json",
+from cafe.train.sharding import save_pieces
+from cafe.train.state import (
+    TrainingState,
+    load_moments,
+    load_weights,
+    pieces_of,
+    random_state,
+    restore_pieces,
+    set_random_state,
+    weights_of,
 )
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
+PIECES, STATE, MANIFEST = "pieces", "state.pt", "manifest.json"
 UNFINISHED = ".tmp-"
 
 # What a failed write raises: Python, safetensors and torch each have their own.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingState:
-    """All that changes from step to step, besides the step's number."""
-
-    model: nn.Module
-    contrast: Contrast
-    optimizer: Optimizer
-    device: torch.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,27 +75,55 @@ class Checkpoints:
         target = self.folder / f"step-{step:06d}"
         streams = gather_object([random_state(state.device)])
         failure: Exception | None = None
-        if rank() == 0:
-            try:
-                with whole_directory(target) as unfinished:
+        try:
+            with self._unfinished(target, state) as unfinished:
+                if state.sharded:
+                    save_pieces(pieces_of(state), unfinished / PIECES)
+                if rank() == 0:
                     self._write(state, step, streams, unfinished)
+            if rank() == 0:
                 self._prune()
-            except WRITE_ERRORS as error:
-                failure = error
+        except WRITE_ERRORS as error:
+            failure = error
         if any_rank(failure is not None, state.device):
             raise TrainingError(self._complaint(target, step, failure)) from failure
         return target
 
+    @contextmanager
+    def _unfinished(self, target: Path, state: TrainingState) -> Iterator[Path]:
+        """The directory that is to become `target`: rank 0's to make and to complete.
+
+        Where all ranks write, they enter together, once it is there, or all raise OSError.
+        """
+        failure: OSError | None = None
+        with ExitStack() as stack:
+            if rank() == 0:
+                try:
+                    stack.enter_context(whole_directory(target))
+                except OSError as error:
+                    failure = error
+            if state.sharded and any_rank(failure is not None, state.device):
+                raise failure or OSError("rank 0 cannot make the directory")
+            if failure is not None:
+                raise failure
+            yield _unfinished_name(target)
+
     def _write(
         self, state: TrainingState, step: int, streams: list[dict[str, Any]], folder: Path
     ) -> None:
-        save_file(weights_of(state.model), folder / WEIGHTS)
-        with (folder / OPTIMIZER).open("wb") as file:
-            torch.save(state.optimizer.state_dict(), file)
-        rest = {"contrast": state.contrast.state_dict(), "random": streams}
+        """What rank 0 writes; the manifest is last."""
+        rest = {"contrast": state.contrast.state_dict(), "random": streams, "base": state.base}
+        moments = state.optimizer.state_dict()
+        if state.sharded:
+            rest["groups"] = moments["param_groups"]
+        else:
+            save_file(weights_of(state.model), folder / WEIGHTS)
+            with (folder / OPTIMIZER).open("wb") as file:
+                torch.save(moments, file)
         with (folder / STATE).open("wb") as file:
             torch.save(rest, file)
-        sizes = {name: (folder / name).stat().st_size for name in (WEIGHTS, OPTIMIZER, STATE)}
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         manifest = {"step": step, "files": sizes, "data": self.data}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -130,10 +155,15 @@ class Checkpoints:
         step, folder = done[-1]
         self._check_data(folder)
         try:
-            load_weights(state.model, load_file(folder / WEIGHTS, device=str(state.device)))
-            moments = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
             rest = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-            load_moments(state.optimizer, moments)
+            if rest.get("base") != state.base:
+                raise ValueError("the model beneath the adapter is another")
+            if (folder / PIECES).is_dir():
+                restore_pieces(state, folder / PIECES, rest["groups"])
+            else:
+                load_weights(state.model, load_file(folder / WEIGHTS))
+                moments = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+                load_moments(state.optimizer, moments)
             state.contrast.load_state_dict(rest["contrast"])
         except (*WRITE_ERRORS, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -185,13 +215,17 @@ def _is_complete(path: Path) -> bool:
         return False
 
 
+def _unfinished_name(target: Path) -> Path:
+    return target.with_name(UNFINISHED + target.name)
+
+
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
     """A temporary sibling to fill; it becomes `target` when the block ends well, else it goes.
 
     A directory that is already at `target` is replaced.
     """
-    unfinished = target.with_name(UNFINISHED + target.name)
+    unfinished = _unfinished_name(target)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
@@ -225,63 +259,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# ---------------------------------------------------------------------- contents
-
-
-def _aliases(model: nn.Module) -> set[str]:
-    """Further names of tied parameters."""
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return every - {name for name, _ in model.named_parameters()}
-
-
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers by name; a tied parameter has its first name only."""
-    aliases = _aliases(model)
-    return {k: v.contiguous() for k, v in model.state_dict().items() if k not in aliases}
-
-
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put back what `weights_of` took. Raises RuntimeError when they are another model's."""
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    wrong = [*unexpected, *(set(missing) - _aliases(model))]
-    if wrong:
-        raise RuntimeError(f"{len(wrong)} weights do not match, the first is {wrong[0]!r}")
-
-
-def load_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Put back what AdamW remembers; its rates and decay stay those of the recipe at hand.
-
-    Raises ValueError when the groups are others, as they are when other parts are frozen.
-    """
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    then, now = (
-        [group["name"] for group in groups] for groups in (state["param_groups"], settings)
-    )
-    if then != now:
-        raise ValueError(f"it trained {', '.join(then)}; the recipe trains {', '.join(now)}")
-    optimizer.load_state_dict(state)
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """Every stream of random numbers that a step might draw from, as plain values and tensors."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {
-        "python": random.getstate(),
-        "numpy": (name, np.asarray(keys).tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "accelerator": accelerator,
-    }
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go on from a state that `random_state` took."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["accelerator"] is not None:
-        torch.cuda.set_rng_state(state["accelerator"], device)

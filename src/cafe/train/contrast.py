@@ -49,10 +49,12 @@ class Contrast(nn.Module):
         return clamped_temperature(self.log_temperature)
 
     def forward(self, sides: Sides) -> Tensor:
+        # The published code takes every other target for a negative, equal ones too.
+        masks = self.objective.compat == "none"
         shared = {
             "negatives": sides.negatives if len(sides.negatives) else None,
-            "target_ids": sides.target_ids,
-            "negative_ids": sides.negative_ids if len(sides.negatives) else None,
+            "target_ids": sides.target_ids if masks else None,
+            "negative_ids": sides.negative_ids if masks and len(sides.negatives) else None,
             "temperature": self.temperature(),
             "dims": self.objective.matryoshka_dims,
         }

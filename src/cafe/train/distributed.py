@@ -7,9 +7,25 @@ with respect to its own embeddings, which stand among the rows and among the col
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# What gloo and NCCL say when a process at the other end is gone; they have no class for it.
+_LOST = re.compile(
+    r"connection (reset|closed|refused)|broken pipe|socket (error|timeout|closed)|remote process"
+    r"|timed out waiting|no route to host|nccl.*(abort|remote|system) ?error",
+    re.IGNORECASE,
+)
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether a failure says that another process of the run does not answer any more."""
+    return world_size() > 1 and (
+        isinstance(error, dist.DistNetworkError) or bool(_LOST.search(str(error)))
+    )
 
 
 def world_size() -> int:
@@ -27,6 +43,15 @@ def sum_over_ranks(value: int, device: torch.device) -> int:
     total = torch.tensor(value, dtype=torch.long, device=device)
     dist.all_reduce(total)
     return int(total)
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of a whole number over all ranks."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.long, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def add_over_ranks(value: Tensor) -> Tensor:

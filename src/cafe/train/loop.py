@@ -15,12 +15,14 @@ from accelerate.utils import gather_object
 from cafe.data.quarantine import Quarantine
 from cafe.errors import DataError, TrainingError
 from cafe.recipes import Recipe
-from cafe.train.checkpoints import Checkpoints, TrainingState
+from cafe.train.checkpoints import Checkpoints
 from cafe.train.distributed import any_rank, sum_over_ranks
 from cafe.train.interrupt import Interrupted, StopRequest
 from cafe.train.loader import StepData
 from cafe.train.log import Reporter, StepRecord
 from cafe.train.optim import rate_share, set_learning_rates, warmup_steps
+from cafe.train.sharding import clip_pieces
+from cafe.train.state import TrainingState
 from cafe.train.step import StepNumbers, TrainingStep
 
 
@@ -96,6 +98,8 @@ class Loop:
         """Clip the gradients to the recipe's global norm; returns the norm that they had."""
         parameters = [p for group in self.state.optimizer.param_groups for p in group["params"]]
         limit = self.recipe.optimizer.max_grad_norm or math.inf
+        if self.state.sharded:
+            return float(clip_pieces(parameters, limit))
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
         assert norm is not None  # None is DeepSpeed's, which clips by itself
         return float(norm)
@@ -122,12 +126,13 @@ class Loop:
         One broken embedding makes the contrastive loss of the whole batch infinite, and with it
         every chunk's; only looking at each chunk alone tells which it was.
         """
-        blamed = []
-        for chunk in batch.chunks:
+        blamed: list[bool] = []
+        for chunk in self.step.rounds(batch.chunks):
             moved = chunk.to(self.state.device)
             with self.step.autocast():
                 hidden = self.step.core(moved.rows, moved.vision)
             blamed.append(not bool(torch.isfinite(hidden).all()))
+        del blamed[len(batch.chunks) :]
         if not any_rank(any(blamed), self.state.device):  # nothing shows in the forward
             blamed = [all(finite) or not good for good in finite]
         return [

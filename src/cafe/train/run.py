@@ -6,6 +6,7 @@ What a run leaves in `output_dir`:
     recipe.yaml        the resolved recipe; `cafe train` runs it again
     log.jsonl          one line per step (`cafe.train.log`)
     quarantine.jsonl   examples that were left out, with reasons (`cafe.data.quarantine`)
+    index/             where samples stand in the archives of the data, if it has any
     checkpoints/       the newest states of the run, to resume from
 """
 
@@ -13,29 +14,45 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig
 
 from cafe.data.quarantine import Quarantine
 from cafe.errors import RecipeError, TrainingError
-from cafe.model.tiny import TINY_DIR
+from cafe.model.adapter import adapter_of
+from cafe.model.checkpoint import save_checkpoint, weights_dtype
+from cafe.model.location import first_line
 from cafe.model.vlm import CAFe
 from cafe.recipes import Recipe
-from cafe.train.build import build_accelerator, build_collator, build_step, seed_everything
-from cafe.train.checkpoints import WRITE_ERRORS, Checkpoints, clean, complete, whole_directory
-from cafe.train.distributed import any_rank, rank, world_size
+from cafe.train.adapt import load_core
+from cafe.train.build import (
+    build_accelerator,
+    build_collator,
+    build_step,
+    is_sharded,
+    seed_everything,
+)
+from cafe.train.checkpoints import (
+    WRITE_ERRORS,
+    Checkpoints,
+    clean,
+    complete,
+    whole_directory,
+)
+from cafe.train.distributed import any_rank, lost_contact, rank, world_size
 from cafe.train.examples import TrainingData, load_data
 from cafe.train.interrupt import Interrupted
-from cafe.train.loader import Steps, step_loader
+from cafe.train.loader import StepData, Steps, step_loader
 from cafe.train.log import Reporter, RunLog, StepRecord, read_log
 from cafe.train.loop import Loop
 from cafe.train.memory import keep_memory
+from cafe.train.sharding import whole_weights
+from cafe.train.state import weights_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +91,12 @@ def train(
         keep_memory()
     accelerator = build_accelerator(recipe)
     main = accelerator.is_main_process
-    quarantine = Quarantine(output / "quarantine.jsonl" if main else None)
+    quarantine = Quarantine(output / "quarantine.jsonl" if main else None, recipe.max_rejected)
     data = load_data(recipe, quarantine)
 
     seed_everything(recipe.seed)
-    core = CAFe.from_pretrained(
-        recipe.model, dtype=torch.float32, device=accelerator.device, attention=recipe.attention
-    )
+    # A sharded model may be too large for any one device: it is cut in the host's memory.
+    core = load_core(recipe, torch.device("cpu") if is_sharded(recipe) else accelerator.device)
     steps = Steps(data, build_collator(recipe, core), recipe.batch.chunk, rank(), world_size())
     step, state = build_step(recipe, core, accelerator)
     checkpoints = Checkpoints(output / "checkpoints", recipe.checkpoint.keep, _order(recipe, data))
@@ -109,14 +125,27 @@ def train(
             on_step=on_step,
             resume_with=f"cafe train {shlex.quote(str(output / 'recipe.yaml'))} --resume",
         )
-        try:
-            loop.run(step_loader(steps, done, data.steps, recipe.batch.workers), done)
-        except Interrupted:
-            _part(accelerator)
-            raise
-    _save_model(core, recipe.model, output / "model")
+        _run(loop, step_loader(steps, done, data.steps, recipe.batch.workers), done)
+    _save_model(core, recipe.model, output / "model", sharded=state.sharded)
     _part(accelerator)
     return TrainResult(output / "model", log_path, read_log(log_path))
+
+
+def _run(loop: Loop, batches: Iterator[StepData], begin: int) -> None:
+    """The loop's steps; a process that loses the others says so instead of what gloo says."""
+    try:
+        loop.run(batches, begin)
+    except Interrupted:
+        _part(loop.accelerator)
+        raise
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        raise TrainingError(
+            f"process {rank()} of {world_size()} ends, because another one of this run ended or "
+            f"does not answer ({first_line(error)[:150]}); read what that one said, then go on "
+            f"with: {loop.resume_with}"
+        ) from error
 
 
 def _prepare_output(output: Path, resume: bool) -> None:
@@ -159,18 +188,24 @@ def _reporter(
     )
 
 
-def _save_model(core: CAFe, base: str, target: Path) -> None:
+def _save_model(core: CAFe, base: str, target: Path, *, sharded: bool) -> None:
     """Write the model whole or not at all, in the type of the base's own weights; rank 0 does it.
 
     Training keeps its weights in float32 (the checkpoints have those); a base that came in bf16
-    leaves in bf16, half the size, as its users load it.
+    leaves in bf16, half the size, as its users load it. An adapter is small and stays in float32.
     """
+    dtype = torch.float32 if adapter_of(core.model) is not None else weights_dtype(base)
+    weights = whole_weights(weights_of(core.model)) if sharded else None
     failure: Exception | None = None
     if rank() == 0:
-        core.model.to(_base_dtype(base))
         try:
             with whole_directory(target) as unfinished:
-                core.save_pretrained(unfinished)
+                if weights is None:
+                    core.model.to(dtype)
+                    core.save_pretrained(unfinished)
+                else:
+                    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+                    save_checkpoint(core.model, core.processor, core.collator, unfinished, weights)
         except WRITE_ERRORS as error:
             failure = error
     if any_rank(failure is not None, core.device):
@@ -194,8 +229,3 @@ def _part(accelerator: Accelerator) -> None:
             tracker.finish()
     else:
         accelerator.end_training()
-
-
-def _base_dtype(base: str) -> torch.dtype:
-    config = AutoConfig.from_pretrained(str(TINY_DIR) if base == "tiny" else base)
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from cafe.model.rows import Chunk, Rows
 from cafe.model.vlm import CAFe
-from cafe.objective import joint_loss, next_token_nll
+from cafe.objective import contrastive_share, joint_loss, language_count, next_token_nll
 from cafe.recipes import Objective
 from cafe.train.contrast import Contrast, Sides
 from cafe.train.distributed import (
     add_over_ranks,
     gather_around,
     gather_rows,
+    max_over_ranks,
     sum_over_ranks,
     world_size,
 )
@@ -69,6 +70,7 @@ class TrainingStep:
     backward    how a loss is backpropagated (accelerate's, or `Tensor.backward`)
     autocast    the context of every forward
     no_sync     the context in which a backward leaves other ranks alone
+    sharded     every forward and backward is all ranks' together, so all do equally many
     """
 
     model: nn.Module
@@ -78,15 +80,18 @@ class TrainingStep:
     backward: Callable[[Tensor], None] = torch.Tensor.backward
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext
+    sharded: bool = False
 
     def __call__(self, chunks: Sequence[Chunk]) -> StepNumbers:
         """Add the gradients of the batch that `chunks` are this rank's share of."""
         device = self.core.device
         pairs = sum_over_ranks(sum(chunk.pairs for chunk in chunks), device)
-        tokens = sum_over_ranks(sum(self._rows(c).label_ids.numel() for c in chunks), device)
+        own = sum(self._rows(c).label_ids.numel() for c in chunks)
+        tokens = sum_over_ranks(own, device)
+        count = language_count(self.objective.compat, own, tokens, world_size())
         contrasts = self.objective.contrastive_weight > 0 and pairs > 0
-        run = self._direct if len(chunks) == 1 else self._cached
-        contrastive, nll, values = run(chunks, tokens, contrasts)
+        run = self._direct if len(self.rounds(chunks)) == 1 else self._cached
+        contrastive, nll, values = run(chunks, count, contrasts)
         return StepNumbers(
             contrastive=contrastive,
             language=add_over_ranks(nll) / max(tokens, 1),
@@ -95,6 +100,11 @@ class TrainingStep:
             row_tokens=sum(self._rows(c).input_ids.numel() for c in chunks),
             chunk_values=values,
         )
+
+    def rounds(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """The chunks, and for a sharded model the last again until all ranks have as many."""
+        most = max_over_ranks(len(chunks), self.core.device) if self.sharded else len(chunks)
+        return [*chunks, *[chunks[-1]] * (most - len(chunks))]
 
     def _rows(self, chunk: Chunk) -> Rows:
         """Without a language loss the answers are not even read."""
@@ -114,10 +124,12 @@ class TrainingStep:
         self, chunks: Sequence[Chunk], tokens: int, contrasts: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Several chunks: embed all, contrast, then once more with gradient, chunk by chunk."""
+        rounds = self.rounds(chunks)
         states, embeddings = [], []
-        for chunk in chunks:
+        for chunk in rounds:
             states.append(snapshot(self.core.device))
             embeddings.append(self._embed(chunk) if contrasts else torch.zeros(0, 0))
+        del embeddings[len(chunks) :]
         contrastive, gradients = self._contrast(chunks, embeddings, contrasts)
         sums, values = [], []
         for i, chunk in enumerate(chunks):
@@ -127,13 +139,19 @@ class TrainingStep:
                     embedding, nll = self._forward(chunk)
                 values.append(self._backward(embedding, gradients[i], nll, tokens))
             sums.append(nll.detach())
+        for chunk in rounds[len(chunks) :]:  # other ranks have more: help them, and add nothing
+            with self.autocast():
+                embedding, nll = self._forward(chunk)
+            self.backward(0 * (embedding.sum() + nll))
         return contrastive, torch.stack(sums).sum(), values
 
     @torch.no_grad()
     def _embed(self, chunk: Chunk) -> Tensor:
         """Pass 1. Dropout must meet the same tokens in both passes, so then it reads full rows."""
         chunk = chunk.to(self.core.device)
-        rows = self._rows(chunk) if uses_dropout(self.core) else chunk.embedding_rows
+        idle = self.sharded and chunk.embedding_rows.input_ids.numel() == 0
+        full = idle or uses_dropout(self.core)
+        rows = self._rows(chunk) if full else chunk.embedding_rows
         with self.autocast():
             return self._pooled(self._hidden(rows, chunk), rows)
 
@@ -150,7 +168,8 @@ class TrainingStep:
         leaves = [embedding.requires_grad_() for embedding in embeddings]
         with torch.enable_grad():
             loss = self.contrast(_gathered(chunks, leaves))
-            (loss * self.objective.contrastive_weight).backward()
+            share = contrastive_share(self.objective.compat, world_size())
+            (loss * (self.objective.contrastive_weight * share)).backward()
         return loss.detach(), [leaf.grad for leaf in leaves]
 
     def _backward(

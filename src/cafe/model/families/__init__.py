@@ -9,12 +9,31 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from cafe.errors import FamilyError
-from cafe.model.families.base import Family, ProcessedImages
+from cafe.model.families.base import Family, Grid, ProcessedImages
+from cafe.model.families.gemma3 import Gemma3
+from cafe.model.families.idefics3 import Idefics3, SmolVLM
+from cafe.model.families.internvl import InternVL
+from cafe.model.families.llava_next import LlavaNext
 from cafe.model.families.llava_onevision import LlavaOnevision
+from cafe.model.families.qwen2_vl import Qwen2VL, Qwen25VL
+from cafe.model.families.qwen3_vl import Qwen3VL
 
-_FAMILIES: dict[str, Family] = {family.model_type: family for family in (LlavaOnevision(),)}
+_FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        LlavaOnevision(),
+        LlavaNext(),
+        Qwen2VL(),
+        Qwen25VL(),
+        Qwen3VL(),
+        Gemma3(),
+        InternVL(),
+        Idefics3(),
+        SmolVLM(),
+    )
+}
 
-__all__ = ["Family", "ProcessedImages", "family_of"]
+__all__ = ["Family", "Grid", "ProcessedImages", "family_of"]
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -23,6 +42,6 @@ def family_of(config: PretrainedConfig) -> Family:
     if model_type not in _FAMILIES:
         raise FamilyError(
             f"model type {model_type!r}: cafe has no facts for this family (it knows "
-            f"{', '.join(sorted(_FAMILIES))}). What is missing: {Family.what_is_needed()}"
+            f"{', '.join(_FAMILIES)}). What is missing: {Family.what_is_needed()}"
         )
-    return _FAMILIES[model_type]
+    return _FAMILIES[model_type].configured(config)

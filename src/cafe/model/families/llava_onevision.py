@@ -1,7 +1,8 @@
 """LLaVA-OneVision: SigLIP tower, two-layer projector, Qwen2 language model, anyres tiles.
 
 A picture alone in its prompt gives an overview and tiles; beside others it gives the overview
-only (`batch_num_images`), so its features depend on its company.
+only (`batch_num_images`), so its features depend on its company. A video's frames are pooled to a
+quarter of the tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from cafe.model.families.base import Family, ProcessedImages
+from cafe.media import Clip
+from cafe.model.families.base import Family, ProcessedImages, in_blocks, tower_above
 
 
 class LlavaOnevision(Family):
@@ -23,12 +25,6 @@ class LlavaOnevision(Family):
         "projector": ("model.multi_modal_projector.", "model.image_newline"),
         "language": ("model.language_model.", "lm_head."),
     }
-
-    def marker(self, processor: Any) -> str:
-        return processor.image_token
-
-    def placeholder_id(self, processor: Any) -> int:
-        return processor.image_token_id
 
     def process_images(
         self, processor: Any, groups: Sequence[Sequence[PIL.Image.Image]]
@@ -41,18 +37,44 @@ class LlavaOnevision(Family):
             placeholders=[processor.replace_image_token(inputs, i) for i in range(count)],
         )
 
+    def video_marker(self, processor: Any) -> str:
+        return processor.video_token
+
+    def video_placeholder_id(self, processor: Any) -> int:
+        return processor.video_token_id
+
+    def process_videos(self, processor: Any, clips: Sequence[Clip]) -> ProcessedImages:
+        frames, placeholders = [], []
+        for clip in clips:
+            inputs = processor.video_processor(
+                [list(clip.frames)], do_sample_frames=False, return_tensors="pt"
+            )
+            frames.append(inputs["pixel_values_videos"][0])
+            placeholders.append(processor.replace_video_token(inputs, 0))
+        return ProcessedImages(
+            inputs={
+                "video_frames": torch.cat(frames),
+                "video_lengths": torch.tensor([len(clip.frames) for clip in clips]),
+            },
+            placeholders=placeholders,
+        )
+
     def image_features(self, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-        return list(model.get_image_features(**inputs, return_dict=True).pooler_output)
+        videos = {"video_frames", "video_lengths"}
+        pictures = {name: tensor for name, tensor in inputs.items() if name not in videos}
+        features: list[Tensor] = []
+        if pictures:
+            features += model.get_image_features(**pictures, return_dict=True).pooler_output
+        if "video_frames" in inputs:
+            for frames in inputs["video_frames"].split(inputs["video_lengths"].tolist()):
+                features += model.get_video_features(frames[None], return_dict=True).pooler_output
+        return features
+
+    def video_output(self, features: Sequence[Tensor], hidden: int) -> Any:
+        return in_blocks(features)
 
     def unused(self, config: Any) -> tuple[str, ...]:
-        layers = config.vision_config.num_hidden_layers
-        chosen = config.vision_feature_layer
-        chosen = [chosen] if isinstance(chosen, int) else chosen
-        # hidden_states[i] is the state after i layers; negative numbers count from the end.
-        highest = max(layer if layer >= 0 else layers + 1 + layer for layer in chosen)
-        tower = "model.vision_tower."
-        above = tuple(f"{tower}encoder.layers.{i}." for i in range(highest, layers))
-        return (*above, f"{tower}post_layernorm.", f"{tower}head.")
+        return tower_above(config, "model.vision_tower.")
 
     def alone_and_together_differ(self) -> bool:
         return True

@@ -1,0 +1,48 @@
+r"""LLaVA conversations, also those of LLaMA-Factory ("sharegpt").
+
+One record, from LLaVA's own pretraining data:
+
+    {"id": "004539375", "image": "00453/004539375.jpg", "conversations": [
+        {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
+        {"from": "gpt", "value": "select luxury furniture 3 - inch gel memory foam mattress topper"}
+    ]}
+
+`image` is a path, a list of paths (also named `images`), or absent; so is `video` (`videos`).
+In pair mode the question is the query and the answer the target, which may show a picture: so the
+published code writes MMEB. Formats: https://github.com/haotian-liu/LLaVA,
+docs/Finetune_Custom_Data.md; https://github.com/hiyouga/LLaMA-Factory, data/README.md.
+"""
+
+from __future__ import annotations
+
+from cafe.data.formats.base import Format
+from cafe.data.formats.turns import Shown, conversation_example, read_conversation
+from cafe.data.pictures import Media, media_value
+from cafe.data.records import Meaning, Record
+from cafe.types import Example
+
+
+def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tuple[Example, ...]:
+    shown = Shown(
+        media.images(media_value(record, "image", "images")),
+        media.videos(media_value(record, "video", "videos")),
+    )
+    conversation = read_conversation(
+        record.get("conversations"),
+        shown,
+        media,
+        field="conversations",
+        answers_show=meaning.mode == "pair",
+    )
+    return (conversation_example(identity, conversation, meaning),)
+
+
+LLAVA = Format(
+    name="llava",
+    layout="conversations, image",
+    columns=frozenset({"conversations", "image", "images", "video", "videos", "id"}),
+    fits=lambda columns: "conversations" in columns,
+    modes=("caption", "chat", "pair"),
+    pair_prompt="none",
+    read=_read,
+)

@@ -1,0 +1,53 @@
+"""OpenAI messages, as TRL's data sets and many others hold them.
+
+One record, with pictures in a column beside (`{"type": "image"}` takes the next of them) or in the
+parts themselves (a path or a data URL):
+
+    {"images": ["a.jpg"], "messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A red mug."}]}]}
+
+    {"messages": [
+        {"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "a.jpg"}},
+            {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A red mug."}]}
+
+Where `content` is a string, `<image>` in it takes the next picture. Format:
+https://huggingface.co/docs/trl/dataset_formats#vision-datasets.
+"""
+
+from __future__ import annotations
+
+from cafe.data.formats.base import Format
+from cafe.data.formats.turns import Shown, conversation_example, read_conversation
+from cafe.data.pictures import Media, media_value
+from cafe.data.records import Meaning, Record
+from cafe.types import Example
+
+
+def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tuple[Example, ...]:
+    shown = Shown(
+        media.images(media_value(record, "images", "image"), "images"),
+        media.videos(media_value(record, "videos", "video"), "videos"),
+    )
+    conversation = read_conversation(
+        record.get("messages"),
+        shown,
+        media,
+        field="messages",
+        parts=True,
+        answers_show=meaning.mode == "pair",
+    )
+    return (conversation_example(identity, conversation, meaning),)
+
+
+MESSAGES = Format(
+    name="messages",
+    layout="messages, images",
+    columns=frozenset({"messages", "image", "images", "video", "videos", "id"}),
+    fits=lambda columns: "messages" in columns and "positive_messages" not in columns,
+    modes=("caption", "chat", "pair"),
+    pair_prompt="none",
+    read=_read,
+)

@@ -1,0 +1,109 @@
+"""Columns of pairs, as sentence-transformers names them, and FlagEmbedding's.
+
+Two records; a value is text, the path of a picture, a picture as the `datasets` library stores it,
+or text and picture together:
+
+    {"anchor": "a red mug", "positive": "mug.jpg", "negative_1": "cup.jpg", "negative_2": "a cat"}
+    {"query": {"text": "in blue", "image": "mug.jpg"}, "pos": ["blue-mug.jpg"], "neg": ["cat.jpg"]}
+
+`anchor` is also named `query`; `positive` also `pos` or `target`; `negative` also `negatives` or
+`neg`, and a number may follow. A column of the same name with `_image` behind it holds pictures
+only (`query_image`). A list in `positive` gives as many examples, none of which is a negative of
+another. Format: https://sbert.net/docs/sentence_transformer/training_overview.html.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from cafe.data.formats.base import Format
+from cafe.data.formats.turns import pair_example
+from cafe.data.pictures import Media
+from cafe.data.records import Meaning, Record, kind
+from cafe.errors import DataError
+from cafe.types import Conversation, Example, Part, Stored, user
+
+_QUERY = ("anchor", "query")
+_TARGET = ("positive", "pos", "target")
+_NEGATIVE = re.compile(r"(?P<side>(negatives?|neg)(_\d+)?)(_image)?")
+
+
+def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tuple[Example, ...]:
+    queries = list(_sides(record, _QUERY, media))
+    targets = list(_sides(record, _TARGET, media))
+    if len(queries) != 1:
+        raise DataError(f"the query must be one, found {len(queries)}")
+    if not targets:
+        raise DataError("the positive is empty")
+    names = dict.fromkeys(m["side"] for name in record if (m := _NEGATIVE.fullmatch(name)))
+    negatives = [side for name in names for side in _sides(record, (name,), media)]
+    several = len(targets) > 1
+    return tuple(
+        pair_example(
+            f"{identity}-{number}" if several else identity,
+            queries[0],
+            target,
+            meaning,
+            negatives,
+            target_id=identity if several else None,
+        )
+        for number, target in enumerate(targets, 1)
+    )
+
+
+def _sides(record: Record, names: tuple[str, ...], media: Media) -> Iterator[Conversation]:
+    """What the first filled column of `names`, and the picture column beside it, hold."""
+    for name in names:
+        text, picture = record.get(name), record.get(f"{name}_image")
+        if text is None and picture is None:
+            continue
+        values = text if isinstance(text, list) else [text]
+        for value in values:
+            shown = media.images(picture or None, f"{name}_image")
+            content = (*shown, *_parts(value, name, media))
+            if content:
+                yield user(*content)
+        return
+
+
+def _parts(value: object, name: str, media: Media) -> tuple[Part, ...]:
+    match value:
+        case None:
+            return ()
+        case str():
+            if media.looks_like_picture(value):
+                return (media.image(value, name),)
+            return (value,) if value.strip() else ()
+        case bytes() | Stored() | {"bytes": _} | {"path": _}:
+            return (media.image(value, name),)
+        case {"text": text, "image": image}:
+            return (*media.images(image, name), *_parts(text, name, media))
+    raise DataError(f"{name!r} holds {kind(value)}, expected text or a picture")
+
+
+def _fits(columns: frozenset[str]) -> bool:
+    return all(
+        any(name in columns or f"{name}_image" in columns for name in names)
+        for names in (_QUERY, _TARGET)
+    )
+
+
+_NAMES = (
+    *_QUERY,
+    *_TARGET,
+    "negative",
+    "negatives",
+    "neg",
+    *(f"negative_{n}" for n in range(1, 9)),
+)
+
+PAIRS = Format(
+    name="pairs",
+    layout="anchor (or query), positive (or pos, target), negative, negative_1, …",
+    columns=frozenset({"id", *_NAMES, *(f"{name}_image" for name in _NAMES)}),
+    fits=_fits,
+    modes=("pair",),
+    pair_prompt="compress",
+    read=_read,
+)

@@ -1,0 +1,206 @@
+"""MMEB: image tasks (hit@1 over each query's own candidates) and V2's visual documents (NDCG@5).
+
+    folder/ImageNet-1K/test-….parquet      a folder per data set, as in TIGER-Lab/MMEB-eval
+    folder/images/ImageNet-1K/….JPEG       what its rows name (or folder/eval_images/, or folder/)
+
+    folder/ViDoRe_arxivqa/queries/test-….parquet    query-id, query      BEIR's three tables, as in
+    folder/ViDoRe_arxivqa/corpus/test-….parquet     corpus-id, image     vidore/… on the hub
+    folder/ViDoRe_arxivqa/qrels/test-….parquet      query-id, corpus-id, score
+
+Data sets that are not there are named in the result, and means over groups that lack one are left
+out: a mean over other data sets is another number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cafe.data.formats.mmeb import Ranked, RankedReader
+from cafe.data.pictures import Media
+from cafe.errors import DataError
+from cafe.evaluate.journal import Journal
+from cafe.evaluate.mmeb_tables import IMAGE, MEASURE, VISDOC, Modality, half_means, meta_means
+from cafe.evaluate.ranked import rank_candidates
+from cafe.evaluate.scoring import Ratio
+from cafe.evaluate.sources import check_unique, column, read_rows, row_image
+from cafe.evaluate.task import Encode, Result
+from cafe.metrics import ndcg_at_k, rank_relevances
+from cafe.types import user
+
+PROMPT = "none"
+"""MMEB's instructions are part of the texts."""
+DOCUMENT_QUERY = "Find a document image that matches the given query: "
+DOCUMENT_TARGET = "Understand the content of the provided document image."
+
+_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Per query of one data set: its id, and hit@1 or NDCG@5."""
+
+    ids: list[str]
+    values: list[float]
+
+
+def mmeb_images(
+    encode: Encode, folder: Path, limit: int | None = None, journal: Journal | None = None
+) -> Result:
+    """hit@1 of the image data sets in `folder`. Scores: one per data set, and the means of
+    `half_means`.
+
+    Raises:
+        DataError: none of them is there, a row that cannot be used, a picture that is missing.
+    """
+    root = next((p for p in (folder / "images", folder / "eval_images") if p.is_dir()), folder)
+
+    def measure(name: str) -> _Found:
+        found = rank_candidates(encode, _image_queries(folder / name, root, limit), name)
+        return _Found(list(found.ids), found.hit.astype(float).tolist())
+
+    return _measure_all(folder, IMAGE, "image", measure, half_means(IMAGE), limit, journal)
+
+
+def mmeb_documents(
+    encode: Encode, folder: Path, limit: int | None = None, journal: Journal | None = None
+) -> Result:
+    """Linear NDCG@5 of the visual-document data sets in `folder`, each query against all pages.
+
+    Scores: one per data set, and the means of `meta_means`.
+
+    Raises:
+        DataError: as in `mmeb_images`; a query without a relevant page.
+    """
+
+    def measure(name: str) -> _Found:
+        return _documents(encode, folder / name, limit)
+
+    return _measure_all(folder, VISDOC, "visdoc", measure, meta_means(VISDOC), limit, journal)
+
+
+def leaderboard_report(
+    results: Mapping[Modality, Mapping[str, float]],
+    counts: Mapping[str, int],
+    metadata: Mapping[str, object],
+) -> dict[str, object]:
+    """The JSON that MMEB's leaderboard takes.
+
+    results   modality -> data set -> its score
+    counts    data set -> queries
+    metadata  model_name, model_backbone, model_size, embedding_dimension, max_length_tokens,
+              model_release_date, data_source, url, report_generated_date
+    """
+    return {
+        "metadata": dict(metadata),
+        "metrics": {
+            modality: {
+                name: {MEASURE[modality]: value, "num_pred": counts[name], "num_data": counts[name]}
+                for name, value in results.get(modality, {}).items()
+            }
+            for modality in MEASURE
+        },
+    }
+
+
+def _measure_all(
+    folder: Path,
+    table: Mapping[str, object],
+    modality: Modality,
+    measure: Callable[[str], _Found],
+    means: Mapping[str, tuple[str, ...]],
+    limit: int | None,
+    journal: Journal | None,
+) -> Result:
+    """Every data set that is there; one that the journal has is not measured again."""
+    journal = journal or Journal()
+    there = [name for name in table if (folder / name).is_dir()]
+    if not there:
+        raise DataError(
+            f"{folder}: none of MMEB's {modality} data sets is there, such as {next(iter(table))}; "
+            "download them and give the folder above them with --data"
+        )
+    items: dict[str, np.ndarray] = {}
+    ids: list[str] = []
+    for name in there:
+        key = (modality, name, limit)
+        if key not in journal:
+            found = measure(name)
+            journal.put(key, [found.ids, found.values])
+        own_ids, values = journal[key]
+        column_ = np.array(values)
+        whole = bool(np.all(np.isin(column_, (0.0, 1.0))))
+        items[f"{name}:{MEASURE[modality]}"] = column_.astype(np.int64) if whole else column_
+        ids += [f"{name}:{id}" for id in own_ids]
+    return Result(
+        len(ids),
+        items,
+        {name: Ratio(f"{name}:{MEASURE[modality]}") for name in there},
+        {mean: names for mean, names in means.items() if set(names) <= set(there)},
+        ids=tuple(ids),
+        details={
+            "modality": modality,
+            "measure": MEASURE[modality],
+            "missing": [name for name in table if name not in there],
+            "queries": {name: len(items[f"{name}:{MEASURE[modality]}"]) for name in there},
+        },
+    )
+
+
+def _image_queries(folder: Path, root: Path, limit: int | None) -> Iterator[Ranked]:
+    reader = RankedReader(Media(root))
+    for number, row in enumerate(read_rows(folder, "test", limit)):
+        try:
+            yield reader.read(str(number), row)
+        except DataError as error:
+            raise DataError(f"{folder}, row {number}: {error}") from error
+
+
+def _documents(encode: Encode, folder: Path, limit: int | None) -> _Found:
+    """BEIR's three tables: all pages are every query's candidates."""
+    pages: dict[str, int] = {}
+    embedded: list[np.ndarray] = []
+    block = []
+    for row in read_rows(folder / "corpus", "test"):
+        name = str(column(row, ("corpus-id", "corpus_id"), folder))
+        if name in pages:
+            raise DataError(f"{folder}: two pages have the id {name!r}; remove one")
+        pages[name] = len(pages)
+        block.append(user(row_image(row.get("image"), folder, f"page {name!r}"), DOCUMENT_TARGET))
+        if len(block) == _BLOCK:
+            embedded.append(encode(block))
+            block = []
+    if block:
+        embedded.append(encode(block))
+    grades = _grades(folder, pages)
+    queries = [
+        (str(column(row, ("query-id", "query_id"), folder)), column(row, ("query",), folder))
+        for row in read_rows(folder / "queries", "test", limit)
+    ]
+    check_unique([name for name, _ in queries], folder)
+    vectors = encode([user(f"{DOCUMENT_QUERY}{text}") for _, text in queries])
+    table = np.concatenate(embedded).astype(np.float64)
+    values = []
+    for (name, _), vector in zip(queries, vectors, strict=True):
+        if name not in grades:
+            raise DataError(f"{folder}: query {name!r} has no relevant page among the candidates")
+        ranked = rank_relevances(table @ vector.astype(np.float64), grades[name])
+        values.append(ndcg_at_k(ranked, 5))
+    return _Found([name for name, _ in queries], values)
+
+
+def _grades(folder: Path, pages: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Query -> the relevance of every page."""
+    grades: dict[str, np.ndarray] = {}
+    for row in read_rows(folder / "qrels", "test"):
+        query = str(column(row, ("query-id", "query_id"), folder))
+        page = str(column(row, ("corpus-id", "corpus_id"), folder))
+        grade = float(row.get("score", 1))
+        if page not in pages:
+            raise DataError(f"{folder}: query {query!r} names page {page!r}, which is not there")
+        if grade > 0:
+            grades.setdefault(query, np.zeros(len(pages)))[pages[page]] = grade
+    return grades

@@ -1,0 +1,251 @@
+"""The tasks by name: where their data comes from, how they run, and which suites have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from cafe.data.scenes import PRESENCE_QUESTION, PROMPT_CAPTION
+from cafe.errors import DataError
+from cafe.evaluate import (
+    caption,
+    captioning,
+    chair,
+    gap,
+    mmeb,
+    pope,
+    presence,
+    retrieval,
+    scenes_mmeb,
+    scenes_pope,
+    scenes_retrieval,
+    scenes_words,
+    throne,
+    vqa,
+)
+from cafe.evaluate.calls import Calls
+from cafe.evaluate.data import Picture, read_pictures
+from cafe.evaluate.journal import Journal
+from cafe.evaluate.judges import FLAN_T5, make_judge
+from cafe.evaluate.scene_set import SceneItem, scene_items, scene_pictures
+from cafe.evaluate.sources import Source
+from cafe.evaluate.spread import Rank
+from cafe.evaluate.task import Result
+
+Suite = Literal["quick", "paper", "all"]
+
+QUICK_LIMIT = 250
+"""Scenes of the suite `quick`: under three minutes for the base model that ships, on two cores."""
+
+COCO_5K = "nlphuji/mscoco_2014_5k_test_image_text_retrieval"
+FLICKR_1K = "nlphuji/flickr_1k_test_image_text_retrieval"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a task runs on.
+
+    data      a local folder in the data set's layout, a hub name, or None: generated scenes
+    limit     use the first so many samples only
+    judges    who reads for THRONE, as `make_judge` takes them; empty: the paper's
+    journal   what is known already
+    """
+
+    calls: Calls
+    data: Source | None = None
+    limit: int | None = None
+    judges: tuple[str, ...] = ()
+    journal: Journal = field(default_factory=Journal)
+    rank: Rank = field(default_factory=Rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task.
+
+    run        measures
+    settings   prompts and lengths, for the result file
+    hub        the data set's name on the hub; None: scenes, or a local folder (`needs_folder`)
+    folder     its subfolder in the folder of a suite's data; "": by the task's name
+    version    grows when a number changes its meaning
+    """
+
+    run: Callable[[Setup], Result]
+    settings: Mapping[str, Any]
+    hub: str | None = None
+    folder: str = ""
+    needs_folder: bool = False
+    version: int = 1
+
+
+def pictures(setup: Setup) -> Iterable[Picture]:
+    """Generated scenes, a scenes folder, captions in LLaVA's format, or rows of a data set."""
+    if setup.data is None:
+        return scene_pictures(setup.limit)
+    path = Path(setup.data)
+    if path.is_file() or any((path / n).is_file() for n in ("truth.jsonl", "captions.json")):
+        return read_pictures(path, setup.limit).pictures
+    if path.is_dir() and not any(path.rglob("*.parquet")):
+        return read_pictures(path, setup.limit).pictures  # says what is missing
+    return retrieval.captioned_pictures(setup.data, setup.limit)
+
+
+def _scenes(setup: Setup) -> list[SceneItem]:
+    return scene_items(None if setup.data is None else Path(setup.data), setup.limit)
+
+
+def _folder(setup: Setup) -> Path:
+    if setup.data is None or not Path(setup.data).is_dir():
+        raise DataError(
+            f"{setup.data or 'no --data'}: this task reads a local folder; name it with --data"
+        )
+    return Path(setup.data)
+
+
+def _gap(setup: Setup) -> Result:
+    return gap.gap(setup.calls.encode, pictures(setup))
+
+
+def _retrieval(setup: Setup) -> Result:
+    return retrieval.retrieval(setup.calls.encode, pictures(setup))
+
+
+def _caption(setup: Setup) -> Result:
+    return caption.caption(setup.calls.read, setup.calls.generate, list(pictures(setup)))
+
+
+def _presence(setup: Setup) -> Result:
+    return presence.presence(setup.calls.read, setup.calls.generate, list(pictures(setup)))
+
+
+def _scenes_pope(setup: Setup, every_kind: bool) -> Result:
+    asked = scenes_pope.scene_questions(_scenes(setup), every_kind=every_kind)
+    return pope.pope(setup.calls.read, setup.calls.generate, asked)
+
+
+def _pope(setup: Setup) -> Result:
+    asked = pope.read_pope(setup.data or "", setup.limit)
+    return pope.pope(setup.calls.read, setup.calls.generate, asked)
+
+
+def _chair(setup: Setup) -> Result:
+    shown, mentions = chair.read_chair(_folder(setup), setup.limit)
+    return chair.chair(setup.calls.generate, shown, mentions, journal=setup.journal)
+
+
+def _throne(setup: Setup) -> Result:
+    judges = [make_judge(name) for name in setup.judges or FLAN_T5]
+    shown, classes = throne.read_throne(_folder(setup), setup.limit)
+    return throne.throne(
+        setup.calls.generate, judges, shown, classes, journal=setup.journal, rank=setup.rank
+    )
+
+
+def _mmeb(setup: Setup, measure: Callable[..., Result]) -> Result:
+    encode = setup.calls.with_prompt(mmeb.PROMPT).encode
+    return measure(encode, _folder(setup), setup.limit, setup.journal)
+
+
+def _captioning(setup: Setup) -> Result:
+    shown = list(pictures(setup))
+    return captioning.captioning(setup.calls.generate, shown, journal=setup.journal)
+
+
+def _vqa(setup: Setup) -> Result:
+    questions = vqa.read_vqa(setup.data or "", setup.limit)
+    return vqa.vqa(setup.calls.read, setup.calls.generate, questions)
+
+
+_EMBED = {"embedding_prompt": "compress"}
+_MMEB = {"embedding_prompt": mmeb.PROMPT}
+
+
+def _greedy(prompt: str, max_new_tokens: int) -> dict[str, Any]:
+    return {"prompt": prompt, "decoding": "greedy", "max_new_tokens": max_new_tokens}
+
+
+_OWN_WORDS = _greedy("as the data set asks", caption.MAX_NEW_TOKENS)
+_SCENE_CAPTION = _greedy(PROMPT_CAPTION, caption.MAX_NEW_TOKENS)
+_SCENE_POPE = _greedy(PRESENCE_QUESTION, pope.MAX_NEW_TOKENS)
+
+TASKS: dict[str, Task] = {
+    "retrieval": Task(_retrieval, _EMBED),
+    "caption": Task(_caption, _OWN_WORDS),
+    "presence": Task(_presence, _greedy("as the data set asks", presence.MAX_NEW_TOKENS)),
+    "gap": Task(_gap, _EMBED),
+    "scenes-retrieval": Task(
+        lambda s: scenes_retrieval.scenes_retrieval(s.calls.encode, _scenes(s)), _EMBED
+    ),
+    "scenes-mmeb": Task(lambda s: scenes_mmeb.scenes_mmeb(s.calls.encode, _scenes(s)), _EMBED),
+    "scenes-pope": Task(partial(_scenes_pope, every_kind=False), _SCENE_POPE),
+    "scenes-pope-all": Task(partial(_scenes_pope, every_kind=True), _SCENE_POPE),
+    "scenes-chair": Task(
+        lambda s: scenes_words.scenes_chair(s.calls.generate, _scenes(s)), _SCENE_CAPTION
+    ),
+    "scenes-throne": Task(
+        lambda s: scenes_words.scenes_throne(s.calls.generate, _scenes(s)), _SCENE_CAPTION
+    ),
+    "coco-5k": Task(_retrieval, _EMBED, hub=COCO_5K),
+    "flickr-1k": Task(_retrieval, _EMBED, hub=FLICKR_1K),
+    "coco-gap": Task(_gap, _EMBED, hub=COCO_5K, folder="coco-5k"),
+    "pope": Task(_pope, _greedy("POPE's questions", pope.MAX_NEW_TOKENS), hub="lmms-lab/POPE"),
+    "chair": Task(_chair, _greedy(chair.PROMPT, chair.MAX_NEW_TOKENS), needs_folder=True),
+    "throne": Task(_throne, _greedy(throne.PROMPT, throne.MAX_NEW_TOKENS), needs_folder=True),
+    "mmeb": Task(partial(_mmeb, measure=mmeb.mmeb_images), _MMEB, needs_folder=True),
+    "mmeb-visdoc": Task(
+        partial(_mmeb, measure=mmeb.mmeb_documents),
+        _MMEB | {"query": mmeb.DOCUMENT_QUERY, "target": mmeb.DOCUMENT_TARGET},
+        needs_folder=True,
+    ),
+    "captioning": Task(
+        _captioning,
+        _greedy(captioning.PROMPT, captioning.MAX_NEW_TOKENS),
+        hub=COCO_5K,
+        folder="coco-5k",
+    ),
+    "vqa": Task(
+        _vqa, _greedy("the question" + vqa.INSTRUCTION, vqa.MAX_NEW_TOKENS), hub="lmms-lab/textvqa"
+    ),
+}
+
+_QUICK = (
+    "scenes-retrieval",
+    "scenes-mmeb",
+    "scenes-pope",
+    "scenes-chair",
+    "scenes-throne",
+    "caption",
+    "presence",
+    "gap",
+)
+_PAPER = ("coco-5k", "flickr-1k", "coco-gap", "mmeb", "throne", "pope", "chair")
+SUITES: dict[Suite, tuple[str, ...]] = {
+    "quick": _QUICK,
+    "paper": _PAPER,
+    "all": (*_QUICK, "scenes-pope-all", *_PAPER, "captioning", "vqa", "mmeb-visdoc"),
+}
+
+
+def is_scenes(name: str) -> bool:
+    """Whether a task runs on generated scenes when no data is named."""
+    return TASKS[name].hub is None and not TASKS[name].needs_folder
+
+
+def suite_data(name: str, root: Path | None) -> Source | None:
+    """The data of one task of a suite: its subfolder of `root`, else the hub's, else scenes.
+
+    Raises DataError for a task that needs a folder when there is none.
+    """
+    task = TASKS[name]
+    folder = None if root is None else root / (task.folder or name)
+    if folder is not None and folder.is_dir():
+        return folder
+    if task.needs_folder:
+        raise DataError(
+            f"{name}: {folder or 'no folder'} is not there; download the data set in its published "
+            "layout and name the folder above it with --data"
+        )
+    return task.hub

@@ -1,0 +1,114 @@
+"""Which model made some vectors: a fingerprint that is cheap to take and tells models apart.
+
+Vectors of two models, or of one model asked in two ways, cannot be compared, and nothing in the
+numbers shows it. So an index keeps who made its vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cafe.errors import CheckpointError, DataError
+
+_SAMPLE_BYTES = 1024
+_DIGEST_BYTES = 16
+_LARGEST_HEADER_BYTES = 100_000_000  # as safetensors itself allows
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Who made the vectors.
+
+    name        what loads the model again: "tiny", a directory's absolute path, a hub id
+    weights     see `weights_fingerprint`
+    prompt      see `prompt_fingerprint`
+    dimension   of the vectors
+    """
+
+    name: str
+    weights: str
+    prompt: str
+    dimension: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelFacts:
+        """Raises DataError when `text` is not what `to_json` wrote."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"the facts of the index's model cannot be read ({error})") from error
+
+    def difference(self, other: ModelFacts) -> str | None:
+        """What sets `other` apart, in words; None when its vectors can be compared with ours."""
+        if self.dimension != other.dimension:
+            return f"dimension {other.dimension} instead of {self.dimension}"
+        if self.weights != other.weights:
+            return "other weights"
+        return None if self.prompt == other.prompt else "another embedding prompt"
+
+
+def model_facts(
+    name: str, directories: Iterable[Path], contract: Mapping[str, str], dimension: int
+) -> ModelFacts:
+    """The facts of a loaded model.
+
+    directories   where its weights are; an adapter's comes with its base's
+    contract      `CAFe.embedding_contract()`
+    """
+    return ModelFacts(
+        name, weights_fingerprint(directories), prompt_fingerprint(contract), dimension
+    )
+
+
+def weights_fingerprint(directories: Iterable[Path]) -> str:
+    """A hash over the safetensors files in `directories`: headers, sizes, a sample per tensor.
+
+    The headers hold every tensor's name, type and shape; of each tensor the 1,024 bytes in its
+    middle are read, so a training that moved any matrix is seen, and 15 GB take a second. Names of
+    files and folders do not count. Raises CheckpointError when there are no such files, or one
+    cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for directory in directories:
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"model {str(directory)!r}: no *.safetensors weights there")
+        for file in files:
+            try:
+                _add_file(digest, file)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"weights {str(file)!r} cannot be read ({error}); copy the model again"
+                ) from error
+    return digest.hexdigest()
+
+
+def prompt_fingerprint(contract: Mapping[str, str]) -> str:
+    """A hash over how an embedding is asked for: the rendered prompts, tokens, pooled tokens."""
+    asked = {k: v for k, v in contract.items() if k not in {"max tokens", "dimension"}}
+    text = json.dumps(asked, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _add_file(digest: hashlib.blake2b, file: Path) -> None:
+    with file.open("rb") as weights:
+        length = int.from_bytes(weights.read(8), "little")
+        if length > _LARGEST_HEADER_BYTES:
+            raise ValueError("not a safetensors file")
+        head = weights.read(length)
+        digest.update(f"{file.stat().st_size} {length} ".encode())
+        digest.update(head)
+        for name, tensor in sorted(json.loads(head).items()):
+            if name == "__metadata__":
+                continue
+            begin, end = tensor["data_offsets"]
+            size = min(_SAMPLE_BYTES, end - begin)
+            weights.seek(8 + length + (begin + end - size) // 2)
+            digest.update(weights.read(size))

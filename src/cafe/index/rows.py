@@ -1,0 +1,199 @@
+"""What an index holds of each item, as Arrow columns.
+
+id       string   path inside the folder, or the id of the record
+kind     string   image, text, or both
+path     string   of the picture file, relative to the folder that the index is of
+text     string   the text itself, or a picture's caption
+hash     string   blake2b of the file's bytes (of a text: of its UTF-8)
+record   string   blake2b of all that stands beside: text, path, other columns
+width    int32    of the picture, in pixels, upright
+height   int32
+vector   float32 [dimension], of length one
+…        the other columns of the data: bool, int64, double or string
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from cafe.errors import DataError
+
+Kind = Literal["image", "text", "both"]
+
+VECTOR = "vector"
+HIDDEN = frozenset({"id", "hash", "record", VECTOR})
+"""Columns that say nothing about a hit."""
+
+_OWN = (
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("kind", pa.string()),
+    pa.field("path", pa.string()),
+    pa.field("text", pa.string()),
+    pa.field("hash", pa.string()),
+    pa.field("record", pa.string()),
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+)
+_RESERVED = frozenset({*(f.name for f in _OWN), VECTOR})
+_TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One item. `extra` holds the other columns of the data, by name."""
+
+    id: str
+    kind: Kind
+    path: str | None = None
+    text: str | None = None
+    hash: str = ""
+    record: str = ""
+    width: int | None = None
+    height: int | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Known(NamedTuple):
+    """What tells whether a row still is what its item would become."""
+
+    kind: str
+    hash: str
+    record: str
+
+
+class Stored(NamedTuple):
+    """A row's vector float32 [d], and what it was made from."""
+
+    hash: str
+    vector: np.ndarray
+    width: int | None
+    height: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What an index is of.
+
+    source  the folder or file, absolute, or the name of a data set
+    root    where the rows' paths start; None: they have none
+    made_by which verb fills it: an index that `cafe embed` wrote is not kept equal to a folder
+    """
+
+    source: str
+    root: str | None = None
+    made_by: Literal["index", "embed"] = "index"
+
+
+def schema_of(
+    dimension: int, extra: Mapping[str, pa.DataType], facts: str, notes: Mapping[str, str]
+) -> pa.Schema:
+    """The columns of a new index; `facts` is kept with the schema, `notes` with the vectors."""
+    vector = pa.field(VECTOR, pa.list_(pa.float32(), dimension), metadata=dict(notes))
+    others = [pa.field(name, type) for name, type in extra.items()]
+    return pa.schema([*_OWN, vector, *others], metadata={"cafe.model": facts})
+
+
+def column_name(name: str) -> str:
+    """How a column of the data is called in an index: SQL's letters, and none of our own names."""
+    name = re.sub(r"\W", "_", name)
+    taken = name.lower() in _RESERVED or name.startswith("_")
+    return f"{name.strip('_')}_" if taken else name
+
+
+def plain(value: Any) -> Any:
+    """A value as a column holds it: what is no number, truth value or string becomes JSON."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def column_types(extras: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
+    """Column -> type that holds all of its values: integers and others are double, else string."""
+    found: dict[str, set[type]] = {}
+    for extra in extras:
+        for name, value in extra.items():
+            if value is not None:
+                found.setdefault(name, set()).add(type(value))
+    return {name: _common(types) for name, types in found.items()}
+
+
+def _common(types: set[type]) -> pa.DataType:
+    if len(types) == 1:
+        return _TYPES.get(next(iter(types)), pa.string())
+    return pa.float64() if types == {int, float} else pa.string()
+
+
+def to_table(rows: Sequence[Row], vectors: np.ndarray, schema: pa.Schema) -> pa.Table:
+    """Rows and their vectors [n, d] in the columns of `schema`.
+
+    Raises DataError, naming column and id, for a value that its column cannot hold.
+    """
+    columns: list[pa.Array] = []
+    for column in schema:
+        if column.name == VECTOR:
+            flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
+        elif column.name in _RESERVED:
+            columns.append(pa.array([getattr(row, column.name) for row in rows], column.type))
+        else:
+            columns.append(_extra(rows, column))
+    fields = [pa.field(f.name, f.type, f.nullable) for f in schema]
+    return pa.Table.from_arrays(columns, schema=pa.schema(fields))
+
+
+def _extra(rows: Sequence[Row], column: pa.Field) -> pa.Array:
+    values = [_fitting(row.extra.get(column.name), column.type) for row in rows]
+    try:
+        return pa.array(values, column.type)
+    except (pa.ArrowException, OverflowError):
+        for row, value in zip(rows, values, strict=True):
+            try:
+                pa.array([value], column.type)
+            except (pa.ArrowException, OverflowError) as error:
+                raise DataError(
+                    f"{row.id}: {column.name} is {value!r}, and this index holds {column.type} "
+                    "there; mend the data, or index it into a new directory"
+                ) from error
+        raise
+
+
+def _fitting(value: Any, type: pa.DataType) -> Any:
+    """Columns of text hold whatever comes; truth values are no numbers."""
+    if value is None or not pa.types.is_string(type):
+        is_number = pa.types.is_integer(type) or pa.types.is_floating(type)
+        return str(value).lower() if isinstance(value, bool) and is_number else value
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def vectors_of(table: pa.Table) -> np.ndarray:
+    """The vector column of a table, float32 [n, d]."""
+    column = table[VECTOR].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def unit(vectors: np.ndarray, names: Sequence[str], dimension: int) -> np.ndarray:
+    """`vectors`, one for each of `names`, of length one: float32 [n, d].
+
+    Raises DataError for another shape, and for a vector that has no direction.
+    """
+    if vectors.shape != (len(names), dimension):
+        raise DataError(
+            f"vectors have shape {tuple(vectors.shape)}, expected ({len(names)}, {dimension}); "
+            "use the model that made the index"
+        )
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(bad):
+        raise DataError(
+            f"the embedding of {names[bad[0]]} is zero or not finite; the model is broken"
+        )
+    return (vectors / lengths).astype(np.float32)

@@ -1,0 +1,161 @@
+"""Captions compared word by word with references: CIDEr-D and BLEU, as COCO's server defines them.
+
+Both look at runs of one to four words. No library is used: COCO's own evaluation needs Java for
+its tokenizer and is no longer kept. `caption_words` stands in for that tokenizer, so published
+numbers may differ in the second decimal place.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cafe.errors import DataError
+
+if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
+    from jaxtyping import Float
+
+__all__ = ["bleu_columns", "bleu_summary", "caption_words", "cider_d"]
+
+LONGEST = 4
+"""Words in the longest run that is counted."""
+
+_SIGMA_WORDS = 6.0  # how quickly CIDEr-D forgives less as lengths differ
+_WORD = re.compile(r"n't|'(?:s|m|d|ll|re|ve)\b|[^\W_]+?(?=n't)|[^\W_]+(?:[-.][^\W_]+)*")
+
+Words = Sequence[str]
+
+
+def caption_words(text: str) -> list[str]:
+    """Lower-case words without punctuation, in the manner of the Penn Treebank.
+
+    "A dog's ball, isn't it?" -> a dog 's ball is n't it
+    """
+    return _WORD.findall(text.lower().replace("’", "'"))
+
+
+def cider_d(
+    candidates: Sequence[Words], references: Sequence[Sequence[Words]]
+) -> Float[np.ndarray, " n"]:
+    """CIDEr-D (Vedantam et al., arXiv 1411.5726) of each caption, in [0, 10]; its mean is reported.
+
+    A run of words weighs count × log(pictures / pictures whose references have it). For each length
+    1..4 the cosine between caption and reference, the caption's weights clipped to the reference's,
+    times exp(-(difference of lengths)² / 2·6²); the mean over lengths and references, times 10.
+
+    Args:
+        candidates: the words of one caption per picture; none at all score 0.
+        references: the words of at least one reference per picture. Document frequencies are
+            counted over these pictures, so a subset has other scores than the whole.
+
+    Raises:
+        DataError: a picture without references.
+        ValueError: no pictures, or two different numbers of them.
+    """
+    _check(candidates, references)
+    counted = [[_runs(words) for words in own] for own in references]
+    frequency = Counter(run for own in counted for run in set().union(*own))
+    log_pictures = math.log(len(references))
+
+    def weights(runs: Counter[tuple[str, ...]]) -> list[dict[tuple[str, ...], float]]:
+        vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(LONGEST)]
+        for run, times in runs.items():
+            rarity = log_pictures - math.log(max(1, frequency[run]))
+            vectors[len(run) - 1][run] = times * rarity
+        return vectors
+
+    scores = []
+    for words, own, texts in zip(candidates, counted, references, strict=True):
+        said = weights(_runs(words))
+        similar = [
+            _similarity(said, weights(runs)) * _length_penalty(len(words) - len(text))
+            for runs, text in zip(own, texts, strict=True)
+        ]
+        scores.append(10 * sum(similar) / len(similar))
+    return np.array(scores)
+
+
+def bleu_columns(
+    candidates: Sequence[Words], references: Sequence[Sequence[Words]]
+) -> dict[str, Float[np.ndarray, "n ..."]]:
+    """Per picture, what `bleu_summary` needs the sums of.
+
+    bleu_matches, bleu_runs   [n, 4]: runs of 1..4 words that a reference has (each at most as often
+                              as the reference that has most of it), and all runs
+    bleu_words, bleu_reference_words   [n]: lengths of the caption and of the nearest reference
+
+    Raises:
+        DataError, ValueError: as in `cider_d`.
+    """
+    _check(candidates, references)
+    matches, totals = np.zeros((2, len(candidates), LONGEST))
+    nearest = np.zeros(len(candidates))
+    for i, (words, own) in enumerate(zip(candidates, references, strict=True)):
+        most: Counter[tuple[str, ...]] = Counter()
+        for text in own:
+            most |= _runs(text)
+        for run, times in _runs(words).items():
+            totals[i, len(run) - 1] += times
+            matches[i, len(run) - 1] += min(times, most[run])
+        nearest[i] = min((len(text) for text in own), key=lambda n: (abs(n - len(words)), n))
+    return {
+        "bleu_matches": matches,
+        "bleu_runs": totals,
+        "bleu_words": np.array([float(len(words)) for words in candidates]),
+        "bleu_reference_words": nearest,
+    }
+
+
+def bleu_summary(
+    sums: Mapping[str, Float[np.ndarray, " ..."]],
+) -> dict[str, Float[np.ndarray, " ..."]]:
+    """BLEU-1 to BLEU-4 (Papineni et al. 2002) from sums of `bleu_columns`, in [0, 1].
+
+    Sums are [...], those of matches and runs [..., 4]; the scores are [...]. Not smoothed: without
+    a single run of four words in common BLEU-4 is 0.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(np.nan_to_num(sums["bleu_matches"] / sums["bleu_runs"]))
+        brevity = np.minimum(0.0, 1 - sums["bleu_reference_words"] / sums["bleu_words"])
+    brevity = np.nan_to_num(brevity, nan=-np.inf, neginf=-np.inf)
+    return {
+        f"bleu{n}": np.exp(logs[..., :n].mean(axis=-1) + brevity) for n in range(1, LONGEST + 1)
+    }
+
+
+def _runs(words: Words) -> Counter[tuple[str, ...]]:
+    return Counter(
+        tuple(words[i : i + n]) for n in range(1, LONGEST + 1) for i in range(len(words) - n + 1)
+    )
+
+
+def _similarity(
+    said: list[dict[tuple[str, ...], float]], reference: list[dict[tuple[str, ...], float]]
+) -> float:
+    total = 0.0
+    for a, b in zip(said, reference, strict=True):
+        norms = _norm(a.values()) * _norm(b.values())
+        if norms:
+            total += sum(min(w, b[run]) * b[run] for run, w in a.items() if run in b) / norms
+    return total / LONGEST
+
+
+def _norm(values: Iterable[float]) -> float:
+    return math.sqrt(sum(value * value for value in values))
+
+
+def _length_penalty(difference_words: int) -> float:
+    return math.exp(-(difference_words**2) / (2 * _SIGMA_WORDS**2))
+
+
+def _check(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> None:
+    if not candidates or len(candidates) != len(references):
+        raise ValueError(f"{len(candidates)} captions for {len(references)} pictures")
+    for i, own in enumerate(references):
+        if not own:
+            raise DataError(f"picture {i} has no reference caption; remove it")

@@ -1,0 +1,66 @@
+"""InternVL, transformers' own port: tiles and a thumbnail, pixel shuffle; Qwen2 or Qwen3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import PIL.Image
+import torch
+
+from cafe.media import Clip
+from cafe.model.families.base import ProcessedImages, flat
+from cafe.model.families.tiles import TiledFamily
+
+
+class InternVL(TiledFamily):
+    model_type = "internvl"
+    parts = {  # noqa: RUF012 - facts, never written to
+        "vision": ("model.vision_tower.",),
+        "projector": ("model.multi_modal_projector.",),
+        "language": ("model.language_model.", "lm_head."),
+    }
+
+    def process_images(
+        self, processor: Any, groups: Sequence[Sequence[PIL.Image.Image]]
+    ) -> ProcessedImages:
+        pictures = flat(groups)
+        # The processor crops whatever the image processor's own configuration says.
+        inputs = processor.image_processor(pictures, crop_to_patches=True, return_tensors="pt")
+        placeholders = [processor.replace_image_token(inputs, i) for i in range(len(pictures))]
+        return ProcessedImages(
+            inputs={
+                "pixel_values": inputs["pixel_values"],
+                "feature_counts": self.counts(processor, placeholders),
+            },
+            placeholders=placeholders,
+        )
+
+    def video_marker(self, processor: Any) -> str:
+        return processor.video_token
+
+    def process_videos(self, processor: Any, clips: Sequence[Clip]) -> ProcessedImages:
+        """Each frame is a picture of one tile; a text before it names it."""
+        frames, placeholders = [], []
+        for clip in clips:
+            inputs = processor.video_processor(
+                [list(clip.frames)], do_sample_frames=False, return_tensors="pt"
+            )
+            frames.append(inputs["pixel_values_videos"][0])
+            placeholders.append(processor.replace_video_token(inputs, 0))
+        return ProcessedImages(
+            inputs={
+                "pixel_values": torch.cat(frames),
+                "feature_counts": self.counts(processor, placeholders),
+            },
+            placeholders=placeholders,
+        )
+
+    def unused(self, config: Any) -> tuple[str, ...]:
+        layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+        if layer == -1:
+            return ()
+        tower = "model.vision_tower."
+        highest = layer if layer >= 0 else layers + 1 + layer
+        above = tuple(f"{tower}encoder.layer.{i}." for i in range(highest, layers))
+        return (*above, f"{tower}layernorm.")

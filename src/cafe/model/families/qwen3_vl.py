@@ -1,0 +1,44 @@
+"""Qwen3-VL: as Qwen2-VL, and DeepStack: features of several tower layers enter the first layers.
+
+A picture's features are kept side by side, [tokens, (1 + layers) * hidden], what enters as the
+embedding first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cafe.media import Clip
+from cafe.model.families.qwen2_vl import Qwen2VL
+
+
+class Qwen3VL(Qwen2VL):
+    model_type = "qwen3_vl"
+    parts = {  # noqa: RUF012 - facts, never written to
+        "vision": ("model.visual.patch_embed.", "model.visual.pos_embed.", "model.visual.blocks."),
+        "projector": ("model.visual.merger.", "model.visual.deepstack_merger_list."),
+        "language": ("model.language_model.", "lm_head."),
+    }
+
+    def time_step(self, processor: Any, clip: Clip) -> float:
+        # Every pair of frames is a run of its own, with its time in the text before it.
+        return 0.0
+
+    def levels(self, outputs: Any) -> list[Tensor]:
+        levels = [outputs.pooler_output, *outputs.deepstack_features]
+        return [torch.cat(picture, dim=-1) for picture in zip(*levels, strict=True)]
+
+    def encoder_output(self, features: Sequence[Tensor], hidden: int) -> Any:
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+            BaseModelOutputWithDeepstackFeatures,
+        )
+
+        levels: list[Any] = list(zip(*(f.split(hidden, dim=-1) for f in features), strict=True))
+        deeper: Any = [list(level) for level in levels[1:]]
+        return BaseModelOutputWithDeepstackFeatures(
+            pooler_output=levels[0], deepstack_features=deeper
+        )

@@ -1,0 +1,127 @@
+"""`cafe export` writes what embeds as its source does, or nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cafe.cli import main
+from cafe.model.adapter import merge_adapter
+from cafe.model.export import probe_inputs
+from cafe.model.vlm import CAFe
+from cafe.recipes import Tuning
+from cafe.train.adapt import adapt
+from conftest import build_small_model
+
+PROBES = probe_inputs()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*argv: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cafe", *map(str, argv)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call
+
+
+def make_adapter(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A random DoRA of every part beside a saved base."""
+    core = build_small_model()
+    core.model.to(dtype)
+    core.save_pretrained(folder / "base")
+    core = CAFe.from_pretrained(folder / "base", dtype=torch.float32)
+    adapt(core, Tuning(kind="dora", rank=4, parts=["vision", "language"]), str(folder / "base"))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in core.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.02)
+    core.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b, axis=1).max())
+
+
+def files(directory: Path) -> set[str]:
+    return {p.relative_to(directory).as_posix() for p in directory.rglob("*.*")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_adapter_is_a_whole_model_that_every_tool_reads(
+    run: Any, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    adapter = make_adapter(tmp_path, dtype)
+    code, out, err = run("export", adapter, "--to", tmp_path / "whole", "--merge")
+    assert (code, err) == (0, "")
+    assert "merged" in out
+    assert "embeddings of 7 probes are at most" in out
+    assert "(tolerance " in out
+    assert files(tmp_path / "whole") == files(tmp_path / "base")
+    expected = CAFe.from_pretrained(adapter).encode(PROBES)
+    bound = 1e-4 if dtype == torch.float32 else 5e-2
+    plain = CAFe.from_pretrained(tmp_path / "base").encode(PROBES)
+    assert apart(plain, expected) > 2 * bound, "the adapter changes nothing"
+    assert apart(CAFe.from_pretrained(tmp_path / "whole").encode(PROBES), expected) <= bound
+
+    from sentence_transformers import SentenceTransformer
+
+    theirs = SentenceTransformer(str(tmp_path / "whole"), device="cpu").float()
+    assert apart(theirs.encode(PROBES), expected) <= bound + 1e-4
+
+
+def test_a_merge_that_changes_embeddings_fails_and_leaves_nothing(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(tmp_path)
+
+    def forgetful(model: Any) -> None:
+        merge_adapter(model)
+        with torch.no_grad():
+            model.model.language_model.layers[0].mlp.up_proj.weight.mul_(1.1)
+
+    monkeypatch.setattr("cafe.model.export.merge_adapter", forgetful)
+    code, out, err = run("export", adapter, "--to", tmp_path / "whole", "--merge")
+    assert (code, out) == (2, "")
+    assert "after merging it, embeddings of 7 probes are up to" in err
+    assert "apart, more than 1e-04" in err
+    assert not (tmp_path / "whole").exists()
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_whole_model_and_an_adapter_are_exported_as_they_are(run: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path)
+    assert run("export", adapter, "--to", tmp_path / "copy")[0] == 0
+    assert files(tmp_path / "copy") == files(adapter)
+    code, out, _ = run("export", tmp_path / "base", "--to", tmp_path / "model")
+    assert code == 0
+    assert "float32; embeddings of 7 probes are at most 0.0e+00 apart" in out
+    name = "model.safetensors"
+    assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+
+
+def test_what_cannot_be_exported_is_one_line(run: Any, small_dir: Path, tmp_path: Path) -> None:
+    code, _, err = run("export", small_dir, "--to", tmp_path / "new", "--merge")
+    assert code == 2
+    assert "has no adapter to merge" in err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    code, _, err = run("export", small_dir, "--to", tmp_path / "full")
+    assert code == 2
+    assert "is there already; name a new directory" in err
+    assert (tmp_path / "full" / "file").read_text() == "kept"

@@ -1,0 +1,105 @@
+"""`cafe mine`: from a file of captions to a file with hard negatives, on the small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+from cafe.cli import app
+from cafe.data.read import read_examples
+from cafe.errors import DataError
+from cafe.model.vlm import CAFe
+
+WORDS = ["cat", "dog", "mug", "tree", "red", "blue", "big", "small", "top", "left", "yes", "no"]
+COUNT = 14
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    """Pictures of noise with captions; the last two records show the same picture."""
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(COUNT):
+        pixels = rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        text = " ".join(rng.choice(WORDS, size=4)) + f" {i}"
+        records.append(_record(i, f"{i}.png", text))
+    records.append(_record(COUNT, f"{COUNT - 1}.png", "another text"))
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def _record(number: int, image: str, text: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nCaption?"}, {"from": "gpt", "value": text}]
+    return {"id": str(number), "image": image, "conversations": turns}
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["mine", *map(str, arguments)])
+
+
+def texts(record: dict[str, Any], side: str) -> list[str]:
+    return [messages[0]["content"] for messages in record[f"{side}_messages"]]
+
+
+def test_the_negatives_are_those_of_the_models_own_scores(
+    captions: Path, small_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mined.jsonl"
+    options = ["--range", "1-6", "--count", 3, "--relative-margin", 1, "--batch-size", 5]
+    done = run(small_dir, captions, "--out", out, *options)
+    assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(records) == COUNT + 1
+
+    model = CAFe.from_pretrained(small_dir)
+    captioned = [texts(r, "positive")[0] for r in records]
+    pictures = model.encode([captions.parent / r["images"][0] for r in records])
+    scores = pictures @ model.encode(captioned).T
+    some = 0
+    for i, record in enumerate(records):
+        own = {i} | ({COUNT - 1, COUNT} if i >= COUNT - 1 else set())
+        order = [j for j in np.argsort(-scores[i], kind="stable") if j not in own][1:6]
+        kept = [captioned[j] for j in order if scores[i, j] <= scores[i, i]][:3]
+        assert texts(record, "negative") == kept
+        some += len(kept)
+    back = read_examples(out).examples
+    assert [len(example.negatives) for example in back] == [
+        len(record["negative_messages"]) for record in records
+    ]
+    assert [e.target[0].text for e in back if e.target] == captioned
+    assert some > 10, "the random model still ranks some targets below the positive"
+    assert f"{COUNT + 1} queries:" in done.output
+
+
+def test_a_broken_picture_is_named_and_left_out(
+    captions: Path, small_dir: Path, tmp_path: Path
+) -> None:
+    (captions.parent / "3.png").write_bytes(b"not a picture")
+    out = tmp_path / "mined.jsonl"
+    done = run(small_dir, captions, "--out", out, "--range", "0-9", "--count", 2)
+    assert done.exit_code == 0, done.output
+    assert "skipped example '3'" in done.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(records) == COUNT
+    assert all(record["images"] != ["3.png"] for record in records)
+
+
+@pytest.mark.parametrize("window", ["50-10", "1-2", "ten", "3"])
+def test_a_range_without_room_is_told_before_the_model_loads(window: str, captions: Path) -> None:
+    done = run("no-such-model", captions, "--out", "x.jsonl", "--range", window)
+    assert isinstance(done.exception, DataError)
+    assert "with room for 7 negatives" in str(done.exception)
+
+
+def test_a_missing_file_is_told_before_the_model_loads(tmp_path: Path) -> None:
+    done = run("no-such-model", tmp_path / "none.json", "--out", tmp_path / "x.jsonl")
+    assert isinstance(done.exception, DataError)
+    assert "no such file" in str(done.exception)

@@ -1,0 +1,131 @@
+"""`cafe data inspect`: what is shown is what the collator makes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import layouts
+from layouts import TEXTS, picture_bytes
+
+import cafe.model.vlm
+from cafe.cli import main
+from cafe.cli.preview import half_blocks, preview, row_tokens, sequence_views
+from cafe.data.read import read_examples
+from cafe.data.records import Reading
+from cafe.types import Example
+
+
+@pytest.fixture
+def inspect(
+    small_model: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
+    """Runs `cafe data inspect`: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(cafe.model.vlm.CAFe, "from_pretrained", lambda name: small_model)
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cafe", "data", "inspect", *map(str, argv)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+def test_it_shows_format_counts_rejected_and_prompts(inspect: Any, tmp_path: Path) -> None:
+    path = layouts.llava(tmp_path / "data")
+    records = json.loads(path.read_text())
+    records[1]["image"] = "images/9.png"
+    path.write_text(json.dumps(records))
+    code, out, _ = inspect(path, "--count", 1, "--png", tmp_path / "png")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == f"{path}: format llava, 3 examples, 1 records rejected"
+    assert "record 2, id 'llava-1': picture 'images/9.png': no such file" in lines[1]
+    assert "example 'llava-0'" in lines
+    assert f"  picture 40x30, {tmp_path}/png/1-1.png" in lines
+    assert PIL.Image.open(tmp_path / "png/1-1.png").getpixel((0, 0)) == (255, 0, 0)
+    assert "<|im_start|>user" in out
+    assert f"{TEXTS[0]}<|im_end|>" in out
+    assert "example 'llava-2'" not in out
+
+
+def test_token_counts_are_those_of_the_collator(small_model: Any, tmp_path: Path) -> None:
+    path = layouts.llava(tmp_path / "data")
+    example = read_examples(path).examples[0]
+    collator = small_model.collator
+    query, target, answer = sequence_views(collator, example)
+    assert [v.name for v in (query, target, answer)] == ["query", "target", "answer"]
+    pictures = collator.embedding_rows([example.query])[0].input_ids
+    placeholder = collator.family.placeholder_id(collator.processor)
+    assert query.image_tokens == int((pictures == placeholder).sum()) > 30
+    assert query.image_tokens + query.text_tokens == pictures.numel()
+    assert (target.image_tokens, target.learnt_tokens, query.learnt_tokens) == (0, 0, 0)
+    assert answer.learnt_tokens == collator([example]).label_count
+    bold = "".join(str(answer.text)[s.start : s.end] for s in answer.text.spans if s.style)
+    assert bold == f"{TEXTS[0]}<|im_end|>"
+    whole = sum(v.image_tokens + v.text_tokens for v in (query, target, answer))
+    assert row_tokens(collator, example) < whole - query.image_tokens
+
+
+def test_keys_of_a_source_are_read_and_checked(inspect: Any, tmp_path: Path) -> None:
+    path = layouts.column_map(tmp_path / "data")
+    code, out, _ = inspect(path, "columns={image: photo, text: title}", "mode=chat", "limit=2")
+    assert code == 0
+    assert "format captions, 2 examples" in out
+    assert "  query" not in out
+    assert "  answer: " in out
+    code, _, err = inspect(path)
+    assert code == 2
+    assert "the columns (photo, title, year) fit no format" in err
+    code, _, err = inspect(path, "colums=x")
+    assert code == 2
+    assert "did you mean data.0.columns" in err
+
+
+def test_an_example_that_cannot_be_collated_is_told_and_the_next_is_shown(
+    inspect: Any, tmp_path: Path
+) -> None:
+    path = layouts.llava(tmp_path / "data")
+    (tmp_path / "data/images/0.png").write_bytes(picture_bytes(0)[:50])
+    code, out, _ = inspect(path)
+    assert code == 0
+    assert "  cannot be used: " in out
+    assert "0.png" in out
+    assert "example 'llava-1'" in out
+
+
+def test_a_terminal_shows_pictures_in_half_blocks(small_model: Any, tmp_path: Path) -> None:
+    picture = PIL.Image.new("RGB", (40, 40), "red")
+    picture.paste("blue", (0, 20, 40, 40))
+    text = half_blocks(picture, 4)
+    assert str(text) == "▀▀▀▀\n▀▀▀▀"
+    styles = {str(span.style) for span in text.spans}
+    assert styles == {"#ff0000 on #ff0000", "#0000ff on #0000ff"}
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, color_system="truecolor", width=80)
+    example: Example = read_examples(layouts.swift(tmp_path / "data")).examples[0]
+    preview(console, small_model.collator, example)
+    assert "38;2;255;0;0;48;2;255;0;0m▀" in stream.getvalue()
+    assert stream.getvalue().count("negative: ") == 2
+
+
+def test_stored_pictures_are_shown_as_any_other(inspect: Any, tmp_path: Path) -> None:
+    code, out, _ = inspect(layouts.webdataset(tmp_path / "data"))
+    assert code == 0
+    assert out.count("  picture 40x30") == 3
+    records = read_examples(layouts.mmeb(tmp_path / "mmeb"), Reading(language_loss=False))
+    assert len(records.examples) == 4

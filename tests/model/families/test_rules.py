@@ -1,0 +1,228 @@
+"""The pure rules that families add to the trie: positions on a grid, sight, windows."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import builders
+from test_family import A, B, turn
+
+from cafe.errors import FamilyError
+from cafe.model.families import Grid
+from cafe.model.families.mrope import mrope_positions
+from cafe.model.trie import (
+    AttentionRule,
+    TokenSequence,
+    build_row,
+    image_keys,
+    picture_runs,
+    sight_ends,
+    stack_rows,
+)
+from cafe.model.vlm import CAFe, layer_windows
+from cafe.types import Example, user
+
+TEXT = [7]
+
+
+def keys_of(*parts: Any) -> np.ndarray:
+    """Ints are text tokens; (picture, features) is a picture."""
+    return np.concatenate([[p] if isinstance(p, int) else image_keys(*p) for p in parts])
+
+
+# ------------------------------------------------------------------ positions
+
+
+def test_positions_that_a_person_can_check():
+    """Two words, a picture of 2 lines and 3 columns, two words: the longer side counts."""
+    found = mrope_positions(keys_of(5, 6, (0, 6), 8, 9), [Grid(1, 2, 3)])
+    assert found.tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
+    ]
+
+
+def test_text_counts_alike_on_every_axis():
+    assert mrope_positions(keys_of(5, 6, 7), []).tolist() == [[0, 1, 2]] * 4
+
+
+def test_a_later_picture_is_looked_up_by_its_number():
+    found = mrope_positions(keys_of((1, 2), 5, (0, 1)), [Grid(1, 1, 1), Grid(1, 2, 1)])
+    assert found[1:].tolist() == [[0, 0, 2, 3], [0, 1, 2, 3], [0, 0, 2, 3]]
+
+
+@cache
+def random_model(name: str) -> Any:
+    return builders.FAMILIES[name](builders.Sizes())[0].model
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@settings(max_examples=30, deadline=None)
+@given(
+    parts=st.lists(
+        st.one_of(st.integers(1, 5), st.tuples(st.just(1), st.integers(1, 4), st.integers(1, 4))),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_positions_are_those_of_the_model_itself(name: str, parts: list[Any]):
+    """`get_rope_index` of transformers; between pictures there is always a token, as there is."""
+    model = random_model(name)
+    grids = [Grid(*p) for p in parts if isinstance(p, tuple)]
+    pieces: list[Any] = []
+    number = 0
+    for part in parts:
+        if isinstance(part, tuple):
+            pieces += [(number, part[1] * part[2]), 3]
+            number += 1
+        else:
+            pieces += [4] * part
+    keys = keys_of(*pieces)
+    expected, _ = model.get_rope_index(
+        input_ids=torch.ones(1, len(keys), dtype=torch.long),
+        mm_token_type_ids=torch.from_numpy(keys < 0).long()[None],
+        image_grid_thw=torch.tensor([[g.frames, 2 * g.lines, 2 * g.columns] for g in grids] or None)
+        if grids
+        else None,
+    )
+    assert mrope_positions(keys, grids)[1:].tolist() == expected[:, 0].tolist()
+
+
+def test_a_row_carries_the_positions_of_its_sequences_and_refuses_unequal_ones():
+    grids = [Grid(1, 1, 2)]
+    keys = [keys_of(5, (0, 2), 6, 7), keys_of(5, (0, 2), 6, 8, 9)]
+    sequences = [TokenSequence(np.abs(k), k, mrope_positions(k, grids)) for k in keys]
+    row = build_row(sequences)
+    assert row.positions.shape == (4, 7)
+    for sequence, places in zip(sequences, row.places, strict=True):
+        assert row.positions[:, places].tolist() == sequence.positions.tolist()  # type: ignore[union-attr]
+    batch = stack_rows([row, build_row(sequences[:1])], pad_token=0)
+    assert batch.positions.shape == (4, 2, 7)
+    wrong = TokenSequence(np.abs(keys[1]), keys[1], mrope_positions(keys[1], [Grid(1, 2, 1)]))
+    with pytest.raises(ValueError, match="unequal positions"):
+        build_row([sequences[0], wrong])
+
+
+# ------------------------------------------------------------------ sight and windows
+
+
+def test_runs_and_sight_that_a_person_can_check():
+    """The same picture twice, and two parts of one picture with a word between them."""
+    first, second = image_keys(1, 4)[:2], image_keys(1, 4)[2:]
+    keys = np.concatenate([TEXT, image_keys(0, 2), image_keys(0, 2), TEXT, first, TEXT, second])
+    assert picture_runs(keys) == [(1, 3), (3, 5), (6, 8), (9, 11)]
+    assert sight_ends(keys[None]).tolist() == [[1, 3, 3, 5, 5, 6, 8, 8, 9, 11, 11]]
+    assert picture_runs(np.array([5, 6])) == []
+
+
+ROWS = st.lists(
+    st.lists(st.sampled_from([5, 6, (0, 3), (1, 2)]), min_size=1, max_size=5).map(
+        lambda parts: keys_of(*parts)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.sampled_from([None, 1, 2, 4]), st.booleans())
+def test_a_row_allows_what_each_sequence_alone_allows(
+    group: list[np.ndarray], window: int | None, sighted: bool
+):
+    """Against the definition: causal, or in one run of a picture; within the window."""
+    row = build_row([TokenSequence(np.abs(keys), keys) for keys in group])
+    batch = stack_rows([row], pad_token=0)
+    sight = torch.from_numpy(sight_ends(batch.keys)) if sighted else None
+    rule = AttentionRule(batch.subtree_end, sight, batch.positions, window)
+    mask = rule.dense()[0, 0].numpy()
+    for keys, places in zip(group, row.places, strict=True):
+        runs = picture_runs(keys) if sighted else []
+        for i in range(len(keys)):
+            for j in range(len(keys)):
+                together = any(a <= i < b and a <= j < b for a, b in runs)
+                allowed = (j <= i or together) and (window is None or i - j < window)
+                assert mask[places[i], places[j]] == allowed, (i, j)
+        others = np.setdiff1d(np.arange(len(row)), places)
+        assert not mask[np.ix_(places, others)].any()
+
+
+def test_flex_attention_gets_the_same_rule():
+    from torch.nn.attention.flex_attention import create_mask
+
+    group = [keys_of(5, (0, 6), 6, 7), keys_of(5, (0, 6), 6, 8, (1, 3), 9), keys_of(5, 5)]
+    rows = [
+        build_row([TokenSequence(np.abs(k), k) for k in group]),
+        build_row([TokenSequence(np.abs(group[1]), group[1])]),
+    ]
+    batch = stack_rows(rows, pad_token=0)
+    sight = torch.from_numpy(sight_ends(batch.keys))
+    length = batch.input_ids.shape[1]
+    for sighted in (None, sight):
+        for window in (None, 3):
+            rule = AttentionRule(batch.subtree_end, sighted, batch.positions, window)
+            mask = create_mask(rule.mask_mod(), 2, None, length, length, device="cpu")
+            assert torch.equal(mask, rule.dense())
+
+
+def text_config(**fields: Any) -> Any:
+    text = SimpleNamespace(**fields)
+    return SimpleNamespace(model_type="toy", get_text_config=lambda: text)
+
+
+def test_windows_of_each_kind_of_language_model():
+    assert layer_windows(text_config()) == {"every": None}
+    assert layer_windows(text_config(sliding_window=8)) == {"every": 8}
+    kinds = ["sliding_attention", "full_attention"]
+    assert layer_windows(text_config(sliding_window=8, layer_types=kinds)) == {
+        "full_attention": None,
+        "sliding_attention": 8,
+    }
+    with pytest.raises(FamilyError, match=r"'toy'.*'linear_attention' layers cannot share"):
+        layer_windows(text_config(layer_types=["linear_attention"]))
+
+
+# ------------------------------------------------------------------ templates
+
+
+def test_a_pictures_line_ends_join_with_the_words_around_it(tmp_path: Path):
+    """Gemma3 writes line ends around a picture; tokenised apart they would be other tokens."""
+    model = CAFe.from_pretrained(builders.build("gemma3", tmp_path / "gemma3"))
+    rows, _ = model.collator.embedding_rows([user(A)])
+    tokenizer = model.processor.tokenizer
+    three = tokenizer("\n\n\n", add_special_tokens=False)["input_ids"]
+    assert len(three) == 1
+    # "user\n" and the "\n\n" that begin the picture.
+    assert rows.input_ids[0].tolist().count(three[0]) == 1
+
+
+def test_an_answer_begins_as_the_template_writes_it_and_turns_end_where_it_says(tmp_path: Path):
+    model = CAFe.from_pretrained(builders.build("idefics3", tmp_path / "idefics3"))
+    (answer,) = model.collator.render_answers(turn(A, "Is it?", "yes"))
+    assert answer.text.endswith("Is it?<end_of_utterance>\nAssistant: yes<end_of_utterance>")
+    assert answer.text[-answer.labelled :] == " yes<end_of_utterance>"
+    # The vocabulary holds <|im_end|> too.
+    assert "<|im_end|>" in model.processor.tokenizer.get_vocab()
+    assert model.collator.pooled_token == "<end_of_utterance>"
+
+
+def test_examples_that_share_a_picture_share_its_tokens(tmp_path: Path):
+    model = CAFe.from_pretrained(builders.build("qwen3_vl", tmp_path / "qwen3_vl"))
+    example = Example("e", dialogues=(turn(A, "Is it?", "yes"), turn(A, B, "Which?", "no")))
+    rows = model.collator([example]).rows
+    assert rows.positions.shape[0] == 4
+    assert int((rows.input_ids == model.processor.image_token_id).sum()) == 2 * 16
+    assert rows.image_order.tolist() == [0, 1]
