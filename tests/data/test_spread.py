@@ -72,12 +72,16 @@ def test_what_counts_as_one_target() -> None:
     texts = [pair("a", "x"), pair("b", "x"), pair("c", "y"), pair("d", "z", "x-y"), pair("e", "x")]
     pictures = [pair("f", Image("1.png")), pair("g", Image("1.png")), pair("h", Image("2.png"))]
     chats = [Example(str(n), dialogues=(user("a"),)) for n in range(3)]
-    names = ("texts", "pictures", "chats")
-    sources = [Source(*s) for s in zip(names, (texts, pictures, chats), strict=True)]
+    once_pairs = [Example(str(n), dialogues=(user("a"),), target_id="xyx"[n]) for n in range(3)]
+    names = ("texts", "pictures", "chats", "once pairs")
+    kinds = (texts, pictures, chats, once_pairs)
+    sources = [Source(*s) for s in zip(names, kinds, strict=True)]
     plan = ExampleSet.build(sources).plan(2, 0)
-    first, second, third = plan.targets
+    first, second, third, fourth = plan.targets
     assert first is not None
     assert first.tolist() == [0, 0, 1, 2, 0]
     assert second is not None
     assert second.tolist() == [0, 0, 1]
     assert third is None
+    assert fourth is not None
+    assert fourth.tolist() == [0, 1, 0]

@@ -209,7 +209,7 @@ def test_what_a_zero_weight_makes_idle_is_not_even_collated() -> None:
     dialogue = (*user("a"), Message("assistant", ("b",)))
     pair = Example("pair", query=user("a"), target=user("b"))
     answer = Example("answer", dialogues=(dialogue,))
-    both = Example("both", query=user("a"), target=user("b"), dialogues=(dialogue,))
+    both = Example("both", query=user("a"), target=user("b"), dialogues=(dialogue,), target_id="b")
     joint = Objective()
     embeddings, answers = Objective(language_weight=0), Objective(contrastive_weight=0)
     assert [trained_part(e, joint) for e in (pair, answer, both)] == [pair, answer, both]
@@ -221,7 +221,7 @@ def test_what_a_zero_weight_makes_idle_is_not_even_collated() -> None:
     assert (kept.query, kept.dialogues) == (both.query, ())
     kept = trained_part(both, answers)
     assert kept is not None
-    assert (kept.query, kept.dialogues) == (None, both.dialogues)
+    assert (kept.query, kept.dialogues, kept.target_id) == (None, both.dialogues, "b")
 
 
 # ---------------------------------------------------------------------- log

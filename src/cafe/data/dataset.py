@@ -85,11 +85,13 @@ def _targets(examples: Sequence[Example]) -> np.ndarray | None:
 
 
 def _target(index: int, example: Example) -> object:
-    """Equal for examples that are no negatives of one another; without a pair, like no other."""
-    if example.target is None:
-        return index
+    """Equal for examples that are no negatives of one another; without a pair or an id of what was
+    one, like no other.
+    """
     if example.target_id is not None:
         return example.target_id
+    if example.target is None:
+        return index
     parts = [part for message in example.target for part in message.content]
     return tuple(part if isinstance(part, str) else ("shown", part.key) for part in parts)
 

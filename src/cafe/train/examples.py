@@ -76,13 +76,16 @@ def _read(source: DataSource, objective: Objective, quarantine: Quarantine, inde
 
 
 def trained_part(example: Example, objective: Objective) -> Example | None:
-    """The example without what a zero weight makes idle; None if nothing remains."""
+    """The example without what a zero weight makes idle; None if nothing remains.
+
+    Its `target_id` stays, so that the weights change nothing about which examples share a batch.
+    """
     if objective.compat == "official":
         example = official_example(example)
     if objective.contrastive_weight == 0 and example.query is not None:
         if not example.dialogues:
             return None
-        example = replace(example, query=None, target=None, negatives=(), target_id=None)
+        example = replace(example, query=None, target=None, negatives=())
     if objective.language_weight == 0:
         if example.query is None:
             return None
