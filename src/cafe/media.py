@@ -147,12 +147,13 @@ def open_video(video: Video, max_frames: int) -> Clip:
         if not total:
             raise ImageError("video: it has no frames; replace or remove it")
         indices = evenly_spaced(total, max_frames)
-        frames = tuple(open_image(Image(video.source[i])) for i in indices)
+        budget = video.pixel_budget
+        frames = tuple(open_image(Image(video.source[i], budget)) for i in indices)
         return Clip(frames, indices, total)
     path = Path(video.source)
     if not path.is_file():
         raise ImageError(f"video {str(path)!r}: no such file")
-    return _decoded(str(path), path.stat().st_mtime_ns, max_frames)
+    return _decoded(str(path), path.stat().st_mtime_ns, max_frames, video.pixel_budget)
 
 
 def evenly_spaced(total: int, count: int) -> tuple[int, ...]:
@@ -162,7 +163,7 @@ def evenly_spaced(total: int, count: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _decoded(path: str, modified_ns: int, max_frames: int) -> Clip:
+def _decoded(path: str, modified_ns: int, max_frames: int, pixel_budget: int | None) -> Clip:
     """A video that several prompts of a batch show is decoded once, and its frames are the same."""
     name = f"video {path!r}"
     try:
@@ -171,6 +172,8 @@ def _decoded(path: str, modified_ns: int, max_frames: int) -> Clip:
         raise ImageError(f"{name}: reading video files needs PyAV; pip install av") from error
     try:
         with av.open(path) as container:
+            if not container.streams.video:
+                raise ImageError(f"{name}: it has no frames, only sound; replace or remove it")
             stream = container.streams.video[0]
             total = stream.frames or sum(1 for _ in container.decode(stream))
             container.seek(0)
@@ -179,7 +182,7 @@ def _decoded(path: str, modified_ns: int, max_frames: int) -> Clip:
             found = {}
             for i, frame in enumerate(container.decode(stream)):
                 if i in wanted:
-                    found[i] = open_image(Image(frame.to_image()))
+                    found[i] = open_image(Image(frame.to_image(), pixel_budget))
                 if len(found) == len(wanted):
                     break
             rate = stream.average_rate

@@ -62,13 +62,18 @@ class Image:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Video:
-    """A video by reference: a path, or its decoded frames (PIL images in order)."""
+    """A video by reference: a path, or its decoded frames (PIL images in order).
+
+    A frame of more than `pixel_budget` pixels is made smaller, as a picture is.
+    """
 
     source: str | Path | tuple[PIL.Image.Image, ...]
+    pixel_budget: int | None = None
 
     @property
     def key(self) -> object:
-        return str(self.source) if isinstance(self.source, str | Path) else id(self.source)
+        name = str(self.source) if isinstance(self.source, str | Path) else id(self.source)
+        return name if self.pixel_budget is None else (name, self.pixel_budget)
 
 
 Part = str | Image | Video

@@ -20,7 +20,7 @@ class Media:
     """Finds pictures below one folder; a path that comes again is the same `Image`.
 
     root          None: there is no folder, so a path is an error
-    pixel_budget  see `cafe.types.Image`
+    pixel_budget  of a picture and of a frame, see `cafe.types.Image`
     Raises DataError when `root` is no folder.
     """
 
@@ -69,7 +69,7 @@ class Media:
             value = value.get("path") or value.get("url")
         if not isinstance(value, str):
             raise DataError(f"{field!r} holds {kind(value)}, expected a path")
-        return Video(self._source(value, "video"))
+        return Video(self._source(value, "video"), self._budget)
 
     def looks_like_picture(self, text: str) -> bool:
         """Whether a text that may also be a caption is the name of a picture.
