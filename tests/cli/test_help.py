@@ -32,7 +32,8 @@ SURFACE = {
         "--force",
     ],
     "compare": ["RESULT..."],
-    "embed": ["MODEL", "INPUT", "--out", "--to", "--shard-size"],
+    "ablate": ["[RECIPE.yaml] [KEY=VALUE]...", "--out", "--report", "--keep-models"],
+    "embed": ["MODEL", "INPUT", "--out", "--to", "--shard-size", "--engine", "--workers"],
     "index": ["MODEL", "FOLDER_OR_DATA", "--to", "--batch-size"],
     "search": [
         "DIR",
@@ -58,7 +59,7 @@ SURFACE = {
         "--batch-size",
     ],
     "convert": ["DIR", "--to"],
-    "export": ["MODEL", "--to", "--merge"],
+    "export": ["MODEL", "--to", "--merge", "--verify", "--results"],
     "serve": [
         "MODEL",
         "--index",
@@ -69,7 +70,9 @@ SURFACE = {
         "--max-wait-ms",
         "--max-queue",
         "--allow-remote-images",
+        "--ui",
     ],
+    "ui": ["MODEL", "--index", "--host", "--port", "--api-key"],
     "data": [],
     "data inspect": ["PATH", "KEY=VALUE", "--model", "--count", "--png"],
     "data scenes": ["--out", "--count", "--seed", "--split"],

@@ -13,6 +13,7 @@ from cafe.metrics import (
     bootstrap_interval,
     bootstrap_scores,
     chair_scores,
+    interval_over_seeds,
     paired_interval,
     percentile_interval,
     resampled_sums,
@@ -195,3 +196,41 @@ def test_columns_of_different_samples_and_no_resample_are_refused():
         resampled_sums({})
     with pytest.raises(ValueError, match="at least one resample"):
         percentile_interval(np.ones(1))
+
+
+# --- seeds ------------------------------------------------------------------------------------
+
+
+def test_seeds_that_agree_leave_the_interval_of_the_samples() -> None:
+    one = np.concatenate([[0.5], 0.5 + 0.1 * normal(2000)])
+    for rows in (one[None], np.stack([one, one, one])):
+        assert interval_over_seeds(rows) == pytest.approx(percentile_interval(one))
+
+
+def test_seeds_that_are_all_that_varies_have_students_interval() -> None:
+    rows = np.tile([[0.1], [0.2], [0.6]], 200_001)  # mean 0.3, standard deviation √0.07
+    estimate, low, high = interval_over_seeds(rows)
+    half = 4.3027 * math.sqrt(0.07 / 3)
+    assert estimate == pytest.approx(0.3)
+    assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.02 * half)
+
+
+@pytest.mark.parametrize("seed_share", [0.0, 0.5, 1.0])
+def test_the_interval_over_seeds_covers_the_truth_at_least_as_often_as_it_says(
+    seed_share: float,
+) -> None:
+    rng = np.random.default_rng(1)
+    covered = []
+    for trial in range(300):
+        models = math.sqrt(seed_share) * rng.standard_normal((3, 1))
+        samples = math.sqrt((1 - seed_share) * 40) * rng.standard_normal(40)
+        sums = resampled_sums({"x": (models + samples).T}, resamples=300, seed=trial)["x"].T / 40
+        _, low, high = interval_over_seeds(sums, seed=trial)
+        covered.append(low <= 0 <= high)
+    assert np.mean(covered) >= 0.91
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (0, 5), (5,)])
+def test_an_interval_over_seeds_needs_a_seed_and_a_resample(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="one row a seed"):
+        interval_over_seeds(np.zeros(shape))

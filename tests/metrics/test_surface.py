@@ -91,6 +91,7 @@ CALLS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (interval.wilson_interval, (1, 3), {}),
     (interval.resampled_sums, ({"a": VALUES, "b": SIDE},), {"resamples": 9}),
     (interval.percentile_interval, (VALUES,), {}),
+    (interval.interval_over_seeds, (SIDE,), {}),
     (ngrams.caption_words, ("A dog's ball.",), {}),
     (ngrams.cider_d, ([["a"]], [[["a"]]]), {}),
     (ngrams.bleu_columns, ([["a"]], [[["a"]]]), {}),

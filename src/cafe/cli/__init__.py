@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cafe.cli import (
+    ablate,
     compare,
     convert,
     data,
@@ -23,6 +24,7 @@ from cafe.cli import (
     search,
     serve,
     train,
+    ui,
 )
 from cafe.errors import CafeError
 
@@ -56,6 +58,7 @@ app.command("demo")(demo.command)
 app.command("train")(train.command)
 app.command("evaluate")(evaluate.command)
 app.command("compare")(compare.command)
+app.command("ablate")(ablate.command)
 app.command("embed")(embed.command)
 app.command("index")(index.command)
 app.command("search")(search.command)
@@ -64,6 +67,7 @@ app.command("mine")(mine.command)
 app.command("convert")(convert.command)
 app.command("export")(export.command)
 app.command("serve")(serve.command)
+app.command("ui")(ui.command)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.command)
 

@@ -3,7 +3,8 @@
 Pure data: nothing here imports torch, and nothing here knows who runs a recipe.
 """
 
-from cafe.recipes.load import load_recipe, load_source
+from cafe.recipes.ablation import Ablation
+from cafe.recipes.load import load_ablation, load_recipe, load_source
 from cafe.recipes.tree import (
     Batch,
     Checkpoint,
@@ -17,6 +18,7 @@ from cafe.recipes.tree import (
 )
 
 __all__ = [
+    "Ablation",
     "Batch",
     "Checkpoint",
     "DataSource",
@@ -26,6 +28,7 @@ __all__ = [
     "Recipe",
     "Schedule",
     "Tuning",
+    "load_ablation",
     "load_recipe",
     "load_source",
 ]

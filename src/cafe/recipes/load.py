@@ -1,4 +1,4 @@
-"""A recipe file and its `key=value` overrides become one checked `Recipe`.
+"""A recipe file and its `key=value` overrides become one checked `Recipe`, or an `Ablation`.
 
 Every mistake is one RecipeError that names the place (the file, or the override), the dotted key
 (`optimizer.learning_rate`, `data.0.path`), and what to write instead.
@@ -7,20 +7,31 @@ Every mistake is one RecipeError that names the place (the file, or the override
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cafe.errors import RecipeError
+from cafe.recipes.ablation import Ablation
 from cafe.recipes.tree import DataSource, Recipe
 from cafe.recipes.yaml_text import parse_yaml
 
-_SECTIONS = ("objective", "batch", "optimizer", "tuning", "schedule", "checkpoint", "log")
+_SECTIONS = (
+    "objective",
+    "batch",
+    "optimizer",
+    "tuning",
+    "schedule",
+    "checkpoint",
+    "log",
+    "training",
+)
+_Tree = TypeVar("_Tree", Recipe, Ablation)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -30,16 +41,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     paths of the file are relative to its folder, those of overrides to the working directory.
     Raises RecipeError.
     """
-    path = Path(path)
+    return _load(Path(path), overrides, Recipe, _anchor_data_paths)
+
+
+def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
+    """As `load_recipe`, for `cafe ablate`. `recipe`, if a file, is relative as data paths are."""
+    return _load(Path(path), overrides, Ablation, _anchor_recipe)
+
+
+def _load(
+    path: Path,
+    overrides: Sequence[str],
+    kind: type[_Tree],
+    anchor: Callable[[dict[str, Any], Path], None],
+) -> _Tree:
+    """The file and then the overrides, each with its paths made absolute by `anchor`."""
     tree = _read(path)
-    _anchor_data_paths(tree, path.parent)
+    anchor(tree, path.parent)
     for override in overrides:
         _apply(tree, override)
-    _anchor_data_paths(tree, Path())
+    anchor(tree, Path())
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise _recipe_error(error, str(path), overrides) from None
+        raise _recipe_error(error, str(path), overrides, kind) from None
 
 
 def load_source(path: str, overrides: Sequence[str] = ()) -> DataSource:
@@ -99,6 +124,13 @@ def _anchor_data_paths(tree: dict[str, Any], folder: Path) -> None:
                 source[key] = str((folder / Path(value).expanduser()).absolute())
 
 
+def _anchor_recipe(tree: dict[str, Any], folder: Path) -> None:
+    """A recipe that is a file, not a name, starts at `folder`."""
+    name = tree.get("recipe")
+    if isinstance(name, str) and Path(name).suffix in (".yaml", ".yml"):
+        tree["recipe"] = str((folder / Path(name).expanduser()).absolute())
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
@@ -143,14 +175,19 @@ def _value(override: str, text: str) -> Any:
     return value if isinstance(value, bool | int | float | None) else text
 
 
-def _recipe_error(error: ValidationError, path: str, overrides: Sequence[str]) -> RecipeError:
+def _recipe_error(
+    error: ValidationError,
+    path: str,
+    overrides: Sequence[str],
+    kind: type[BaseModel] = Recipe,
+) -> RecipeError:
     """The first problem, in one sentence; misspelt keys first, as they make others missing."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     key = ".".join(str(part) for part in problem["loc"])
     unknown = problem["type"] == "extra_forbidden"
     place = next((f"override {o!r}" for o in overrides if _concerns(o, key, unknown)), path)
-    return RecipeError(f"{place}: {_describe(problem, key)}")
+    return RecipeError(f"{place}: {_describe(problem, key, kind)}")
 
 
 def _concerns(override: str, key: str, unknown: bool) -> bool:
@@ -160,10 +197,10 @@ def _concerns(override: str, key: str, unknown: bool) -> bool:
     return bool(key) and (within or (unknown and name.startswith(f"{key}.")))
 
 
-def _describe(problem: ErrorDetails, key: str) -> str:
+def _describe(problem: ErrorDetails, key: str, tree: type[BaseModel]) -> str:
     kind, message = problem["type"], problem["msg"]
     if kind == "extra_forbidden":
-        nearest = _nearest(key)
+        nearest = _nearest(key, tree)
         return f"{key} is no key of a recipe" + (f"; did you mean {nearest}?" if nearest else "")
     if kind == "missing":
         return f"{key} is missing; it has no default"
@@ -177,14 +214,14 @@ def _describe(problem: ErrorDetails, key: str) -> str:
     return f"{key} is {problem['input']!r}, {message}"
 
 
-def _nearest(key: str) -> str | None:
+def _nearest(key: str, tree: type[BaseModel]) -> str | None:
     """The valid key most like `key`: of the same section, else one of that name elsewhere."""
     *section, leaf = key.split(".")
     # The index of a list entry is no part of a key's name.
     schema_section = [part for part in section if not part.isdecimal()]
     siblings: dict[str, str] = {}
     others: dict[str, str] = {}
-    for parts in _keys(Recipe):
+    for parts in _keys(tree):
         where = siblings if list(parts[:-1]) == schema_section else others
         where.setdefault(parts[-1], ".".join(parts))
     if close := difflib.get_close_matches(leaf, siblings, n=1):

@@ -1,7 +1,6 @@
 """The picture of a demo: how it learned, what it finds, and where its embeddings lie.
 
-Drawn with matplotlib's file backend: nothing opens a window. Colours are those of Okabe and Ito,
-which people of all kinds of colour vision tell apart; pictures and texts also differ in shape.
+Pictures and texts differ in shape as well as in colour.
 """
 
 from __future__ import annotations
@@ -10,22 +9,19 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cafe.errors import DataError
 from cafe.metrics import modality_gap, project_2d
+from cafe.report.style import BLUE, GREEN, GREY, INK, LINE, ORANGE, quiet, write_png
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
-_INK, _GREY, _LINE = "#222222", "#6b6b6b", "#d9d9d9"
 _INCHES = (12.0, 8.4)
 _DPI = 150
 _QUERY_CHARACTERS = 110  # per line
@@ -77,7 +73,6 @@ def draw_demo(path: Path, curves: Curves, search: Search, before: Clouds, after:
         DataError: the file cannot be written.
     """
     figure = Figure(figsize=_INCHES, dpi=_DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
     rows = figure.add_gridspec(
         2, 1, height_ratios=(1.4, 1.0), left=0.065, right=0.98, top=0.915, bottom=0.03, hspace=0.56
     )
@@ -95,28 +90,25 @@ def draw_demo(path: Path, curves: Curves, search: Search, before: Clouds, after:
     _draw_search(figure, pictures, search)
     _heading(figure, upper, "Training")
     _heading(figure, maps[0], "Embeddings of pictures and texts")
-    try:
-        canvas.print_png(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+    write_png(figure, path)
 
 
 def _draw_curves(upper: Axes, lower: Axes, curves: Curves) -> None:
     rows = (
-        (upper, curves.contrastive, _GREEN, "contrastive loss"),
-        (lower, curves.language, _INK, "language loss"),
+        (upper, curves.contrastive, GREEN, "contrastive loss"),
+        (lower, curves.language, INK, "language loss"),
     )
     for axes, values, colour, name in rows:
         axes.plot(curves.steps, values, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(curves.steps, smooth(values), color=colour, linewidth=1.8)
-        axes.set_ylabel(name, color=_INK, fontsize=9.5)
-        axes.grid(axis="y", color=_LINE, linewidth=0.6)
+        axes.set_ylabel(name, color=INK, fontsize=9.5)
+        axes.grid(axis="y", color=LINE, linewidth=0.6)
         axes.margins(x=0.01)
-        _plain(axes)
+        quiet(axes)
         axes.yaxis.set_label_coords(-0.115, 0.5)  # both names on one line
     upper.tick_params(labelbottom=False)
     upper.set_ylim(bottom=0)
-    lower.set_xlabel("step", color=_INK, fontsize=9.5)
+    lower.set_xlabel("step", color=INK, fontsize=9.5)
 
 
 def smooth(values: Sequence[float]) -> Float[np.ndarray, " n"]:
@@ -131,16 +123,16 @@ def smooth(values: Sequence[float]) -> Float[np.ndarray, " n"]:
 
 def _draw_map(axes: Axes, name: str, clouds: Clouds) -> None:
     images, texts = project_2d(clouds.images, clouds.texts)
-    axes.scatter(*images.T, s=13, c=_BLUE, marker="o", alpha=0.55, linewidths=0, label="pictures")
-    axes.scatter(*texts.T, s=15, c=_ORANGE, marker="^", alpha=0.55, linewidths=0, label="texts")
+    axes.scatter(*images.T, s=13, c=BLUE, marker="o", alpha=0.55, linewidths=0, label="pictures")
+    axes.scatter(*texts.T, s=15, c=ORANGE, marker="^", alpha=0.55, linewidths=0, label="texts")
     gap = modality_gap(clouds.images, clouds.texts)
-    axes.set_title(f"{name}: gap {gap:.2f}", fontsize=10, color=_INK, pad=6)
+    axes.set_title(f"{name}: gap {gap:.2f}", fontsize=10, color=INK, pad=6)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.08)
     for spine in axes.spines.values():
-        spine.set_color(_LINE)
+        spine.set_color(LINE)
     if name == "before":
         legend = axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, frameon=False, fontsize=9.5,
@@ -158,13 +150,13 @@ def _draw_search(figure: Figure, axes: Sequence[Axes], search: Search) -> None:
         panel.set_xticks([])
         panel.set_yticks([])
         for spine in panel.spines.values():
-            spine.set_color(_GREEN if found.right else _LINE)
+            spine.set_color(GREEN if found.right else LINE)
             spine.set_linewidth(4.5 if found.right else 0.8)
         label = f"{place}.  {found.score:.2f}" + ("   the right one" if found.right else "")
         panel.set_xlabel(
             label,
             fontsize=10,
-            color=_GREEN if found.right else _GREY,
+            color=GREEN if found.right else GREY,
             fontweight="bold" if found.right else "normal",
             labelpad=6,
         )
@@ -174,7 +166,7 @@ def _draw_search(figure: Figure, axes: Sequence[Axes], search: Search) -> None:
     lines = textwrap.wrap(f"“{search.text}”   ({place})", _QUERY_CHARACTERS)
     left, high = _corner(axes[0])
     figure.text(
-        left, high + 0.018, "\n".join(lines), fontsize=10.5, color=_INK, va="bottom",
+        left, high + 0.018, "\n".join(lines), fontsize=10.5, color=INK, va="bottom",
         style="italic", linespacing=1.35,
     )  # fmt: skip
     _heading(figure, axes[0], "Search: a text finds its picture", 0.03 + 0.025 * len(lines))
@@ -182,19 +174,10 @@ def _draw_search(figure: Figure, axes: Sequence[Axes], search: Search) -> None:
 
 def _heading(figure: Figure, axes: Axes, text: str, above: float = 0.04) -> None:
     left, high = _corner(axes)
-    figure.text(left, high + above, text, fontsize=13, fontweight="bold", color=_INK, va="bottom")
+    figure.text(left, high + above, text, fontsize=13, fontweight="bold", color=INK, va="bottom")
 
 
 def _corner(axes: Axes) -> tuple[float, float]:
     """The upper left corner in shares of the figure, before an aspect ratio moves it."""
     box = axes.get_position(original=True)
     return box.x0, box.y1
-
-
-def _plain(axes: Axes) -> None:
-    """Only the axes that carry numbers, in a quiet grey."""
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_GREY)
-    ticks: Any = {"colors": _GREY, "labelsize": 8.5}
-    axes.tick_params(**ticks)

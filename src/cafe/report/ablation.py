@@ -1,0 +1,271 @@
+"""The report of an ablation: Markdown with its figures beside it. Every sentence is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+
+from cafe.errors import DataError
+from cafe.metrics import Interval
+from cafe.report import claims
+from cafe.report.ablation_figures import FIGURES
+from cafe.report.claims import QUESTIONS, Claim, answer, verdict
+from cafe.report.findings import BASE, CONTRASTIVE, JOINT, LANGUAGE, Arm, Findings, Measured
+
+LABELS = {
+    BASE: "base",
+    LANGUAGE: "language only",
+    CONTRASTIVE: "contrastive only",
+    JOINT: "joint",
+}
+
+# Score -> its name in tables; in percent unless it says otherwise.
+ROWS: dict[str, dict[str, str]] = {
+    "Retrieval": {
+        claims.I2T: "picture → text R@1",
+        "scenes-retrieval/image_to_text_recall@5": "picture → text R@5",
+        claims.T2I: "text → picture R@1",
+        "scenes-retrieval/text_to_image_recall@5": "text → picture R@5",
+        "scenes-retrieval/hard_word_accuracy": "hard: one word differs (chance 25)",
+        "scenes-retrieval/hard_order_accuracy": "hard: two objects trade places (chance 50)",
+        claims.HARD: "hard: all of these",
+    },
+    "scenes-mmeb, hit@1": {
+        "scenes-mmeb/classification": "classification",
+        "scenes-mmeb/vqa": "VQA",
+        "scenes-mmeb/retrieval": "retrieval",
+        "scenes-mmeb/grounding": "grounding",
+        "scenes-mmeb/ind": "in distribution",
+        "scenes-mmeb/ood": "out of distribution",
+        claims.MMEB: "all",
+    },
+    "Captions and questions": {
+        claims.LOSS: "caption loss, nats per token ↓",
+        claims.OBJECTS: "objects in captions, F1",
+        claims.ANSWERS: "all questions, accuracy",
+        claims.PRESENCE: "“is there a …?”, accuracy",
+    },
+    "Hallucination": {
+        "scenes-pope/random/accuracy": "POPE random, accuracy",
+        "scenes-pope/popular/accuracy": "POPE popular, accuracy",
+        "scenes-pope/adversarial/accuracy": "POPE adversarial, accuracy",
+        claims.POPE: "POPE accuracy, mean of the three",
+        "scenes-pope/mean/f1": "POPE F1, mean of the three",
+        "scenes-pope/mean/yes_ratio": "POPE share of yes (truth: 50)",
+        claims.CHAIR_I: "CHAIR_i ↓",
+        claims.CHAIR_S: "CHAIR_s ↓",
+        "scenes-chair/recall": "CHAIR recall",
+        "scenes-throne/overall_f1": "THRONE F1, overall",
+        claims.THRONE: "THRONE F0.5, overall",
+        "scenes-throne/classwise_f0.5": "THRONE F0.5, class-wise",
+    },
+    "Embedding space": {
+        claims.GAP: "modality gap ↓",
+        "gap/modality_probe_accuracy": "modality probe, accuracy ↓",
+    },
+}
+_PLAIN = {claims.LOSS, claims.GAP}
+"""Scores that are no share of anything."""
+
+_SWEPT = {
+    claims.I2T: "picture → text R@1",
+    claims.T2I: "text → picture R@1",
+    claims.MMEB: "mmeb all",
+    claims.OBJECTS: "caption F1",
+    claims.LOSS: "caption loss ↓",
+    claims.ANSWERS: "questions",
+    claims.CHAIR_I: "CHAIR_i ↓",
+    claims.GAP: "gap ↓",
+}
+
+_HOW = """\
+A cell is the mean over the seeds with its 95 % interval. The interval covers other test scenes and
+other training seeds: every resample of the scenes (the same {resamples} for all models) gives a
+mean over the seeds, to which Student's t with (seeds - 1) degrees of freedom adds the spread of the
+seeds. Differences are paired, by scene and by seed: both models of a pair saw the same batches in
+the same order. Arms with one seed have intervals for the scenes alone, and so has the base, which
+is not trained. The gap has no per-scene values; there the scenes' part is a normal of the width of
+its own bootstrap interval, taken as independent between models. Of {claims} such intervals about
+one in twenty is wrong by chance."""
+
+
+def write_report(findings: Findings, path: Path, *, resamples: int) -> None:
+    """Write `path` (Markdown) and its figures, `<path without suffix>/<name>.png`.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+    folder = path.with_suffix("")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in FIGURES.items():
+            figure.draw(findings, folder / f"{name}.png")
+        text = report_text(findings, folder.name, resamples=resamples)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def report_text(findings: Findings, folder: str, *, resamples: int) -> str:
+    """The Markdown; figures are linked as `<folder>/<name>.png`."""
+    parts = [
+        "# What each of the two losses does",
+        _about(findings),
+        "## Answers",
+        *_answers(findings),
+        "## All numbers",
+        _HOW.format(resamples=f"{resamples:,}", claims=len(findings.claims)),
+        *_numbers(findings),
+        "## Differences",
+        "In points, and for loss and gap as they are. A star: the interval does not contain 0.",
+        _differences(findings),
+        "## The contrastive weight",
+        _sweep(findings),
+        "## Figures",
+        *(f"![{figure.alt}]({folder}/{name}.png)" for name, figure in FIGURES.items()),
+        "## How it was run",
+        *_run(findings),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def _about(findings: Findings) -> str:
+    settings = findings.settings
+    seeds = len(findings.arm(JOINT).seeds)
+    base = findings.arm(BASE).scores.get(claims.PRESENCE)
+    text = (
+        f"One base, one set of {settings['train_scenes']:,} scenes, {settings['steps']} steps of "
+        f"{settings['batch']} pictures, {_count(seeds, 'seed')}: trained with the language loss "
+        "only, with the contrastive loss only, and with both. Measured on "
+        f"{findings.test_scenes} held-out scenes. Made by `{findings.command}` in "
+        f"{findings.seconds / 60:.0f} minutes on {settings['threads']} CPU threads; this page is "
+        "generated, its sentences are computed from the numbers."
+    )
+    if base is not None:
+        value = base.interval.estimate
+        room = "leaves headroom" if value < 0.95 else "leaves little headroom"
+        text += f" The base answers {value:.1%} of “is there a …?” rightly, which {room}."
+    return text
+
+
+def _answers(findings: Findings) -> Iterator[str]:
+    intervals = dict(findings.claims)
+    for number, question in enumerate(QUESTIONS, 1):
+        lines = [(claim, intervals[claim]) for claim in question.claims]
+        verdicts = [verdict(claim, interval) for claim, interval in lines]
+        yield f"**{number}. {question.text}** {_sentence(answer(verdicts))}"
+        head = ("claim", "values", "difference", "verdict")
+        yield _table(head, [_claim_row(findings, claim, interval) for claim, interval in lines])
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _claim_row(findings: Findings, claim: Claim, interval: Interval | None) -> tuple[str, ...]:
+    if interval is None:
+        return claim.says, "–", "–", verdict(claim, interval)
+    values = [
+        f"{LABELS[name]} {_number(claim.score, findings.arm(name).scores[claim.score].interval[0])}"
+        for name in (claim.arm, claim.other)
+    ]
+    scaled = "" if claim.scale == 1 else f" (from {claim.scale:g} × {LABELS[claim.other]})"
+    told = _signed(claim.score, interval) + scaled
+    return claim.says, ", ".join(values), told, f"**{verdict(claim, interval)}**"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _numbers(findings: Findings) -> Iterator[str]:
+    arms = [findings.arm(name) for name in LABELS]
+    head = tuple(LABELS[arm.name] for arm in arms)
+    for group, rows in ROWS.items():
+        shown = {score: name for score, name in rows.items() if score in arms[0].scores}
+        if shown:
+            yield _table(
+                (group, *head),
+                [
+                    (name, *(_cell(score, arm.scores[score], arm) for arm in arms))
+                    for score, name in shown.items()
+                ],
+            )
+    yield _table(("Time", *head), [("training, seconds a run", *(_seconds(arm) for arm in arms))])
+
+
+def _seconds(arm: Arm) -> str:
+    if not arm.seconds:
+        return "–"
+    low, high = min(arm.seconds), max(arm.seconds)
+    return f"{mean(arm.seconds):.0f}" + (f" ({low:.0f} to {high:.0f})" if high > low else "")
+
+
+def _differences(findings: Findings) -> str:
+    pairs = list(findings.differences)
+    head = ("", *(f"{LABELS[arm]} − {LABELS[other]}" for arm, other in pairs))
+    rows = [
+        (name, *(_starred(score, findings.differences[pair][score]) for pair in pairs))
+        for group in ROWS.values()
+        for score, name in group.items()
+        if all(score in findings.differences[pair] for pair in pairs)
+    ]
+    return _table(head, rows)
+
+
+def _sweep(findings: Findings) -> str:
+    arms = [findings.arm(LANGUAGE), *findings.sweep, findings.arm(CONTRASTIVE)]
+    shown = {s: name for s, name in _SWEPT.items() if s in arms[0].scores}
+    rows = []
+    for arm in arms:
+        contrastive, language = arm.weights or (0.0, 0.0)
+        name = f"{contrastive:g} : {language:g}"
+        cells = (_cell(score, arm.scores[score], arm) for score in shown)
+        rows.append((name, str(len(arm.seeds)), *cells))
+    return _table(("contrastive : language", "seeds", *shown.values()), rows)
+
+
+def _run(findings: Findings) -> Iterator[str]:
+    settings = [(key.replace("_", " "), _plain(v)) for key, v in findings.settings.items()]
+    yield _table(("setting", "value"), settings)
+    versions = ", ".join(f"{name} {version}" for name, version in findings.packages.items())
+    yield f"Packages: {versions}."
+
+
+def _cell(score: str, measured: Measured, arm: Arm) -> str:
+    estimate, low, high = measured.interval
+    text = _number(score, estimate)
+    if high > low:
+        text += f" [{_number(score, low)}, {_number(score, high)}]"
+    return f"**{text}**" if arm.name == JOINT else text
+
+
+def _starred(score: str, interval: Interval) -> str:
+    star = "\\*" if interval.low > 0 or interval.high < 0 else ""
+    return _signed(score, interval) + star
+
+
+def _number(score: str, value: float) -> str:
+    return f"{value:.3f}" if score in _PLAIN else f"{100 * value:.1f}"
+
+
+def _signed(score: str, interval: Interval) -> str:
+    scale, digits = (1, 3) if score in _PLAIN else (100, 1)
+    estimate, low, high = (f"{scale * value:+.{digits}f}" for value in interval)
+    return f"{estimate} [{low}, {high}]"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _plain(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
