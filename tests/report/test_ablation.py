@@ -1,0 +1,161 @@
+"""The ablation's report: verdicts from intervals, every sentence from numbers, figures that fit."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from findings_made import SCORES, made
+
+from cafe.errors import DataError
+from cafe.metrics import Interval
+from cafe.report import claims
+from cafe.report.ablation import report_text, write_report
+from cafe.report.ablation_figures import FIGURES
+from cafe.report.claims import QUESTIONS, Claim, answer, verdict
+
+
+def claim(sign: int, above: float) -> Claim:
+    return Claim("", "task/score", "joint", "base", sign, above)
+
+
+@pytest.mark.parametrize(
+    ("sign", "above", "low", "high", "says"),
+    [
+        (1, 0.0, 0.01, 0.05, "supported"),
+        (1, 0.0, -0.01, 0.05, "not decided"),
+        (1, 0.0, -0.05, 0.0, "not supported"),  # no better at all is not better
+        (-1, 0.0, -0.05, -0.01, "supported"),  # less is better, and it is less
+        (-1, 0.0, 0.01, 0.05, "not supported"),
+        (1, -0.05, -0.04, -0.01, "supported"),  # worse, but by less than the margin
+        (1, -0.05, -0.07, -0.01, "not decided"),
+        (1, -0.05, -0.09, -0.06, "not supported"),
+        (-1, -0.02, 0.0, 0.01, "supported"),  # a loss that grew by less than the margin
+        (-1, 0.10, -0.30, -0.20, "supported"),  # a collapse of more than ten points
+        (-1, 0.10, -0.30, -0.05, "not decided"),
+        (-1, 0.10, -0.09, 0.05, "not supported"),
+    ],
+)
+def test_a_verdict_is_where_the_whole_interval_lies(sign, above, low, high, says):
+    assert verdict(claim(sign, above), Interval((low + high) / 2, low, high)) == says
+    assert verdict(claim(sign, above), None) == "not measured"
+
+
+def test_claims_that_agree_are_one_answer_and_others_are_counted():
+    assert answer(["supported", "supported"]) == "supported"
+    assert answer(["not decided"]) == "not decided"
+    assert answer(["not decided", "supported", "supported", "not supported"]) == (
+        "mixed: supported in 2 of 4, not supported in 1 of 4, not decided in 1 of 4"
+    )
+
+
+def test_every_claim_has_its_own_words_and_a_sign_that_fits_its_score():
+    asked = [c for question in QUESTIONS for c in question.claims]
+    assert len(set(asked)) == len(asked)
+    less_is_better = {claims.LOSS, claims.CHAIR_I, claims.CHAIR_S, claims.GAP}
+    for question in QUESTIONS:
+        worse = "collapse" in question.text  # the one question that asks for something worse
+        for c in question.claims:
+            assert c.sign == (-1 if (c.score in less_is_better) != worse else 1), c
+
+
+def section(text: str, number: int) -> str:
+    """One question's answer and table."""
+    return text.split(f"**{number}. ")[1].split("\n\n**")[0].split("\n\n## ")[0]
+
+
+def test_the_answers_follow_the_numbers():
+    differences = {
+        (claims.CHAIR_I, "joint", "base"): Interval(-0.04, -0.06, -0.02),
+        (claims.CHAIR_S, "joint", "base"): Interval(-0.04, -0.06, 0.02),
+        (claims.THRONE, "joint", "base"): Interval(-0.04, -0.06, -0.01),
+        (claims.POPE, "joint", "base"): Interval(0.04, 0.01, 0.06),
+    }
+    findings = made({"joint": 0.2, "base": 0.24}, differences)
+    text = report_text(findings, "results", resamples=1000)
+    told = section(text, 4)
+    assert "Mixed: supported in 2 of 4, not supported in 1 of 4, not decided in 1 of 4." in told
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[4:]]
+    assert [row[2:] for row in rows] == [
+        ["-4.0 [-6.0, -2.0]", "**supported**"],
+        ["-4.0 [-6.0, +2.0]", "**not decided**"],
+        ["-4.0 [-6.0, -1.0]", "**not supported**"],
+        ["+4.0 [+1.0, +6.0]", "**supported**"],
+    ]
+    assert rows[0][1] == "joint 20.0, base 24.0"
+    assert "from 0.5 × base" in section(text, 6)
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [(0.93, "93.0% of “is there a …?” rightly, which leaves headroom"),
+     (0.97, "97.0% of “is there a …?” rightly, which leaves little headroom")],
+)  # fmt: skip
+def test_it_says_whether_the_world_is_hard_enough(base, says):
+    assert says in report_text(made({"base": base}), "results", resamples=1000)
+
+
+def test_the_tables_hold_every_score_time_and_the_sweep_in_order():
+    text = report_text(made({"joint": 0.25}), "results", resamples=1000)
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    widths = {}
+    for line in text.split("\n\n"):
+        if line.startswith("| "):
+            lines = line.splitlines()
+            widths[lines[0]] = {row.count(" | ") for row in lines}
+    assert all(len(width) == 1 for width in widths.values())
+    assert any(row.startswith("| picture → text R@1 | 50.0 [48.0, 52.0] |") for row in rows)
+    assert any("**25.0 [23.0, 27.0]**" in row for row in rows)
+    assert "| training, seconds a run | – | 110 (100 to 120) | 110 (100 to 120) |" in text
+    swept = [row.split(" | ")[:2] for row in rows if re.match(r"\| [\d.]+ : \d", row)]
+    assert swept == [["| 0 : 1", "3"], ["| 0.1 : 1", "1"], ["| 1 : 1", "3"], ["| 3 : 1", "1"],
+                     ["| 1 : 0", "3"]]  # fmt: skip
+    assert "`cafe ablate --report results.md` in 30 minutes" in text
+
+
+def test_what_was_not_measured_is_said_and_left_out(tmp_path):
+    findings = made()
+    few = {claims.I2T, claims.T2I, claims.GAP}
+    arms = tuple(
+        replace(arm, map=None, scores={s: m for s, m in arm.scores.items() if s in few})
+        for arm in findings.arms
+    )
+    asked = tuple((c, i if c.score in few else None) for c, i in findings.claims)
+    kept = {p: {s: i for s, i in d.items() if s in few} for p, d in findings.differences.items()}
+    cut = replace(findings, arms=arms, claims=asked, differences=kept)
+    write_report(cut, tmp_path / "r.md", resamples=1000)
+    text = (tmp_path / "r.md").read_text()
+    assert "Not measured." in section(text, 3)
+    assert "supported in 2 of 4, not measured in 2 of 4." in section(text, 1)
+    assert "CHAIR_i" not in text.split("## All numbers")[1].split("## Figures")[0]
+    assert len(list((tmp_path / "r").glob("*.png"))) == len(FIGURES)
+
+
+def test_figures_are_small_pngs_that_the_report_links(tmp_path):
+    path = tmp_path / "docs" / "results.md"
+    write_report(made({"contrastive": 0.1}), path, resamples=1000)
+    linked = re.findall(r"!\[[^\]]+\]\((.*?)\)", path.read_text())
+    assert linked == [f"results/{name}.png" for name in FIGURES]
+    for link in linked:
+        file = path.parent / link
+        assert file.stat().st_size < 150_000
+        with PIL.Image.open(file) as picture:
+            assert picture.format == "PNG"
+            assert picture.width > 800
+
+
+def test_the_made_findings_have_every_score_that_is_asked_for():
+    assert {c.score for question in QUESTIONS for c in question.claims} <= set(SCORES)
+
+
+def test_a_report_that_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file/r\.md: cannot be written"):
+        write_report(made(), tmp_path / "file" / "r.md", resamples=1000)
