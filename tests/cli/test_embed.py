@@ -97,13 +97,14 @@ def test_a_json_file_mixes_texts_and_pictures_and_names_every_broken_line(embed,
         json.dumps({"text": "  "}),
         json.dumps({"text": 3}),
         json.dumps({"text": "too long"}),
+        json.dumps({"text": "half \ud83d"}),
     ]
     source, out = tmp_path / "a.jsonl", tmp_path / "a.parquet"
     source.write_bytes("\n".join(lines).encode() + b"\n\xff\n")
     code, stdout, skipped = embed(source, out)
     table = pq.read_table(out)
     assert code == 0
-    assert stdout == f"3 embeddings in {out}, 10 inputs skipped\n"
+    assert stdout == f"3 embeddings in {out}, 11 inputs skipped\n"
     assert table["id"].to_pylist() == ["1", "pair", "3"]
     assert table["text"].to_pylist() == ["red", "blue", None]
     mug = str(tmp_path / "sub" / "mug.png")
@@ -120,7 +121,8 @@ def test_a_json_file_mixes_texts_and_pictures_and_names_every_broken_line(embed,
         "10": "neither text nor image",
         "11": "text is 3, expected a string",
         "12": "longer than the context",
-        "13": "not UTF-8",
+        "13": "half a surrogate pair",
+        "14": "not UTF-8",
     }
     assert set(reasons) == set(expected)
     for line, reason in expected.items():

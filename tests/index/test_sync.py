@@ -163,6 +163,42 @@ def test_an_id_that_comes_twice_is_told(tmp_path: Path):
     assert len(index) == 1
 
 
+def test_what_is_no_text_is_told_and_stops_nothing(tmp_path: Path):
+    """JSON's escapes can hold half of a pair, and a file's name any bytes."""
+    index = Index.create(tmp_path / "i", FACTS)
+    items = [
+        Item("line 1", "1", text="\ud83d"),
+        Item("line 2", "\udcff", text="x"),
+        Item("line 3", "3", text="xx", extra={"note": "\ud83d"}),
+        Item("line 4", "4", text="xxx"),
+    ]
+    report, _ = run(index, items)
+    assert [(s.place, s.reason.split(" holds")[0]) for s in report.skipped] == [
+        ("line 1", "text"),
+        ("line 2", "id"),
+        ("line 3", "note"),
+    ]
+    assert set(index.known()) == {"4"}
+
+
+def test_the_uri_of_a_store_is_followed_as_a_folder_is(tmp_path: Path):
+    """`file://` takes the way of an object store's URI: LanceDB opens it, no path does."""
+    uri = f"file://{tmp_path}/i"
+    assert Index.find(uri) is None
+    index = Index.create(uri, FACTS)
+    paint(tmp_path / "p", range(8))
+    report, _ = run(index, items_of(tmp_path / "p"), batch_size=3)
+    assert report == Report(added=8)
+    (tmp_path / "p" / "003.png").unlink()
+    again = Index.open(uri)
+    report, batches = run(again, items_of(tmp_path / "p"))
+    assert (report, batches) == (Report(unchanged=7, deleted=1), [])
+    assert again.optimize(threshold=1) is not None
+    check_equal(again, {f"{i:03d}.png": i for i in range(8) if i != 3})
+    hits = Index.open(uri, model=FACTS).search(expected(5), top=1, where="width = 4")
+    assert [hit.id for hit in hits] == ["005.png"]
+
+
 def test_large_pictures_make_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     paint(tmp_path / "p", range(1, 6))
     monkeypatch.setattr(upkeep_module, "MAX_BATCH_PIXELS", 24)  # two pictures of 4 x 3

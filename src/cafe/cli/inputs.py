@@ -169,6 +169,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str | Skipped]]:
 
 
 def _load(record: Record) -> Loaded | Skipped:
+    try:
+        f"{record.id}{record.text or ''}{record.path or ''}".encode()
+    except UnicodeEncodeError:  # of JSON's escapes, or of a file name's bytes
+        return Skipped(record.place, "half a surrogate pair is no text")
     value: Any = record.text
     if record.path is not None:
         try:

@@ -160,6 +160,7 @@ class _Run:
         if isinstance(item, Skipped):
             return item
         try:
+            _check_texts(item)
             content = _content(item)
             digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
             row = _row(item, digest)
@@ -285,9 +286,18 @@ def _ahead(
             yield coming.popleft().result()
 
 
+def _check_texts(item: Item) -> None:
+    """Raises DataError for what no column of text can hold; a file's name may be such."""
+    for name, value in (("id", item.id), ("text", item.text), *item.extra.items()):
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{name} holds half a surrogate pair, which is no text") from None
+
+
 def _content(item: Item) -> bytes:
     if item.source is None:
-        return (item.text or "").encode("utf-8", "surrogatepass")
+        return (item.text or "").encode()
     match item.source.source:
         case bytes() as content:
             return content
