@@ -1,4 +1,4 @@
-"""`cafe serve`: embeddings, chat and reranking over HTTP, in OpenAI's shapes."""
+"""`cafe serve`: embeddings, chat and reranking over HTTP, in OpenAI's shapes; and a web page."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def command(
     allow_remote_images: Annotated[
         bool, typer.Option("--allow-remote-images", help="Fetch pictures from public addresses.")
     ] = False,
+    ui: Annotated[bool, typer.Option("--ui", help="Also serve a web page, at /ui.")] = False,
 ) -> None:
     """Serve the model over HTTP.
 
@@ -69,10 +70,12 @@ def command(
         max_wait_seconds=max_wait_ms / 1000,
         max_queue=max_queue,
         allow_remote_images=allow_remote_images,
+        page=ui,
     )
-    server = Server(load, settings, None if searched is None else IndexSearch(searched))
+    search = None if searched is None else IndexSearch(searched)
+    server = Server(load, settings, search, None if search is None else search.root)
     print(f"loading {model}", flush=True)
-    server.run(lambda url: print(f"serving {settings.name} on {url}", flush=True))
+    server.run(lambda url: print(f"serving {settings.name} on {url}{'/ui' * ui}", flush=True))
 
 
 def _opened(uri: str) -> Index:

@@ -9,4 +9,6 @@ engine.py     the queue, its batches and the one thread that owns the model
 decoding.py   generation that can be stepped
 calls.py      how a batch is asked of the model
 run.py        socket, signals, drain
+door.py       what a browser may reach of the page, and its cookie
+page/         the web page
 """

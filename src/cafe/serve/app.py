@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from cafe.serve.chat import chat_routes
+from cafe.serve.door import Door
 from cafe.serve.gate import Gate
 from cafe.serve.refusal import Refused, json_response
 from cafe.serve.schema import ErrorBody
@@ -22,9 +24,19 @@ UNION_MEMBERS = {"str", "int", "Content", "ImageURL"}
 
 
 def create_app(
-    service: Service, *, api_key: str | None = None, hosts: frozenset[str] | None = None
+    service: Service,
+    *,
+    api_key: str | None = None,
+    hosts: frozenset[str] | None = None,
+    page: bool = False,
+    root: Path | None = None,
 ) -> Gate:
-    """Everything that a client can ask of `service`; `Gate` explains the other arguments."""
+    """Everything that a client can ask of `service`; `Gate` explains the other arguments.
+
+    page   with the web page
+    root   where the pictures of the index lie, for the page
+    Raises CafeError when a page is wanted and gradio is not installed.
+    """
     app = FastAPI(
         title="cafe",
         docs_url=None,
@@ -49,6 +61,11 @@ def create_app(
     )
     app.include_router(_state_routes(service, gate))
     gate.routes = frozenset(app.openapi()["paths"]) | {"/openapi.json"}
+    if page:
+        from cafe.serve.page.mount import attach  # late: gradio takes seconds
+
+        gate.door = Door(api_key)
+        gate.app = attach(app, service, gate.door, root)
     return gate
 
 
@@ -72,7 +89,7 @@ def _state_routes(service: Service, gate: Gate) -> APIRouter:
             return json_response({"status": "draining" if gate.draining else "full"}, 503)
         return json_response({"status": "ready"})
 
-    @router.get("/metrics", operation_id="metrics")
+    @router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(service.meters.text(), media_type="text/plain; version=0.0.4")

@@ -25,7 +25,9 @@ from cafe.types import Conversation
 def chat_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", operation_id="chat")
+    streamed: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+    @router.post("/v1/chat/completions", operation_id="chat", responses=streamed)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         begin = time.monotonic()
@@ -72,15 +74,7 @@ def _prompt(body: ChatRequest, conversation: Conversation, service: Service) -> 
 async def _streamed(service: Service, request: Request, body: ChatRequest, item: Item) -> Response:
     """A stream; what fails before the first piece of text is an ordinary error."""
     begin = time.monotonic()
-    loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[str | None] = asyncio.Queue()
-
-    def post(piece: str | None) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-    call = Call("generate", [item], on_piece=post)
-    call.future.add_done_callback(lambda _: post(None))
-    service.submit(request, call)
+    call, pieces = service.stream(request, item)
     first = await pieces.get()
     if first is None:
         with explained():

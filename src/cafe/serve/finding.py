@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from cafe.errors import DataError
@@ -15,6 +17,12 @@ class IndexSearch:
 
     def __init__(self, index: Index) -> None:
         self._index = index
+
+    @property
+    def root(self) -> Path | None:
+        """Where the paths of its pictures start; None: they are no files of one folder."""
+        origin = self._index.origin
+        return None if origin is None or origin.root is None else Path(origin.root)
 
     def __call__(self, vector: np.ndarray, top: int, where: str | None) -> list[Hit]:
         """Raises Refused (400) for SQL that cannot be used; RuntimeError for a broken index."""

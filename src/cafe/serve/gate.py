@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from cafe.serve.door import LOGIN, LOGIN_BYTES, Door
 from cafe.serve.limits import Budget, Limits, Share
 from cafe.serve.meters import Meters
 from cafe.serve.refusal import Refused
@@ -69,6 +70,7 @@ class Gate:
     api_key    what "Authorization: Bearer …" must say; None: no key is asked
     hosts      what the Host header may say; None: anything. A web page that somebody looks at can
                make a browser ask a server on loopback under a name of its own
+    door       of the web page: a browser has a cookie instead of a header; None: there is no page
     """
 
     app: App
@@ -77,6 +79,7 @@ class Gate:
     limits: Limits
     api_key: str | None = None
     hosts: frozenset[str] | None = None
+    door: Door | None = None
     draining: bool = False
     active: int = 0
     _bodies: Budget = field(init=False)
@@ -101,7 +104,7 @@ class Gate:
                 await _refuse(Refused(500, "internal error"), scope, receive, reply)
         finally:
             self.active -= path not in PROBES
-            route = path if path in self.routes else "other"
+            route = path if path in self.routes else "page" if self._of_page(path) else "other"
             self.meters.request(route, reply.status or GONE, time.monotonic() - begin)
 
     async def _answer(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
@@ -129,13 +132,13 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         refused: Refused | None = None
         try:
-            self._check(scope["path"], headers)
+            self._check(scope, headers)
         except Refused as error:
             refused = error
         if refused is not None and b"100-continue" in headers.get(b"expect", b"").lower():
             raise refused  # its body has not been sent yet
         body = bytearray()
-        limit = self.limits.body_bytes
+        limit = self._body_limit(scope["path"])
         count, more = 0, True
         while more:
             message = await receive()
@@ -160,7 +163,16 @@ class Gate:
             raise refused
         return bytes(body)
 
-    def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
+    def _of_page(self, path: str) -> bool:
+        return self.door is not None and self.door.leads_to(path)
+
+    def _body_limit(self, path: str) -> int:
+        """Who has not given the key yet has nothing long to say."""
+        login = self.door is not None and path == LOGIN
+        return min(LOGIN_BYTES, self.limits.body_bytes) if login else self.limits.body_bytes
+
+    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        path = scope["path"]
         if self.hosts is not None:
             host = headers.get(b"host", b"").decode("latin-1")
             name = host.rpartition(":")[0] if ":" in host.rpartition("]")[2] else host
@@ -170,7 +182,9 @@ class Gate:
                 )
         if path in PROBES:
             return
-        if self.api_key is not None:
+        if self.door is not None and self.door.leads_to(path):
+            self.door.check(scope["method"], path, headers)
+        elif self.api_key is not None:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             right = hmac.compare_digest(key.strip(), self.api_key.encode())
             if scheme.lower() != b"bearer" or not right:

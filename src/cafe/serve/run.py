@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -31,7 +32,11 @@ CLOSE_SECONDS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What `cafe serve` is told. `name`: what requests call the model."""
+    """What `cafe serve` is told.
+
+    name   what requests call the model
+    page   whether there is a web page
+    """
 
     name: str
     host: str = "127.0.0.1"
@@ -41,6 +46,7 @@ class Settings:
     max_wait_seconds: float = 0.005
     max_queue: int = 256
     allow_remote_images: bool = False
+    page: bool = False
     limits: Limits = field(default_factory=Limits)
 
 
@@ -48,12 +54,19 @@ class Server:
     """A model behind a socket, on threads of its own.
 
     load   makes the model, on the engine's thread: the server listens already while it loads
+    root   where the pictures lie that `search` finds, for the page
     """
 
     def __init__(
-        self, load: Callable[[], ModelCalls], settings: Settings, search: Search | None = None
+        self,
+        load: Callable[[], ModelCalls],
+        settings: Settings,
+        search: Search | None = None,
+        root: Path | None = None,
     ) -> None:
-        """Raises CafeError for an open host without a key, or an address that cannot be had."""
+        """Raises CafeError for an open host without a key, an address that cannot be had, or a page
+        without gradio.
+        """
         check_exposure(settings.host, settings.api_key)
         limits = settings.limits
         meters = Meters()
@@ -72,6 +85,8 @@ class Server:
             self.service,
             api_key=settings.api_key,
             hosts=own_names(settings.host) if settings.api_key is None else None,
+            page=settings.page,
+            root=root,
         )
         self._drain_seconds = limits.request_seconds
         self._socket = listening(settings.host, settings.port)

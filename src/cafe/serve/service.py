@@ -91,6 +91,22 @@ class Service:
         with explained():
             return await asyncio.wrap_future(call.future)
 
+    def stream(self, request: Request, item: Item) -> tuple[Call, asyncio.Queue[str | None]]:
+        """Queue a prompt; its pieces come through the queue, None after the last. Raises Refused.
+
+        What went wrong, and the whole answer, are in the call's future when None has come.
+        """
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def post(piece: str | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        call = Call("generate", [item], on_piece=post)
+        call.future.add_done_callback(lambda _: post(None))
+        self.submit(request, call)
+        return call, pieces
+
     async def aside(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run what would keep the other requests waiting on a thread."""
         return await asyncio.get_running_loop().run_in_executor(

@@ -23,7 +23,7 @@ from cafe.serve.schema import (
 )
 from cafe.serve.service import Search, Service, explained
 from cafe.serve.work import Embedding, Item, Score
-from cafe.types import Conversation
+from cafe.types import Conversation, Hit
 
 
 def embedding_routes(service: Service) -> APIRouter:
@@ -158,13 +158,25 @@ def search_routes(service: Service, search: Search) -> APIRouter:
         if body.query is None and body.image is None:
             raise Refused.invalid("give query, image or both", "query")
         content = Content(text=body.query, image=body.image)
-        conversation = await service.reader(request).content(content, "query")
-        found: list[Embedding] = await service.results(request, "embed", [Item(conversation)])
-        service.meters.tokens(found[0].tokens)
-        (vector,) = unit([found[0].vector], len(found[0].vector))
-        hits = await service.aside(search, vector, body.top, body.where)
+        hits = await hits_of(service, search, request, content, body.top, body.where)
         return json_response(
             {"hits": [{"id": h.id, "score": h.score, "metadata": h.metadata} for h in hits]}
         )
 
     return router
+
+
+async def hits_of(
+    service: Service,
+    search: Search,
+    request: Request,
+    query: Content,
+    top: int,
+    where: str | None = None,
+) -> list[Hit]:
+    """The `top` nearest rows to a query of text, a picture or both. Raises Refused."""
+    conversation = await service.reader(request).content(query, "query")
+    found: list[Embedding] = await service.results(request, "embed", [Item(conversation)])
+    service.meters.tokens(found[0].tokens)
+    (vector,) = unit([found[0].vector], len(found[0].vector))
+    return list(await service.aside(search, vector, top, where))
