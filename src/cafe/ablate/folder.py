@@ -6,7 +6,7 @@ out/
   base/<task>.json               results of `cafe evaluate`
   <arm>/seed-<n>/                recipe.yaml, log.jsonl, model/ (until it is measured)
   <arm>/seed-<n>/results/<task>.json
-  seconds.json                   what took how long, interrupted parts included
+  seconds.json                   what took how long, over all calls
   results.json                   every mean, difference and interval of the report
 """
 

@@ -79,6 +79,11 @@ _SWEPT = {
     claims.GAP: "gap ↓",
 }
 
+_VERDICTS = """\
+What is claimed, and by how much, was fixed before anything was measured. A claim is supported if
+the whole 95 % interval of the difference agrees with it, not supported if none of the interval
+does, and otherwise not decided."""
+
 _HOW = """\
 A cell is the mean over the seeds with its 95 % interval. The interval covers other test scenes and
 other training seeds: every resample of the scenes (the same {resamples} for all models) gives a
@@ -86,8 +91,8 @@ mean over the seeds, to which Student's t with (seeds - 1) degrees of freedom ad
 seeds. Differences are paired, by scene and by seed: both models of a pair saw the same batches in
 the same order. Arms with one seed have intervals for the scenes alone, and so has the base, which
 is not trained. The gap has no per-scene values; there the scenes' part is a normal of the width of
-its own bootstrap interval, taken as independent between models. Of {claims} such intervals about
-one in twenty is wrong by chance."""
+its own bootstrap interval, taken as independent between models. About one in twenty of all these
+intervals is wrong by chance. Who says nothing invents nothing: read CHAIR with its recall."""
 
 
 def write_report(findings: Findings, path: Path, *, resamples: int) -> None:
@@ -113,12 +118,14 @@ def report_text(findings: Findings, folder: str, *, resamples: int) -> str:
         "# What each of the two losses does",
         _about(findings),
         "## Answers",
+        _VERDICTS,
         *_answers(findings),
         "## All numbers",
-        _HOW.format(resamples=f"{resamples:,}", claims=len(findings.claims)),
+        _HOW.format(resamples=f"{resamples:,}"),
         *_numbers(findings),
         "## Differences",
-        "In points, and for loss and gap as they are. A star: the interval does not contain 0.",
+        "In points, and for loss and gap as they are. A star: the interval does not contain 0. "
+        "The verdicts above ask more: that a margin, fixed beforehand, is kept or exceeded.",
         _differences(findings),
         "## The contrastive weight",
         _sweep(findings),
@@ -142,8 +149,8 @@ def _about(findings: Findings) -> str:
         f"{settings['batch']} pictures, {_count(seeds, 'seed')}: trained with the language loss "
         "only, with the contrastive loss only, and with both. Measured on "
         f"{findings.test_scenes} held-out scenes. Made by `{findings.command}` in "
-        f"{findings.seconds / 60:.0f} minutes on {settings['threads']} CPU threads; this page is "
-        "generated, its sentences are computed from the numbers."
+        f"{findings.seconds / 60:.0f} minutes on {_count(settings['threads'], 'CPU thread')}; "
+        "this page is generated, its sentences are computed from the numbers."
     )
     if base is not None:
         value = base.interval.estimate

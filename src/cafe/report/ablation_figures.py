@@ -38,8 +38,8 @@ def draw_tradeoff(findings: Findings, path: Path) -> None:
     figure = Figure(figsize=(9.0, 3.9), dpi=_DPI, facecolor="white", layout="constrained")
     panels = figure.subplots(1, 2)
     shown = (
-        (claims.ANSWERS, "questions answered rightly"),
-        (claims.OBJECTS, "objects in captions, F1"),
+        (claims.ANSWERS, "questions answered rightly, %"),
+        (claims.OBJECTS, "objects in captions, F1, %"),
     )
     for axes, (score, name) in zip(panels, shown, strict=True):
         _style(axes, name)

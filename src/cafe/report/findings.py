@@ -64,7 +64,7 @@ class Findings:
     test_scenes  how many were measured
     settings     of the run, ready for JSON
     packages     their versions
-    seconds      of everything: scenes, training and measuring, interrupted parts included
+    seconds      of everything: scenes, training and measuring, over all calls
     command      that makes this report
     """
 
