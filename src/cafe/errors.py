@@ -6,7 +6,8 @@ CafeError
  ├── RecipeError       a recipe key or value that is not valid
  ├── CheckpointError   a model directory or adapter that cannot be loaded
  ├── FamilyError       a model family that cafe has no facts for
- └── TrainingError     a run that must stop (non-finite loss, full disk)
+ ├── TrainingError     a run that must stop (non-finite loss, full disk)
+ └── WorkerError       a process that encodes for another and has died or cannot
 """
 
 from __future__ import annotations
@@ -42,4 +43,8 @@ class FamilyError(CafeError):
 
 
 class TrainingError(CafeError):
+    pass
+
+
+class WorkerError(CafeError):
     pass

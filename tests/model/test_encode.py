@@ -191,9 +191,9 @@ def test_a_width_that_the_embedding_has_not_is_refused(model: CAFe, width: int):
 def test_batches_hold_inputs_of_like_length_the_longest_first():
     texts = ["a" * n for n in (5, 50, 7, 48, 49, 6)]
     conversations = [as_conversation(t) for t in texts]
-    assert inference._buckets(conversations, 3) == [[1, 4, 3], [2, 5, 0]]
+    assert inference.buckets(conversations, 3) == [[1, 4, 3], [2, 5, 0]]
     pictured = [*conversations, as_conversation(SQUARE)]
-    assert inference._buckets(pictured, 4)[0][0] == 6
+    assert inference.buckets(pictured, 4)[0][0] == 6
 
 
 def test_an_unusable_input_is_named_by_its_place_in_the_list(model: CAFe, tmp_path: Path):

@@ -19,6 +19,7 @@ from cafe.errors import DataError
 from cafe.model.families import Family
 from cafe.model.identity import hashes, identity
 from cafe.model.official import official_labels, with_system_turn
+from cafe.model.packing import shared_rows
 from cafe.model.pictures import Pictures, frames_as_pictures, named
 from cafe.model.prompts import (
     DEFAULT_PROMPT,
@@ -130,10 +131,8 @@ class Collator:
     ) -> Rows:
         rows: list[Row] = []
         of_row: list[_Sequence] = []
-        for group in per_example:
+        for group in filter(None, per_example):
             tokens = [s.tokens for s in group]
-            if not group:
-                continue
             rows.extend([build_row(tokens)] if self.sharing == "trie" else separate_rows(tokens))
             of_row.extend(group)
         if not rows:
@@ -177,33 +176,41 @@ class Collator:
         conversations: Sequence[Conversation],
         prompt: str = DEFAULT_PROMPT,
         numbers: Sequence[int] | None = None,
+        token_cost: float | None = None,
     ) -> tuple[Rows, dict[str, Tensor]]:
-        """One row per conversation; `pooled` holds their embeddings' places, in order.
+        """`pooled` holds the places of the conversations' embeddings, in order.
 
-        numbers   what errors call the conversations; None: 0, 1, …
+        numbers      what errors call the conversations; None: 0, 1, …
+        token_cost   share rows where that is cheaper (`shared_rows`); None: one row for each
         """
-        return self._plain_rows([self.render_embedding(c, prompt) for c in conversations], numbers)
+        rendered = [self.render_embedding(c, prompt) for c in conversations]
+        return self._plain_rows(rendered, numbers, token_cost)
 
     def prompt_rows(
-        self, conversations: Sequence[Conversation], numbers: Sequence[int] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        numbers: Sequence[int] | None = None,
+        token_cost: float | None = None,
     ) -> tuple[Rows, dict[str, Tensor]]:
-        """One row per conversation that waits for an answer; `pooled` is its last token."""
+        """The same for conversations that wait for an answer; `pooled` is their last token."""
         prompts = [replace(self.render_prompt(c), pooled=True) for c in conversations]
-        return self._plain_rows(prompts, numbers)
+        return self._plain_rows(prompts, numbers, token_cost)
 
     def _plain_rows(
-        self, rendered: Sequence[RenderedSequence], numbers: Sequence[int] | None
+        self,
+        rendered: Sequence[RenderedSequence],
+        numbers: Sequence[int] | None,
+        token_cost: float | None,
     ) -> tuple[Rows, dict[str, Tensor]]:
         numbers = range(len(rendered)) if numbers is None else numbers
         sequences = [_Sequence(f"input {n}", r) for n, r in zip(numbers, rendered, strict=True)]
         pictures = self._tokenize(sequences)
         groups = [_Roles(queries=[s], targets=[], negatives=[]) for s in sequences]
-        return self._rows([[s] for s in sequences], groups, pictures), pictures.inputs
-
-    def token_counts(self, rendered: Sequence[RenderedSequence]) -> list[int]:
-        """Text tokens of each sequence, its pictures left out: a cheap measure for bucketing."""
-        ids = self._tokenizer([r.text for r in rendered], add_special_tokens=False)["input_ids"]
-        return [len(i) for i in ids]
+        rows = [[s] for s in sequences]
+        if token_cost is not None and self.sharing == "trie":
+            shared = shared_rows([s.tokens.keys for s in sequences], token_cost)
+            rows = [[sequences[i] for i in row] for row in shared]
+        return self._rows(rows, groups, pictures), pictures.inputs
 
     # ------------------------------------------------------------------ rendering
 
@@ -308,9 +315,8 @@ class Collator:
         shown = [
             named(s.name, pictures.show, s.rendered.text, s.rendered.images) for s in sequences
         ]
-        encoded = self._tokenizer(
-            [prompt.text for prompt in shown], add_special_tokens=False, return_offsets_mapping=True
-        )
+        texts = [prompt.text for prompt in shown]
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         for s, prompt, ids, offsets in zip(
             sequences, shown, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):

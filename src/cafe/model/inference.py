@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,44 +12,74 @@ import torch
 from torch import Tensor
 
 from cafe.errors import DataError
+from cafe.model.ahead import ahead
 from cafe.model.prompts import MATCH_QUESTION
 from cafe.types import Conversation, Image, Message
 
 if TYPE_CHECKING:
+    from cafe.model.rows import Rows
     from cafe.model.vlm import CAFe
 
 
-@torch.inference_mode()
 def encode(
     model: CAFe,
     conversations: Sequence[Conversation],
     batch_size: int,
     prompt: str,
-    progress: bool,
-) -> np.ndarray:
-    """Embeddings before normalisation, float32 [n, d], in input order.
+    *,
+    device: torch.device | str = "cpu",
+    done: Callable[[int], None] | None = None,
+    numbers: Sequence[int] | None = None,
+) -> Tensor:
+    """Embeddings before normalisation, float32 [n, d] on `device`, in input order.
 
-    Inputs are batched by length, so short texts do not pay for long ones.
+    Inputs are batched by length, so short texts do not pay for long ones. Inputs of a batch that
+    begin alike share that beginning (`cafe.model.packing`), and the next batches are collated
+    while the model computes.
+
+    done      is told how many more inputs are embedded
+    numbers   what errors call the inputs; None: 0, 1, …
     """
-    embeddings = np.zeros((len(conversations), model.embedding_dimension), dtype=np.float32)
-    for batch in _progress(_buckets(conversations, batch_size), progress, "encode"):
+    embeddings = torch.zeros(len(conversations), model.embedding_dimension, device=device)
+    batches = buckets(conversations, batch_size)
+
+    def collate(batch: list[int]) -> tuple[Rows, dict[str, Tensor]]:
+        names = batch if numbers is None else [numbers[i] for i in batch]
         chosen = [conversations[i] for i in batch]
-        rows, vision = model.collator.embedding_rows(chosen, prompt, batch)
-        embeddings[batch] = _pooled(model, rows, vision).float().cpu().numpy()
+        return model.collator.embedding_rows(chosen, prompt, names, model.token_cost)
+
+    with torch.inference_mode():
+        for batch, (rows, vision) in zip(batches, ahead(collate, batches, AHEAD), strict=True):
+            embeddings[batch] = model.read(rows, vision).to(embeddings)
+            if done is not None:
+                done(len(batch))
     return embeddings
+
+
+AHEAD = 2
+"""Batches that are collated while the model computes."""
 
 
 @torch.inference_mode()
 def score(
     model: CAFe, query: Conversation, candidates: Sequence[Conversation], batch_size: int
 ) -> np.ndarray:
-    """P("yes") against P("no") as the answer to the match question, float32 [n]."""
+    """P("yes") against P("no") as the answer to the match question, float32 [n].
+
+    Questions about one picture share it: its features are computed once for a batch, and its
+    tokens once for a row.
+    """
     yes, no = _answer_ids(model, "yes"), _answer_ids(model, "no")
     questions = [match_question(query, candidate) for candidate in candidates]
     scores = np.zeros(len(questions), dtype=np.float32)
-    for batch in _buckets(questions, batch_size):
-        rows, vision = model.collator.prompt_rows([questions[i] for i in batch], batch)
-        log_p = model.lm_head(_pooled(model, rows, vision)).float().log_softmax(-1)
+    batches = buckets(questions, batch_size)
+
+    def collate(batch: list[int]) -> tuple[Rows, dict[str, Tensor]]:
+        chosen = [questions[i] for i in batch]
+        return model.collator.prompt_rows(chosen, batch, model.token_cost)
+
+    for batch, (rows, vision) in zip(batches, ahead(collate, batches, AHEAD), strict=True):
+        log_p = model.lm_head(model.read(rows, vision)).float().log_softmax(-1)
         odds = log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)
         scores[batch] = odds.sigmoid().cpu().numpy()
     return scores
@@ -83,9 +114,9 @@ def generate(
 ) -> list[str]:
     """Answers in input order."""
     answers = [""] * len(conversations)
-    for batch in _buckets(conversations, batch_size):
+    for batch in buckets(conversations, batch_size):
         inputs = _generation_inputs(model, [conversations[i] for i in batch], batch)
-        tokens = model.model.generate(**inputs, **_settings(model, max_new_tokens, sampling))
+        tokens = model.decode(**inputs, **_settings(model, max_new_tokens, sampling))
         texts = model.processor.tokenizer.batch_decode(
             tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
@@ -117,7 +148,7 @@ def stream(
     def run() -> None:
         try:
             with torch.inference_mode():
-                model.model.generate(
+                model.decode(
                     **inputs,
                     **_settings(model, max_new_tokens, sampling),
                     streamer=streamer,
@@ -151,11 +182,15 @@ def _stripped(pieces: Iterable[str]) -> Iterator[str]:
             yield body
 
 
+_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p", "typical_p"})
+"""Who gives one of these wants samples; transformers would warn, and not sample."""
+
+
 def _settings(model: CAFe, max_new_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
     end = model.processor.tokenizer.convert_tokens_to_ids(model.collator.pooled_token)
     return {
         "max_new_tokens": max_new_tokens,
-        "do_sample": False,
+        "do_sample": not _SAMPLING.isdisjoint(sampling),
         "eos_token_id": [end],
         "pad_token_id": model.collator.pad_id,
         **sampling,
@@ -193,15 +228,7 @@ def _generation_inputs(
     return inputs
 
 
-def _pooled(model: CAFe, rows: Any, vision: dict[str, Tensor]) -> Tensor:
-    """States at the pooled places, [n, hidden]."""
-    device = model.device
-    rows = rows.to(device)
-    hidden = model(rows, {k: v.to(device) for k, v in vision.items()})
-    return hidden.flatten(0, 1)[rows.pooled]
-
-
-def _buckets(conversations: Sequence[Conversation], batch_size: int) -> list[list[int]]:
+def buckets(conversations: Sequence[Conversation], batch_size: int) -> list[list[int]]:
     """Indices in batches of like length, longest first (memory runs out early or never)."""
 
     def length(i: int) -> tuple[int, int]:
@@ -223,9 +250,14 @@ def _answer_ids(model: CAFe, word: str) -> list[int]:
     return sorted(t for t in firsts if tokenizer.decode([t]).strip())
 
 
-def _progress(batches: Iterable[list[int]], show: bool, label: str) -> Iterable[list[int]]:
+@contextmanager
+def progress(label: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A function that is told of every so many inputs that are done, and a bar if wanted."""
     if not show:
-        return batches
-    from rich.progress import track
+        yield lambda count: None
+        return
+    from rich.progress import Progress
 
-    return track(list(batches), description=label)
+    with Progress() as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)

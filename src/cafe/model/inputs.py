@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import PIL.Image
+import torch
 
 from cafe.errors import DataError
+from cafe.model.precision import Precision
 from cafe.types import Conversation, Image, Message, Part
 
 Input = str | Path | PIL.Image.Image | Image | Message | Mapping[str, Any] | Sequence[Any]
+
+
+class EncodeOptions(TypedDict, total=False):
+    """The options of `CAFe.encode` that do not change what kind of thing it returns."""
+
+    batch_size: int
+    normalize: bool
+    truncate_dim: int | None
+    prompt_name: str
+    precision: Precision
+    ranges: np.ndarray | None
+    devices: Sequence[str | torch.device]
+    show_progress_bar: bool
 
 
 def as_conversation(value: Input) -> Conversation:

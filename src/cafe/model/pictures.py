@@ -12,7 +12,7 @@ thousands of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cafe.errors import DataError
 from cafe.media import open_image, open_video
+from cafe.model.ahead import ahead
 from cafe.model.families import Family, Grid, ProcessedImages
 from cafe.model.trie import IMAGE_STRIDE, image_keys, image_of_key
 from cafe.types import Conversation, Image, Message, Part, Video
@@ -85,9 +86,9 @@ class Pictures:
         for name, shown in prompts:
             for part, kind in zip(shown, _kinds(shown, differ), strict=True):
                 found[kind].setdefault(part.key, (name, part))
-        groups = [[named(n, open_image, image)] for n, image in found[_ALONE].values()]
+        groups = [[picture] for picture in _opened(found[_ALONE].values())]
         if found[_TOGETHER]:
-            company = [named(n, open_image, image) for n, image in found[_TOGETHER].values()]
+            company = _opened(found[_TOGETHER].values())
             # A group of one would be taken for a picture that is alone.
             groups.append(company if len(company) > 1 else company * 2)
         clips = [named(n, open_video, video, max_frames) for n, video in found[_VIDEO].values()]
@@ -193,6 +194,17 @@ class Pictures:
 
 
 _ALONE, _TOGETHER, _VIDEO = "alone", "together", "video"
+
+
+def _opened(images: Collection[tuple[str, Image]]) -> list[PIL.Image.Image]:
+    """Decoded, several at once where torch may use several cores: Pillow lets others run."""
+    threads = min(len(images), torch.get_num_threads())
+    opened = ahead(
+        lambda image: named(image[0], open_image, image[1]),
+        [*images],
+        threads if threads > 1 else 0,  # a loader's worker has one, and others beside it
+    )
+    return list(opened)
 
 
 def _kinds(shown: Sequence[Image | Video], differ: bool) -> list[str]:

@@ -301,3 +301,14 @@ def dense_mask(subtree_end: Tensor) -> Tensor:
 def mask_mod(subtree_end: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The plain rule for FlexAttention."""
     return AttentionRule(subtree_end).mask_mod()
+
+
+def padding_mask(subtree_end: Tensor) -> Tensor:
+    """Which tokens are real, int64 [rows, t], where every row is one sequence (`separate_rows`).
+
+    Raises ValueError for a row that branches, or holds several sequences.
+    """
+    real = torch.arange(subtree_end.shape[1], device=subtree_end.device) < subtree_end[:, :1]
+    if bool((real & (subtree_end != subtree_end[:, :1])).any()):
+        raise ValueError("a row with branches has no padding mask; collate with sharing none")
+    return real.long()

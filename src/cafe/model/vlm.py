@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import PIL.Image
@@ -18,30 +18,46 @@ from transformers import PreTrainedModel
 
 from cafe.errors import FamilyError
 from cafe.model import inference
+from cafe.model.attention import WhileDecoding, layer_windows
+from cafe.model.best_of import candidates
 from cafe.model.checkpoint import load_pretrained, save_checkpoint
 from cafe.model.collate import Collator
 from cafe.model.families import family_of
-from cafe.model.inputs import Input, as_conversation, as_messages, is_many
+from cafe.model.inputs import EncodeOptions, Input, as_conversation, as_messages, is_many
+from cafe.model.last_layer import prepare, read_only_at
+from cafe.model.precision import PRECISIONS, Precision, quantized
 from cafe.model.prompts import DEFAULT_PROMPT, default_chat_template
 from cafe.model.rows import Rows
-from cafe.model.trie import AttentionRule
+from cafe.model.trie import AttentionRule, padding_mask
+from cafe.model.workers import Source, encode_on
 
-Attention = Literal["sdpa", "eager", "flex_attention"]
+Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
 class CAFe(nn.Module):
     """A vision-language model for retrieval and for answers.
 
     Attributes: `model` (transformers' `…ForConditionalGeneration`), `processor`, `family`,
-    `collator` (how inputs become rows).
+    `collator` (how inputs become rows), `source` (what it was loaded from; None: it was built).
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, *, source: Source | None = None
+    ) -> None:
         super().__init__()
         self.model: Any = model
         self.processor = processor
+        self.source = source
         self.family = family_of(model.config)
         self._windows = layer_windows(model.config)
+        self._decoding = WhileDecoding(model.config)
+        prepare(model.get_decoder())
+        alone = model.config._attn_implementation == "flash_attention_2"
+        if alone and self.family.pictures_see_themselves:
+            raise FamilyError(
+                f"model type {self.family.model_type!r}: the tokens of a picture see each other, "
+                "which flash_attention_2 cannot do; use sdpa or flex_attention"
+            )
         unused = self.family.unused(model.config)
         for name, parameter in model.named_parameters():
             if name.startswith(unused):
@@ -51,6 +67,7 @@ class CAFe(nn.Module):
             family=self.family,
             pooled_token=_turn_end(processor),
             max_tokens=_context_tokens(model),
+            sharing="none" if alone else "trie",
         )
 
     @classmethod
@@ -76,7 +93,8 @@ class CAFe(nn.Module):
         model, processor = load_pretrained(
             name_or_dir, dtype=dtype, attention=attention, adapter=adapter
         )
-        return cls(model, processor).to(device).eval()
+        source = Source(name_or_dir, attention, adapter)
+        return cls(model, processor, source=source).to(device).eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write one directory for every tool: transformers, sentence-transformers, vLLM, cafe."""
@@ -93,6 +111,15 @@ class CAFe(nn.Module):
         return int(self.model.config.get_text_config().hidden_size)
 
     @property
+    def token_cost(self) -> float:
+        """What a token costs in the matrices, in tokens that it could attend to instead.
+
+        A layer's matrices are about 12 width² multiplications for a token, attention is 2 width
+        for each pair of tokens; and it runs at a third of the speed, as measured.
+        """
+        return 2.0 * self.embedding_dimension
+
+    @property
     def lm_head(self) -> nn.Linear:
         return self.model.lm_head
 
@@ -100,6 +127,14 @@ class CAFe(nn.Module):
     def logit_softcap(self) -> float | None:
         """Gemma bounds its logits; others do not."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def read(self, rows: Rows, vision: dict[str, Tensor]) -> Tensor:
+        """States at the pooled places, [n, hidden]; the last layer computes no others."""
+        device = self.device
+        rows = rows.to(device)
+        with read_only_at(rows.pooled, rows.input_ids.shape):
+            hidden = self(rows, {name: tensor.to(device) for name, tensor in vision.items()})
+        return hidden.flatten(0, 1)[rows.pooled]
 
     def forward(self, rows: Rows, vision: dict[str, Tensor]) -> Tensor:
         """Rows and their pictures -> hidden states after the final norm.
@@ -149,7 +184,12 @@ class CAFe(nn.Module):
         )
 
     def _mask(self, rows: Rows) -> Any:
-        """One mask, or one for each kind of layer where a model has several kinds."""
+        """One mask, or one for each kind of layer where a model has several kinds.
+
+        FlashAttention-2 takes only which tokens are padding; windows are its own concern.
+        """
+        if self.model.config._attn_implementation == "flash_attention_2":
+            return padding_mask(rows.subtree_end)
         length = rows.input_ids.shape[1]
         # A window that holds a whole row is none.
         windows = {k: w if w is not None and w < length else None for k, w in self._windows.items()}
@@ -175,6 +215,22 @@ class CAFe(nn.Module):
 
     # ------------------------------------------------------------------ what users call
 
+    @overload
+    def encode(
+        self,
+        inputs: Sequence[Input] | Input,
+        *,
+        convert_to_tensor: Literal[False] = False,
+        **options: Unpack[EncodeOptions],
+    ) -> np.ndarray: ...
+    @overload
+    def encode(
+        self,
+        inputs: Sequence[Input] | Input,
+        *,
+        convert_to_tensor: Literal[True],
+        **options: Unpack[EncodeOptions],
+    ) -> Tensor: ...
     def encode(
         self,
         inputs: Sequence[Input] | Input,
@@ -183,29 +239,50 @@ class CAFe(nn.Module):
         normalize: bool = True,
         truncate_dim: int | None = None,
         prompt_name: str = DEFAULT_PROMPT,
+        precision: Precision = "float32",
+        ranges: np.ndarray | None = None,
+        convert_to_tensor: bool = False,
+        devices: Sequence[str | torch.device] = (),
         show_progress_bar: bool = False,
-    ) -> np.ndarray:
+    ) -> np.ndarray | Tensor:
         """Embed strings, pictures, paths, {"text", "image"} dicts and chat messages, mixed.
 
         normalize      to unit length (after truncation)
         truncate_dim   keep the first so many coordinates (Matryoshka)
         prompt_name    "compress" (default) or "none" (the instruction is in the text)
-        Returns float32 [n, d] in input order; [d] for a single input. A list of chat messages is
-        a single input: one conversation.
-        Raises DataError, naming the input, for one that cannot be read or is too long.
+        precision      float32, float16, int8, uint8, binary or ubinary (`cafe.model.precision`)
+        ranges         [2, d] for int8 and uint8: lowest and highest value of each dimension;
+                       None: those of these inputs
+        convert_to_tensor   a tensor on the model's device, not an array
+        devices        a process with a copy of the model on each: ["cuda:0", "cuda:1"], or
+                       ["cpu"] * 4; none: this process
+        Returns [n, d] in input order, float32 unless `precision` says otherwise; [d] for a single
+        input. A list of chat messages is a single input: one conversation.
+        Raises DataError, naming the input, for one that cannot be read or is too long; WorkerError
+        when one of several processes dies.
         """
         width = self.embedding_dimension if truncate_dim is None else truncate_dim
         if not 1 <= width <= self.embedding_dimension:
             raise ValueError(f"truncate_dim={width}: use 1 to {self.embedding_dimension}")
-        embeddings = inference.encode(
-            self, as_messages(inputs), batch_size, prompt_name, show_progress_bar
-        )
-        embeddings = embeddings[:, :width]
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+        asked, many = as_messages(inputs), is_many(inputs)
+        device = self.device if convert_to_tensor else "cpu"
+        with inference.progress("encode", len(asked), show_progress_bar) as done:
+            if devices:
+                found = encode_on(devices, self, asked, batch_size, prompt_name, done)
+            else:
+                found = inference.encode(
+                    self, asked, batch_size, prompt_name, device=device, done=done
+                )
+        found = found[:, :width]
         if normalize:
-            embeddings = embeddings / np.maximum(
-                np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12
-            )
-        return embeddings if is_many(inputs) else embeddings[0]
+            found = torch.nn.functional.normalize(found, dim=1)
+        found = found if many else found[0]
+        if precision == "float32":
+            return found.to(device) if convert_to_tensor else found.numpy()
+        less = quantized(found.cpu().numpy(), precision, ranges)
+        return torch.from_numpy(less).to(device) if convert_to_tensor else less
 
     def generate(
         self,
@@ -213,28 +290,41 @@ class CAFe(nn.Module):
         *,
         max_new_tokens: int = 128,
         stream: bool = False,
+        best_of: int | None = None,
         batch_size: int = 32,
         **sampling: Any,
     ) -> str | list[str] | Iterator[str]:
         """Answer a conversation (str), several (list[str]), or stream one (iterator of text).
 
         messages   a string, a picture, a {"text", "image"} dict, chat messages, or a list of these
-        sampling   passed to transformers' `generate` (do_sample, temperature, top_p, …)
+        best_of    sample so many answers, and of these and the greedy one return the one whose
+                   embedding is nearest to that of the conversation's pictures (`best_of`)
+        sampling   passed to transformers' `generate` (temperature, top_p, …); greedy without
         """
         conversations = as_messages(messages)
         if stream:
-            if len(conversations) != 1:
-                raise ValueError("stream=True answers one conversation at a time")
+            if len(conversations) != 1 or best_of is not None:
+                raise ValueError("stream=True answers one conversation at a time, without best_of")
             return inference.stream(self, conversations[0], max_new_tokens, sampling)
-        answers = inference.generate(self, conversations, max_new_tokens, batch_size, sampling)
+        if best_of is not None:
+            ranked = candidates(self, conversations, best_of, max_new_tokens, batch_size, sampling)
+            answers = [found[0].text for found in ranked]
+        else:
+            answers = inference.generate(self, conversations, max_new_tokens, batch_size, sampling)
         return answers if is_many(messages) else answers[0]
+
+    def decode(self, **inputs: Any) -> Tensor:
+        """What transformers' `generate` gives, by an attention that can decode."""
+        with self._decoding:
+            return self.model.generate(**inputs)
 
     def score(
         self, query: Input, candidates: Sequence[Input], *, batch_size: int = 32
     ) -> np.ndarray:
         """How well each candidate matches the query: the probability of "yes" to that question.
 
-        One side is a picture and the other is text (else DataError). Returns float32 [n].
+        One side is a picture and the other is text (else DataError). Returns float32 [n]. Texts
+        about one picture share its features and its tokens.
         """
         return inference.score(self, as_conversation(query), as_messages(candidates), batch_size)
 
@@ -267,30 +357,6 @@ class CAFe(nn.Module):
             "dimension": str(self.embedding_dimension),
             "max tokens": str(self.collator.max_tokens),
         }
-
-
-def layer_windows(config: Any) -> dict[str, int | None]:
-    """How far each kind of layer of the language model sees, in tokens; None: to the beginning.
-
-    Raises FamilyError for a kind of layer whose attention is neither full nor a sliding window.
-    """
-    text = config.get_text_config()
-    if getattr(text, "use_bidirectional_attention", False):
-        raise FamilyError(
-            f"model type {config.model_type!r} with use_bidirectional_attention cannot generate"
-        )
-    window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None:
-        return {"every": window}
-    known = {"full_attention": None, "sliding_attention": window}
-    for kind in kinds:
-        if kind not in known:
-            raise FamilyError(
-                f"model type {config.model_type!r}: its {kind!r} layers cannot share a row; "
-                f"cafe knows {' and '.join(known)}"
-            )
-    return {kind: known[kind] for kind in sorted(set(kinds))}
 
 
 def _turn_end(processor: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cafe.errors import DataError
-from cafe.model.inference import _answer_ids, _pooled
+from cafe.model.inference import _answer_ids
 from cafe.model.vlm import CAFe
 from cafe.serve.decoding import Generation
 from cafe.serve.work import Embedding, Item, Score
@@ -65,7 +65,7 @@ class CafeCalls:
                 raise DataError(
                     f"input {item.number}: {count} tokens, and the model reads {self.max_tokens}"
                 )
-        return _pooled(self._model, rows, vision), counts
+        return self._model.read(rows, vision), counts
 
 
 def _conversation(item: Item) -> Conversation:

@@ -118,7 +118,7 @@ class Generation:
             done = [row in self._done for row in range(len(tokens))]
             return torch.tensor(done, device=tokens.device)
 
-        model.model.generate(
+        model.decode(
             **inputs,
             **settings | {"max_new_tokens": max(limit for _, limit in limits)},
             logits_processor=LogitsProcessorList([Choice(prompts, model.device)]),

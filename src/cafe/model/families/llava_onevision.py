@@ -64,7 +64,7 @@ class LlavaOnevision(Family):
         pictures = {name: tensor for name, tensor in inputs.items() if name not in videos}
         features: list[Tensor] = []
         if pictures:
-            features += model.get_image_features(**pictures, return_dict=True).pooler_output
+            features += _picture_features(model, **pictures)
         if "video_frames" in inputs:
             for frames in inputs["video_frames"].split(inputs["video_lengths"].tolist()):
                 features += model.get_video_features(frames[None], return_dict=True).pooler_output
@@ -78,3 +78,49 @@ class LlavaOnevision(Family):
 
     def alone_and_together_differ(self) -> bool:
         return True
+
+
+def _picture_features(
+    model: Any, pixel_values: Tensor, image_sizes: Tensor, batch_num_images: Tensor
+) -> list[Tensor]:
+    """`get_image_features`, but a picture whose one tile is its overview is seen once.
+
+    A square picture that needs no more than one tile is twice the same pixels. The tower runs
+    once, whatever the pictures: ranks that share its weights wait for each other there.
+    """
+    from transformers.models.llava_onevision.modeling_llava_onevision import (
+        image_size_to_num_patches,
+    )
+
+    config, pixels = model.config, model.config.vision_config.image_size
+    alone = batch_num_images.repeat_interleave(batch_num_images) == 1
+    views = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, pixels) if tiled else 1
+        for size, tiled in zip(image_sizes, alone.tolist(), strict=True)
+    ]
+    first, second = pixel_values[:, 0], pixel_values[:, :2][:, -1]
+    same = (first == second).flatten(1).all(1).tolist()
+    twice = [count == 2 and equal for count, equal in zip(views, same, strict=True)]
+    tiled = [i for i, count in enumerate(views) if count > 1 and not twice[i]]
+    single = [i for i, count in enumerate(views) if count == 1 or twice[i]]
+    order = [*tiled, *single]
+    shown = [pixel_values[i, : views[i]] for i in tiled] + [pixel_values[i, :1] for i in single]
+    # Pictures in a prompt with others are not tiled, so one more than there are makes them such.
+    company = torch.tensor([1] * len(tiled) + [len(single) + 1])
+    found = model.get_image_features(
+        torch.cat(shown), image_sizes[order], batch_num_images=company, return_dict=True
+    ).pooler_output
+    side = pixels // config.vision_config.patch_size
+    return [
+        _with_tile(found[place], side) if twice[i] else found[place]
+        for i, place in enumerate(sorted(range(len(order)), key=order.__getitem__))
+    ]
+
+
+def _with_tile(features: Tensor, side: int) -> Tensor:
+    """An overview of side x side features and the line end -> the overview and it as the tile."""
+    overview, line_end = features[:-1], features[-1:]
+    lines = torch.cat(
+        [overview.unflatten(0, (side, side)), line_end.expand(side, 1, -1)], dim=1
+    ).flatten(0, 1)
+    return torch.cat([overview, lines])
