@@ -10,7 +10,7 @@ from cafe.errors import DataError
 from cafe.metrics import Interval
 from cafe.report import claims
 from cafe.report.ablation_figures import FIGURES
-from cafe.report.claims import QUESTIONS, Claim, answer, verdict
+from cafe.report.claims import QUESTIONS, Claim, Verdict, answer, verdict
 from cafe.report.findings import BASE, CONTRASTIVE, JOINT, LANGUAGE, Arm, Findings, Measured
 
 LABELS = {
@@ -163,7 +163,7 @@ def _answers(findings: Findings) -> Iterator[str]:
     intervals = dict(findings.claims)
     for number, question in enumerate(QUESTIONS, 1):
         lines = [(claim, intervals[claim]) for claim in question.claims]
-        verdicts = [verdict(claim, interval) for claim, interval in lines]
+        verdicts: list[Verdict] = [verdict(claim, interval) for claim, interval in lines]
         yield f"**{number}. {question.text}** {_sentence(answer(verdicts))}"
         head = ("claim", "values", "difference", "verdict")
         yield _table(head, [_claim_row(findings, claim, interval) for claim, interval in lines])
