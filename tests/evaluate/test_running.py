@@ -221,7 +221,7 @@ def test_published_rows_stand_beside(cafe, tmp_path):
 def test_mistakes_on_the_command_line_are_one_line(cafe, tmp_path):
     code, _, err = cafe("evaluate", "m", "--task", "chess")
     assert code == 2
-    assert err.startswith("error: --task chess: no such task; there are retrieval, caption")
+    assert err.startswith("error: chess: no such task; there are retrieval, caption")
     code, _, err = cafe("evaluate", "m", "--task", "pope", "--suite", "quick")
     assert (code, err) == (2, "error: name a --task or a --suite, not both\n")
     code, out, err = cafe("evaluate", "m", "--task", "mmeb", "--json", str(tmp_path))

@@ -25,7 +25,7 @@ class Suite(StrEnum):
 def command(
     model: Model,
     task: Annotated[
-        str | None, typer.Option(help="One task; a name that is none lists them all.")
+        str | None, typer.Option(help="One task, or mteb:NAME; a name that is none lists them all.")
     ] = None,
     suite: Annotated[Suite | None, typer.Option(help="Several tasks (default: quick).")] = None,
     data: Annotated[
@@ -64,13 +64,11 @@ def command(
 
     from cafe.evaluate.run import Options, run_tasks, suite_tasks
     from cafe.evaluate.spread import ranks
-    from cafe.evaluate.tasks import TASKS
+    from cafe.evaluate.tasks import task_names
     from cafe.model.vlm import CAFe
 
-    if task is not None and task not in TASKS:
-        raise DataError(f"--task {task}: no such task; there are {', '.join(TASKS)}")
     chosen = None if task is not None else (suite or Suite.quick).value
-    names = (task,) if task is not None else suite_tasks(chosen or "quick")
+    names = task_names(task) if task is not None else suite_tasks(chosen or "quick")
     options = Options(data, limit, json_out, force, tuple(judge or ()))
     failed = []
     with ranks() as rank:

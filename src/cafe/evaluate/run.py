@@ -22,7 +22,7 @@ from cafe.evaluate.scene_set import HELD_OUT_SEED
 from cafe.evaluate.sources import Source
 from cafe.evaluate.spread import Rank, SpreadCalls
 from cafe.evaluate.task import Result
-from cafe.evaluate.tasks import QUICK_LIMIT, SUITES, TASKS, Setup, Suite, is_scenes, suite_data
+from cafe.evaluate.tasks import QUICK_LIMIT, SUITES, Setup, Suite, find_task, is_scenes, suite_data
 from cafe.model.prompts import PROMPTS
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def evaluate(
     *,
     options: Options | None = None,
 ) -> dict[str, Any]:
-    """Measure `model` on one of `TASKS`; returns the record of a result file (`results.py`).
+    """Measure `model` on a task (`find_task`); returns the record of a result file (`results.py`).
 
     data    the task's data, a folder or a hub name; None: the hub's, or generated scenes
     limit   use the first so many samples only
@@ -88,7 +88,7 @@ def evaluate(
         DataError: data that is not there, or does not suit the task.
     """
     options = options or Options()
-    setup = Setup(ModelCalls(model), data or TASKS[task].hub, limit, options.judges)
+    setup = Setup(ModelCalls(model), data or find_task(task).hub, limit, options.judges)
     return _measure(model, task, setup, options.seed)
 
 
@@ -144,10 +144,15 @@ def run_tasks(
         finally:
             journal.close()
         if options.out is not None and rank.number == 0:
-            write_json(options.out / f"{task}.json", record)
+            write_json(result_file(options.out, task), record)
             _write_report(options.out, name, model)
             _forget(_journal_folder(options, task, wanted))
         yield Outcome(task, record, "measured")
+
+
+def result_file(out: Path, task: str) -> Path:
+    """Where the result of a task is kept. A colon cannot stand in a file's name everywhere."""
+    return out / f"{task.replace(':', '-')}.json"
 
 
 def suite_tasks(suite: Suite) -> tuple[str, ...]:
@@ -176,10 +181,10 @@ def package_versions() -> dict[str, str]:
 
 
 def _measure(model: CAFe, task: str, setup: Setup, seed: int) -> dict[str, Any]:
-    result: Result = TASKS[task].run(setup)
+    result: Result = find_task(task).run(setup)
     return {
         "task": task,
-        "version": TASKS[task].version,
+        "version": find_task(task).version,
         **result_record(result, seed=seed),
         "settings": {
             "data": _data_name(setup.data),
@@ -194,7 +199,7 @@ def _measure(model: CAFe, task: str, setup: Setup, seed: int) -> dict[str, Any]:
 
 def _prompts(task: str) -> dict[str, Any]:
     """The task's settings, with embedding prompts written out."""
-    settings = dict(TASKS[task].settings)
+    settings = dict(find_task(task).settings)
     if "embedding_prompt" in settings:
         prompt = PROMPTS[settings["embedding_prompt"]]
         settings["prompts"] = {"image": prompt.image, "text": prompt.text, "both": prompt.both}
@@ -207,7 +212,7 @@ def _data_name(data: Source | None) -> str:
 
 def _data_of(task: str, options: Options, suite: Suite | None) -> Source | None:
     if suite is None:
-        return options.data or TASKS[task].hub
+        return options.data or find_task(task).hub
     return suite_data(task, None if options.data is None else Path(options.data))
 
 
@@ -215,7 +220,7 @@ def _kept(task: str, options: Options, wanted: dict[str, Any]) -> dict[str, Any]
     """The record of a finished task, unless it is to be measured again."""
     if options.out is None or options.force:
         return None
-    path = options.out / f"{task}.json"
+    path = result_file(options.out, task)
     if not path.is_file():
         return None
     record = read_result(path).record
@@ -224,7 +229,7 @@ def _kept(task: str, options: Options, wanted: dict[str, Any]) -> dict[str, Any]
         "model_files": record.get("model_files"),
         "limit": record["settings"].get("limit"),
     }
-    if found != wanted or record["version"] != TASKS[task].version:
+    if found != wanted or record["version"] != find_task(task).version:
         other = next((k for k in wanted if found[k] != wanted[k]), "version")
         raise DataError(
             f"{path} is the result of another {other.replace('_', ' ')} "
@@ -237,7 +242,7 @@ def _journal_folder(options: Options, task: str, wanted: dict[str, Any]) -> Path
     if options.out is None:
         return None
     digest = blake2b(repr(sorted(wanted.items())).encode(), digest_size=6).hexdigest()
-    return options.out / ".unfinished" / f"{task}-{digest}"
+    return options.out / ".unfinished" / f"{result_file(options.out, task).stem}-{digest}"
 
 
 def _forget(folder: Path | None) -> None:

@@ -28,6 +28,7 @@ from cafe.evaluate import (
 )
 from cafe.evaluate.calls import Calls
 from cafe.evaluate.data import Picture, read_pictures
+from cafe.evaluate.harness import mteb_task
 from cafe.evaluate.journal import Journal
 from cafe.evaluate.judges import FLAN_T5, make_judge
 from cafe.evaluate.scene_set import SceneItem, scene_items, scene_pictures
@@ -154,6 +155,14 @@ def _captioning(setup: Setup) -> Result:
     return captioning.captioning(setup.calls.generate, shown, journal=setup.journal)
 
 
+def _mteb(setup: Setup, task: Any) -> Result:
+    chosen = {"--data": setup.data != mteb_task.data_names(task), "--limit": bool(setup.limit)}
+    option = next((name for name, given in chosen.items() if given), None)
+    if option is not None:
+        raise DataError(f"mteb:{task.metadata.name}: mteb has its own samples; leave out {option}")
+    return mteb_task.run_mteb(setup.calls.encode, task)
+
+
 def _vqa(setup: Setup) -> Result:
     questions = vqa.read_vqa(setup.data or "", setup.limit)
     return vqa.vqa(setup.calls.read, setup.calls.generate, questions)
@@ -229,9 +238,34 @@ SUITES: dict[Suite, tuple[str, ...]] = {
 }
 
 
+def task_names(name: str) -> tuple[str, ...]:
+    """What `--task` names: one task, or all those of a benchmark of mteb.
+
+    Raises DataError as in `find_task`.
+    """
+    if name.startswith(mteb_task.PREFIX):
+        return mteb_task.task_names(name)
+    find_task(name)
+    return (name,)
+
+
+def find_task(name: str) -> Task:
+    """One of `TASKS`, or `mteb:TASK`. Raises DataError when there is no such task."""
+    if name.startswith(mteb_task.PREFIX):
+        of_mteb = mteb_task.find_mteb_task(name)
+        return Task(partial(_mteb, task=of_mteb), _EMBED, hub=mteb_task.data_names(of_mteb))
+    if name not in TASKS:
+        raise DataError(
+            f"{name}: no such task; there are {', '.join(TASKS)}, and mteb:NAME for a task or a "
+            "benchmark of mteb, such as mteb:MIEB(lite)"
+        )
+    return TASKS[name]
+
+
 def is_scenes(name: str) -> bool:
     """Whether a task runs on generated scenes when no data is named."""
-    return TASKS[name].hub is None and not TASKS[name].needs_folder
+    task = find_task(name)
+    return task.hub is None and not task.needs_folder
 
 
 def suite_data(name: str, root: Path | None) -> Source | None:
@@ -239,7 +273,7 @@ def suite_data(name: str, root: Path | None) -> Source | None:
 
     Raises DataError for a task that needs a folder when there is none.
     """
-    task = TASKS[name]
+    task = find_task(name)
     folder = None if root is None else root / (task.folder or name)
     if folder is not None and folder.is_dir():
         return folder
