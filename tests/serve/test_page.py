@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fakes import Fake, started
+
+from cafe.errors import CafeError
 from cafe.serve.door import COOKIE, LOGIN, Door
 from cafe.serve.page.mount import _files, keep_below
 from cafe.serve.page.pictures import SMALL_PIXELS, Pictures
@@ -94,6 +100,12 @@ def test_with_a_key_only_its_cookie_opens():
 
 def test_without_a_key_there_is_no_cookie():
     assert Door().cookie("") is None
+
+
+def test_without_gradio_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(CafeError, match=r"needs gradio: pip install 'cafe-vlm\[ui\]'"):
+        started(Fake(), page=True)
 
 
 # ---------------------------------------------------------------------- pictures

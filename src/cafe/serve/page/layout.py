@@ -21,7 +21,8 @@ AT_ONCE = 64
 """Visitors that are answered at a time; the engine's own queue bounds the work."""
 
 _TO_QUESTION = """() => setTimeout(() => {
-  document.querySelector("#ask").scrollIntoView({block: "nearest", behavior: "smooth"});
+  const block = innerWidth < 760 ? "start" : "nearest";
+  document.querySelector("#ask").scrollIntoView({block, behavior: "smooth"});
   document.querySelector("#question :is(input, textarea)").focus({preventScroll: true});
 }, 50)"""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import MutableMapping
 from html import escape
 from pathlib import Path
@@ -33,6 +36,7 @@ FILE = f"{PAGE}/gradio_api/file="
 HELD_BYTES = 2**30
 """What uploads and copies may take on disk together; the oldest go first."""
 
+SWEEP_SECONDS = 10.0
 WRONG_KEY_SECONDS = 1.0
 
 # The page is whole without the network, and no other site may frame it. Gradio's scripts and styles
@@ -45,7 +49,7 @@ ICON = (
     "<link rel=icon href=\"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' "
     "viewBox='0 0 9 9'><circle cx='4.5' cy='4.5' r='4' fill='%23b45309'/></svg>\">"
 )
-"""Else a browser asks for /favicon.ico, which no route has."""
+"""Of the tab, without a file."""
 
 _FILE_POLICY = "default-src 'none'; sandbox"
 """An uploaded file is a picture or nothing, whatever else it may contain."""
@@ -109,9 +113,9 @@ def attach(app: FastAPI, service: Service, door: Door, root: Path | None) -> App
 @functools.cache
 def folder() -> Path:
     """Where uploads and copies lie until the process ends: gradio knows one folder per process."""
-    kept = tempfile.TemporaryDirectory(prefix="cafe-page-")
-    folder.kept = kept  # pyright: ignore[reportFunctionMemberAccess]
-    return Path(kept.name).resolve()
+    kept = Path(tempfile.mkdtemp(prefix="cafe-page-")).resolve()
+    atexit.register(shutil.rmtree, kept, ignore_errors=True)
+    return kept
 
 
 class _Threshold:
@@ -120,6 +124,7 @@ class _Threshold:
     def __init__(self, app: FastAPI, blocks: Any, kept: Path) -> None:
         self._app, self._blocks, self._kept = app, blocks, kept
         self._started = False
+        self._next_sweep = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
@@ -131,7 +136,8 @@ class _Threshold:
             self._blocks.run_startup_events()
         if path.startswith(FILE) and not self._holds(path.removeprefix(FILE)):
             raise Refused(404, "there is no such file")
-        if path == UPLOAD:
+        if path in (UPLOAD, JOIN) and time.monotonic() > self._next_sweep:
+            self._next_sweep = time.monotonic() + SWEEP_SECONDS
             await asyncio.get_running_loop().run_in_executor(None, keep_below, self._kept)
         if path == JOIN:
             receive = await self._checked(receive)
