@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import cafe.cli.verify as verify_module
 from cafe.cli import main
 from cafe.model.adapter import merge_adapter
 from cafe.model.export import probe_inputs
@@ -72,7 +75,7 @@ def test_a_merged_adapter_is_a_whole_model_that_every_tool_reads(
     assert "merged" in out
     assert "embeddings of 7 probes are at most" in out
     assert "(tolerance " in out
-    assert files(tmp_path / "whole") == files(tmp_path / "base")
+    assert files(tmp_path / "whole") == files(tmp_path / "base") | {"README.md"}
     expected = CAFe.from_pretrained(adapter).encode(PROBES)
     bound = 1e-4 if dtype == torch.float32 else 5e-2
     plain = CAFe.from_pretrained(tmp_path / "base").encode(PROBES)
@@ -107,7 +110,7 @@ def test_a_merge_that_changes_embeddings_fails_and_leaves_nothing(
 def test_a_whole_model_and_an_adapter_are_exported_as_they_are(run: Any, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path)
     assert run("export", adapter, "--to", tmp_path / "copy")[0] == 0
-    assert files(tmp_path / "copy") == files(adapter)
+    assert files(tmp_path / "copy") == files(adapter), "peft's own card stays"
     code, out, _ = run("export", tmp_path / "base", "--to", tmp_path / "model")
     assert code == 0
     assert "float32; embeddings of 7 probes are at most 0.0e+00 apart" in out
@@ -125,3 +128,102 @@ def test_what_cannot_be_exported_is_one_line(run: Any, small_dir: Path, tmp_path
     assert code == 2
     assert "is there already; name a new directory" in err
     assert (tmp_path / "full" / "file").read_text() == "kept"
+
+
+# ---------------------------------------------------------------------- --verify and the card
+
+
+def result_of(model: Path, folder: Path) -> Path:
+    """A result file as `cafe evaluate --json` leaves it."""
+    record = {
+        "task": "retrieval",
+        "model": str(model),
+        "count": 1234,
+        "samples": "0123",
+        "scores": {"R@1": 0.5, "loss": 0.25},
+        "intervals": {"R@1": [0.4, 0.6]},
+        "items": {},
+        "ratios": {},
+        "means": {},
+        "derived": None,
+        "format": 1,
+    }
+    folder.mkdir()
+    (folder / "retrieval.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_every_tool_agrees_and_the_card_says_what_was_measured(
+    run: Any, small_dir: Path, tmp_path: Path
+) -> None:
+    results = result_of(small_dir, tmp_path / "results")
+    code, out, err = run(
+        "export", small_dir, "--to", tmp_path / "out", "--verify", "--results", results
+    )
+    assert (code, err) == (0, "")
+    tools = ["transformers", "sentence-transformers", "cafe serve"]
+    lines = out.splitlines()
+    assert [line.split(" ")[0] for line in lines[:3]] == ["transformers", *tools[1:2], "cafe"]
+    assert all(float(line.split("cosine ")[1][:9]) > 0.999999 for line in lines[:3])
+    card = (tmp_path / "out" / "README.md").read_text()
+    head, _, body = card.removeprefix("---\n").partition("---\n")
+    assert yaml.safe_load(head)["library_name"] == "transformers"
+    for told in (
+        *(f"| {tool}" for tool in tools),
+        "| R@1 | 0.5000 | 0.4000 to 0.6000 |",
+        "| loss | 0.2500 |  |",
+        "### retrieval (1,234 samples)",
+        "| family | llava_onevision |",
+        "vllm serve out --runner pooling",
+        "out/additional_chat_templates/embedding.jinja",
+    ):
+        assert told in body, told
+    template = tmp_path / "out" / "additional_chat_templates" / "embedding.jinja"
+    assert template.is_file(), "the card sends vLLM there"
+    assert "No results were given" not in body
+
+
+def test_a_card_without_results_says_how_to_get_them(
+    run: Any, small_dir: Path, tmp_path: Path
+) -> None:
+    assert run("export", small_dir, "--to", tmp_path / "out")[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "No results were given. `cafe evaluate out --json results`" in card
+    assert "smallest cosine" not in card
+
+
+def test_a_tool_that_disagrees_is_named_and_nothing_is_left(
+    run: Any, small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = verify_module._transformers
+
+    def other(directory: Path, probes: Any) -> np.ndarray:
+        return np.roll(real(directory, probes), 1, axis=0)
+
+    monkeypatch.setattr(verify_module, "_transformers", other)
+    code, out, err = run("export", small_dir, "--to", tmp_path / "out", "--verify")
+    assert (code, out) == (2, "")
+    assert "transformers 5." in err
+    assert "embeds 7 probes with a cosine of" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_verified_where_it_is(run: Any, small_dir: Path) -> None:
+    before = files(small_dir)
+    code, out, _ = run("export", small_dir, "--verify")
+    assert code == 0
+    assert len(out.splitlines()) == 3
+    assert files(small_dir) == before
+
+
+def test_what_cannot_be_verified_is_told(run: Any, small_dir: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path)
+    code, _, err = run("export", adapter, "--to", tmp_path / "out", "--verify")
+    assert (code, "merge it: --merge" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+    results = result_of(tmp_path / "base", tmp_path / "results")
+    code, _, err = run("export", small_dir, "--to", tmp_path / "out", "--results", results)
+    assert (code, "was measured on" in err) == (2, True)
+    for arguments in ((), ("--verify", "--merge")):
+        code, _, err = run("export", small_dir, *arguments)
+        assert (code, "--to DIR" in err) == (2, True)

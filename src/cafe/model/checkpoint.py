@@ -85,7 +85,7 @@ def _load_whole(
     name = f"model {str(name_or_dir)!r}"
     path = _checked(name, locate(name_or_dir))
     try:
-        with _quiet():
+        with quiet():
             family_of(AutoConfig.from_pretrained(path))
             processor = AutoProcessor.from_pretrained(processor_dir or path)
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -137,7 +137,7 @@ def _checked(name: str, path: Path) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' bars and reports: what matters of them becomes a CheckpointError."""
     from transformers.utils import logging
 
@@ -172,7 +172,7 @@ def save_checkpoint(
         save_adapter(model, directory, weights)
         save_processor(processor, collator, directory)
         return
-    with _quiet():
+    with quiet():
         (model if weights is None else _twin(model, weights)).save_pretrained(directory)
     save_processor(processor, collator, directory)
     hidden = int(model.config.get_text_config().hidden_size)

@@ -31,12 +31,18 @@ class Export:
     distance    the largest between a probe's two unit-length embeddings, computed in float32
     tolerance   what it may be
     probes      how many texts and pictures were embedded
+    family      transformers' model type
+    parameters  of the whole model, an adapter's included
+    dimension   of an embedding
     """
 
     dtype: torch.dtype
     distance: float
     tolerance: float
     probes: int
+    family: str
+    parameters: int
+    dimension: int
 
 
 def export(source: str | Path, directory: Path, *, merge: bool = False) -> Export:
@@ -56,6 +62,8 @@ def export(source: str | Path, directory: Path, *, merge: bool = False) -> Expor
     dtype = torch.float32 if adapted and not merge else weights_dtype(source)
     core.model.to(dtype)
     core.save_pretrained(directory)
+    family, dimension = str(core.model.config.model_type), core.embedding_dimension
+    parameters = sum(p.numel() for p in core.model.parameters())
     del core  # two large models need not be in memory at once
     after = CAFe.from_pretrained(directory, dtype=torch.float32).encode(probes)
     distance = float(np.linalg.norm(after - before, axis=1).max())
@@ -67,7 +75,7 @@ def export(source: str | Path, directory: Path, *, merge: bool = False) -> Expor
             f"{distance:.1e} apart, more than {tolerance:.0e}; keep the adapter beside its base, "
             "or train it again on a base in float32"
         )
-    return Export(dtype, distance, tolerance, len(probes))
+    return Export(dtype, distance, tolerance, len(probes), family, parameters, dimension)
 
 
 def probe_inputs() -> list[Input]:
