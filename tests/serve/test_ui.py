@@ -138,14 +138,9 @@ def asked(page: Any) -> str:
 
 
 def whole_answer(page: Any) -> str:
-    """The answer when it does not grow any more: the button stands for the running event."""
-    page.locator("#answer .answer").wait_for()
-    page.wait_for_timeout(300)
-    before = ""
-    while (text := page.locator("#answer .answer").inner_text()) != before:
-        before = text
-        page.wait_for_timeout(500)
-    return text
+    answer = page.locator("#answer .answer[aria-busy=false]")
+    answer.wait_for()
+    return answer.inner_text()
 
 
 # ---------------------------------------------------------------------- search

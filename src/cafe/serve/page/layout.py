@@ -155,13 +155,15 @@ def _ask_half(service: Service) -> gr.Image:
     with gr.Row():
         button = gr.Button("Ask", variant="primary", elem_id="ask-button", min_width=80)
         stop = gr.Button("Stop", elem_id="stop", min_width=80)
-    said = gr.HTML(_answer("", "The answer appears here, word by word."), elem_id="answer")
+    shown = gr.HTML(_status("The answer appears here, word by word."), elem_id="answer")
 
     async def ask(text: str, file: str | None) -> AsyncIterator[str]:
-        yield _answer("", "…")
+        yield _status("…")
+        said = ""
         try:
-            async for so_far in answer(service, text, file):
-                yield _answer(so_far, "The answer is empty.")
+            async for said in answer(service, text, file):
+                yield _answer(said, "true")
+            yield _answer(said or "The answer is empty.", "false")
         except Refused as refused:
             yield _status(str(refused), "error")
 
@@ -169,7 +171,7 @@ def _ask_half(service: Service) -> gr.Image:
         [button.click, question.submit],
         ask,
         [question, picture],
-        said,
+        shown,
         show_progress="hidden",
         trigger_mode="once",
         api_visibility="private",
@@ -202,7 +204,6 @@ def _status(text: str, kind: str = "note") -> str:
     return f'<p class="{kind}" role="{role}">{escape(text)}</p>'
 
 
-def _answer(text: str, instead: str = "") -> str:
-    if not text:
-        return _status(instead)
-    return f'<p class="answer" role="status">{escape(text)}</p>'
+def _answer(text: str, busy: str) -> str:
+    """busy: "true" while it is being written, so that it is read aloud once."""
+    return f'<p class="answer" role="status" aria-busy="{busy}">{escape(text)}</p>'
