@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from html import escape
 from typing import Any
 
-import gradio as gr
+import gradio as gr  # pyright: ignore[reportMissingImports]
 
 from cafe.serve.page.pictures import Pictures
 from cafe.serve.page.turns import answer, find
@@ -36,13 +36,14 @@ def layout(service: Service, pictures: Pictures) -> gr.Blocks:
         title=f"cafe · {service.name}", analytics_enabled=False, fill_width=True
     ) as blocks:
         gr.HTML(_title(service), elem_id="title")
+        gallery = None
         with gr.Row(elem_id="halves"):
             if service.search is not None:
                 with gr.Column(scale=3, min_width=320):
                     gallery = _search_half(service, pictures)
             with gr.Column(scale=2, min_width=320, elem_id="ask"):
                 picture = _ask_half(service)
-        if service.search is not None:
+        if gallery is not None:
             _chosen(gallery, picture, pictures)
     blocks.queue(default_concurrency_limit=AT_ONCE, max_size=4 * AT_ONCE, api_open=False)
     return blocks

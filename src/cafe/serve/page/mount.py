@@ -65,8 +65,8 @@ def attach(app: FastAPI, service: Service, door: Door, root: Path | None) -> App
     try:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(kept)
-        import gradio as gr
-        from gradio.themes.utils.fonts import Font
+        import gradio as gr  # pyright: ignore[reportMissingImports]
+        from gradio.themes.utils.fonts import Font  # pyright: ignore[reportMissingImports]
 
         from cafe.serve.page.layout import layout
     except ModuleNotFoundError as error:
