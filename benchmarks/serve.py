@@ -5,7 +5,7 @@
 Each client sends the same mixture, a request when the last one is answered: embeddings of two texts
 and of one picture, then a question about a picture. The server, `cafe serve`, is a process of its
 own. First there is one client, then there are `--clients`; `ratio` is embeddings per second, many
-clients over one.
+clients over one. An error of any request makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -65,14 +65,13 @@ def work(client: openai.OpenAI, model: str, number: int, until: float, seen: See
         turn += 1
         seed = number * 10_000 + turn
         kind = turn % 4
-        begin = time.perf_counter()
+        shown = messages(seed, None if kind else "Describe this image.") if kind < 2 else []
+        begin = time.perf_counter()  # making a picture is the client's own time
         try:
             if kind == 0:
-                client.chat.completions.create(
-                    model=model, messages=messages(seed, "Describe this image."), max_tokens=32
-                )
+                client.chat.completions.create(model=model, messages=shown, max_tokens=32)
             elif kind == 1:
-                body = {"messages": messages(seed, None), "encoding_format": "base64"}
+                body = {"messages": shown, "encoding_format": "base64"}
                 client.post("/embeddings", body=body, cast_to=dict[str, Any])
             else:
                 client.embeddings.create(model=model, input=f"{seed} red cats at the top left")
@@ -121,6 +120,7 @@ def main() -> None:
             server.terminate()
             print(f"exit code {server.wait(60)}")
     print(f"ratio: {many.embeddings_per_second / alone.embeddings_per_second:.2f}")
+    sys.exit(1 if alone.errors or many.errors else 0)
 
 
 if __name__ == "__main__":

@@ -273,6 +273,11 @@ def test_other_columns_are_typed_and_can_be_asked_for(tmp_path: Path):
         index.add([bad], vectors[:1])
 
 
+def test_values_become_what_json_can_tell():
+    values = [1, 2.5, True, None, "a", np.float32(0.5), float("nan"), np.float64("inf"), {"a": [1]}]
+    assert [plain(v) for v in values] == [1, 2.5, True, None, "a", 0.5, None, None, '{"a": [1]}']
+
+
 def test_columns_take_no_name_of_ours():
     assert [column_name(n) for n in ("year", "Hash", "_rowid", "a.b c", "width")] == [
         "year",

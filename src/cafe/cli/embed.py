@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cafe.cli.inputs import Loaded, Skipped, Source
+    from cafe.cli.shards import Ranks
     from cafe.model.vlm import CAFe
+
+
+class Engine(StrEnum):
+    """Who runs the shards."""
+
+    local = "local"
+    ray = "ray"
+
 
 TABLE_SHARD = 8192
 """Inputs of one write into a LanceDB table, if --shard-size does not say; they are kept in memory
@@ -44,28 +54,62 @@ def command(
         int | None,
         typer.Option(min=1, help="Inputs per file. Finished files are not made again."),
     ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="ray: shards on Ray Data, on the cluster at RAY_ADDRESS or here.")
+    ] = Engine.local,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes of --engine ray (default: one per GPU, else one)."),
+    ] = None,
 ) -> None:
     """Write embeddings of texts and pictures.
 
     Broken inputs are listed on stderr, counted, and skipped. Under torchrun each process embeds its
     share of the files, on its own GPU.
     """
+    from functools import partial
+
     from cafe.cli.inputs import open_source
-    from cafe.cli.shards import Ranks, embed_to_files, embed_to_table
+    from cafe.cli.shards import Ranks, embed_shards, open_files, open_table
     from cafe.errors import DataError
 
     if (out is None) == (to is None):
         raise DataError("name where to write: --out FILE.parquet, or --to DIR for a LanceDB table")
     ranks = Ranks.here()
+    _check_engine(engine, workers, ranks, in_shards=to is not None or shard_size is not None)
     inputs = open_source(source)  # before torch: a wrong path is told at once
+    size = shard_size or TABLE_SHARD
     if to is not None:
-        print(embed_to_table(model, source, inputs, to, shard_size or TABLE_SHARD, ranks))
+        opened = partial(open_table, source, inputs, to, size)
     elif out is not None and shard_size is not None:
-        print(embed_to_files(model, source, inputs, out, shard_size, ranks))
-    elif out is not None:
+        if out.suffix == ".parquet" or out.is_file():
+            raise DataError(f"{out}: with --shard-size, name a folder")
+        opened = partial(open_files, model, source, inputs, out, size)
+    else:
+        assert out is not None
         if ranks.count > 1:
             raise DataError(f"{out}: {ranks.count} processes cannot write one file; --shard-size")
         print(_embed_to_one(model, source, inputs, out))
+        return
+    if engine is Engine.ray:
+        from cafe.cli.shards_ray import embed_with_ray
+
+        print(embed_with_ray(model, source, inputs, opened, size, workers))
+    else:
+        print(embed_shards(model, source, inputs, opened, size, ranks))
+
+
+def _check_engine(engine: Engine, workers: int | None, ranks: Ranks, *, in_shards: bool) -> None:
+    """Raises DataError for options that do not go together."""
+    from cafe.errors import DataError
+
+    if engine is Engine.local:
+        if workers is not None:
+            raise DataError("--workers is for --engine ray; without it, use torchrun")
+    elif ranks.count > 1:
+        raise DataError("--engine ray starts its own processes: run it without torchrun")
+    elif not in_shards:
+        raise DataError("--engine ray writes in shards: give --shard-size N, or --to DIR")
 
 
 def _embed_to_one(model: str, source: Path, inputs: Source, out: Path) -> str:

@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cafe.cli.embed import encode_block, tell
 from cafe.cli.files import replacing, writing
@@ -73,6 +73,19 @@ class Done:
     shards: int = 0
     there: int = 0
 
+    def missing(self, sink: Sink, count: int, shard_size: int) -> set[int]:
+        """Shards of `count` inputs that are this process's and not there; counts the others."""
+        own = {s for s in range(-(-count // shard_size)) if self.ranks.owns(s)}
+        there = own & sink.finished()
+        self.there = len(there)
+        return own - there
+
+    def checked(self, source: Path) -> Done:
+        """Raises DataError when there was nothing to embed in all of `source`."""
+        if self.ranks.count == 1 and not self.embedded and not self.there:
+            raise DataError(f"{source}: nothing to embed ({self.skipped} inputs skipped)")
+        return self
+
     def __str__(self) -> str:
         who = f"rank {self.ranks.rank}: " if self.ranks.count > 1 else ""
         parts = [f"{who}{self.embedded} embeddings in {self.shards} shards of {self.where}"]
@@ -83,108 +96,142 @@ class Done:
         return ", ".join(parts)
 
 
-def embed_to_files(
-    model: str, source: Path, inputs: Source, out: Path, shard_size: int, ranks: Ranks
-) -> Done:
-    """Write `OUT/00000.parquet`, …; what is there is kept.
+class Sink(Protocol):
+    """Where shards go. A shard is written whole, or not at all."""
 
-    Raises DataError when OUT holds shards of another model, input or size.
-    """
-    from cafe.cli.table import EmbeddingTable
+    @property
+    def where(self) -> str: ...
 
-    if out.suffix == ".parquet" or out.is_file():
-        raise DataError(f"{out}: with --shard-size, name a folder")
-    vlm, facts = _open(model, ranks)
-    _agree(out, _plan(facts, source, inputs, shard_size))
-    done = Done(str(out), ranks)
+    def finished(self) -> set[int]:
+        """Shards that are there."""
+        ...
 
-    def write(shard: int, records: list[Record | Skipped], advance: Callable[[int], None]) -> None:
+    def write(self, shard: int, blocks: Iterable[Block]) -> None: ...
+
+    def complete(self) -> None:
+        """All shards are there, and nobody else writes."""
+        ...
+
+
+Block = tuple[list["Loaded"], "np.ndarray | None"]
+"""Rows and their embeddings float32 [rows, d]; None where there are none."""
+
+OpenSink = Callable[["ModelFacts"], Sink]
+"""A model's facts -> a sink that agrees with them. Raises DataError when it holds other shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """`OUT/00000.parquet`, …; `model` is the name that they keep."""
+
+    out: Path
+    columns: tuple[str, ...]
+    model: str
+    dimension: int
+
+    @property
+    def where(self) -> str:
+        return str(self.out)
+
+    def finished(self) -> set[int]:
+        return {int(file.stem) for file in self.out.glob("[0-9]*.parquet") if file.stem.isdecimal()}
+
+    def write(self, shard: int, blocks: Iterable[Block]) -> None:
+        from cafe.cli.table import EmbeddingTable
+
         with (
-            replacing(out / f"{shard:05d}.parquet") as unfinished,
-            EmbeddingTable(unfinished, inputs.columns, model, vlm.embedding_dimension) as table,
+            replacing(self.out / f"{shard:05d}.parquet") as unfinished,
+            EmbeddingTable(unfinished, self.columns, self.model, self.dimension) as table,
         ):
-            for rows, embeddings, skipped in _embedded(vlm, records):
+            for rows, embeddings in blocks:
                 table.append(rows, embeddings)
-                done.embedded, done.skipped = done.embedded + len(rows), done.skipped + skipped
-                advance(len(rows) + skipped)
 
-    def is_there(shard: int) -> bool:
-        return (out / f"{shard:05d}.parquet").is_file()
-
-    _each_shard(inputs.records(), inputs.count, shard_size, done, is_there, write)
-    return _not_empty(done, source)
+    def complete(self) -> None: ...
 
 
-def embed_to_table(
-    model: str, source: Path, inputs: Source, to: str, shard_size: int, ranks: Ranks
-) -> Done:
-    """Append to the LanceDB table at `to`, one write per shard, and optimize it when alone.
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A LanceDB table; paths in it start at `root`. A shard is kept in memory, then appended."""
 
-    Raises DataError when the table holds embeddings of another model or input.
-    """
-    import numpy as np
+    where: str
+    root: Path
 
-    vlm, facts = _open(model, ranks)
-    root = source if source.is_dir() else source.parent
-    index = _open_table(to, facts, _plan(facts, source, inputs, shard_size), root)
-    finished = index.values("shard")
-    done = Done(to, ranks)
+    def finished(self) -> set[int]:
+        return self._index.values("shard")
 
-    def write(shard: int, records: list[Record | Skipped], advance: Callable[[int], None]) -> None:
+    def write(self, shard: int, blocks: Iterable[Block]) -> None:
+        import numpy as np
+
         rows: list[Row] = []
         vectors: list[np.ndarray] = []
-        for loaded, embeddings, skipped in _embedded(vlm, records):
-            rows += [_row(one, shard, root) for one in loaded]
+        for loaded, embeddings in blocks:
+            rows += [_row(one, shard, self.root) for one in loaded]
             vectors += [] if embeddings is None else [embeddings]
-            done.skipped += skipped
-            advance(len(loaded) + skipped)
-        if rows:
+        index = self._index
+        # A worker that Ray took for dead may have written it.
+        if rows and not index.count(f"shard = {shard}"):
             index.add(rows, np.concatenate(vectors), new=True)
-            done.embedded += len(rows)
 
-    records = _unique(inputs.records())
-    _each_shard(records, inputs.count, shard_size, done, lambda s: s in finished, write)
+    def complete(self) -> None:
+        self._index.optimize()
+
+    @property
+    def _index(self) -> Index:
+        from cafe.index import Index
+
+        return Index.open(self.where)
+
+
+def open_files(
+    model: str, source: Path, inputs: Source, out: Path, shard_size: int, facts: ModelFacts
+) -> Files:
+    """The folder `out`, with its plan. Raises DataError when that is of another run."""
+    _agree(out, _plan(facts, source, inputs, shard_size))
+    return Files(out, inputs.columns, model, facts.dimension)
+
+
+def open_table(source: Path, inputs: Source, to: str, shard_size: int, facts: ModelFacts) -> Table:
+    """The table at `to`, new or of the same run; else DataError."""
+    root = source if source.is_dir() else source.parent
+    _open_table(to, facts, _plan(facts, source, inputs, shard_size), root)
+    return Table(to, root)
+
+
+def embed_shards(
+    model: str, source: Path, inputs: Source, opened: OpenSink, shard_size: int, ranks: Ranks
+) -> Done:
+    """Write the shards that are this process's and not there; the input is read once, in order."""
+    from cafe.cli.index_model import open_model
+
+    vlm, facts = open_model(model, device=ranks.device)
+    sink = opened(facts)
+    done = Done(sink.where, ranks)
+    missing = done.missing(sink, inputs.count, shard_size)
+    total = inputs_in(missing, inputs.count, shard_size)
+    with progress_bar("embed", total if ranks.rank == 0 else 0) as bar:
+
+        def told(embedded: int, problems: Sequence[Skipped]) -> None:
+            tell(problems)
+            done.embedded, done.skipped = done.embedded + embedded, done.skipped + len(problems)
+            bar(done.embedded + done.skipped)
+
+        for shard, part in parts_of(unique(inputs.records(), sink), shard_size, missing):
+            sink.write(shard, embedded_blocks(vlm, part, told))
+            done.shards += 1
     if ranks.count == 1:
-        index.optimize()
-    return _not_empty(done, source)
+        sink.complete()
+    return done.checked(source)
 
 
 # ---------------------------------------------------------------------- pieces
 
 
-def _open(model: str, ranks: Ranks) -> tuple[CAFe, ModelFacts]:
-    from cafe.cli.index_model import open_model
-
-    return open_model(model, device=ranks.device)
-
-
-def _each_shard(
-    records: Iterable[Record | Skipped],
-    count: int,
-    shard_size: int,
-    done: Done,
-    is_there: Callable[[int], bool],
-    write: Callable[[int, list[Record | Skipped], Callable[[int], None]], None],
-) -> None:
-    """`write` every shard that is this rank's and not there; the input is read once, in order."""
-    own = [s for s in range(-(-count // shard_size)) if done.ranks.owns(s)]
-    missing = {s for s in own if not is_there(s)}
-    done.there = len(own) - len(missing)
-    total = sum(min(shard_size, count - s * shard_size) for s in missing)
-    passed = 0
-    with progress_bar("embed", total if done.ranks.rank == 0 else 0) as bar:
-
-        def advance(more: int) -> None:
-            nonlocal passed
-            passed += more
-            bar(passed)
-
-        for shard, part in _parts(records, shard_size, missing):
-            write(shard, part, advance)
-            done.shards += 1
+def inputs_in(shards: Iterable[int], count: int, shard_size: int) -> int:
+    """How many of `count` inputs are in these shards."""
+    return sum(min(shard_size, count - shard * shard_size) for shard in shards)
 
 
-def _parts(
+def parts_of(
     records: Iterable[Record | Skipped], size: int, wanted: set[int]
 ) -> Iterator[tuple[int, list[Record | Skipped]]]:
     """The wanted shards, undecoded; the others are read past."""
@@ -201,14 +248,16 @@ def _parts(
         yield number // size, part
 
 
-def _embedded(
-    vlm: CAFe, records: Iterable[Record | Skipped]
-) -> Iterator[tuple[list[Loaded], np.ndarray | None, int]]:
-    """Blocks of a shard: rows, their embeddings, and how many inputs were broken (and told)."""
+def embedded_blocks(
+    vlm: CAFe,
+    records: Iterable[Record | Skipped],
+    told: Callable[[int, Sequence[Skipped]], None],
+) -> Iterator[Block]:
+    """A shard, block by block; `told` hears how many were embedded, and which were broken."""
     for block, problems in blocks_of(records):
         rows, embeddings, more = encode_block(vlm, block)
-        tell([*problems, *more])
-        yield rows, embeddings, len(problems) + len(more)
+        yield rows, embeddings
+        told(len(rows), [*problems, *more])
 
 
 def _plan(facts: ModelFacts, source: Path, inputs: Source, shard_size: int) -> dict[str, Any]:
@@ -268,8 +317,11 @@ def _open_table(to: str, facts: ModelFacts, plan: dict[str, Any], root: Path) ->
     return index
 
 
-def _unique(records: Iterable[Record | Skipped]) -> Iterator[Record | Skipped]:
-    """A table's rows are told apart by id: one that comes again is broken."""
+def unique(records: Iterable[Record | Skipped], sink: Sink) -> Iterator[Record | Skipped]:
+    """A table's rows are told apart by id: there, one that comes again is broken."""
+    if not isinstance(sink, Table):
+        yield from records
+        return
     seen: set[int] = set()
     for record in records:
         if isinstance(record, Skipped):
@@ -293,9 +345,3 @@ def _row(one: Loaded, shard: int, root: Path) -> Row:
     path = None if one.path is None else one.path.relative_to(root).as_posix()
     extra = {"shard": shard}
     return Row(one.id, kind, path, one.text, width=size[0], height=size[1], extra=extra)
-
-
-def _not_empty(done: Done, source: Path) -> Done:
-    if done.ranks.count == 1 and not done.embedded and not done.there:
-        raise DataError(f"{source}: nothing to embed ({done.skipped} inputs skipped)")
-    return done

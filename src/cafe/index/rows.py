@@ -15,6 +15,7 @@ vector   float32 [dimension], of length one
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -108,11 +109,16 @@ def column_name(name: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as a column holds it: what is no number, truth value or string becomes JSON."""
+    """A value as a column holds it: what is no number, truth value or string becomes JSON.
+
+    NaN and infinity become null: a hit is told as JSON, which has neither.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
