@@ -15,7 +15,7 @@ import pytest
 
 from cafe.cli import main
 from cafe.errors import CafeError
-from cafe.recipes import Recipe
+from cafe.recipes import Recipe, load_recipe
 
 RECIPE = """\
 model: tiny
@@ -197,3 +197,16 @@ def test_ctrl_c_is_exit_code_130(cafe, stand_in):
     code, _, err = cafe("demo")
     assert code == 130
     assert "Traceback" not in err
+
+
+def test_a_shipped_recipe_is_copied_first(cafe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cafe("train", "smolvlm-256m.yaml")
+    assert code == 2
+    source, target = err.strip().rpartition("cp ")[2].split()
+    assert (Path(source).name, target) == ("smolvlm-256m.yaml", "smolvlm-256m.yaml")
+    Path(target).write_bytes(Path(source).read_bytes())
+    assert load_recipe(target).model == "HuggingFaceTB/SmolVLM-256M-Instruct"
+    code, _, err = cafe("train", "gone.yaml")
+    assert code == 2
+    assert "gone.yaml: cannot be read" in err

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import PIL.Image
 import pytest
 from rich.console import Console
@@ -121,6 +124,26 @@ def test_a_terminal_shows_pictures_in_half_blocks(small_model: Any, tmp_path: Pa
     preview(console, small_model.collator, example)
     assert "38;2;255;0;0;48;2;255;0;0m▀" in stream.getvalue()
     assert stream.getvalue().count("negative: ") == 2
+
+
+def test_a_video_is_shown_by_the_frames_that_the_model_sees(inspect: Any, tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "film.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for level in range(20):
+            pixels = np.full((48, 64, 3), 12 * level, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    turns = [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": TEXTS[0]}]
+    record = {"video": "film.mp4", "conversations": turns}
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    code, out, _ = inspect(tmp_path / "data.json", "--png", tmp_path / "png")
+    assert code == 0
+    shown = [line for line in out.splitlines() if line.startswith("  frame ")]
+    assert len(shown) == len(list((tmp_path / "png").iterdir())) == 16
+    assert shown[0] == f"  frame 1 of 20 64x48, {tmp_path}/png/1-1.png"
+    assert re.search(r"  query: \d{2,} image tokens", out)
+    assert "<video> x " in out
 
 
 def test_stored_pictures_are_shown_as_any_other(inspect: Any, tmp_path: Path) -> None:

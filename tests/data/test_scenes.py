@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from itertools import combinations, islice, pairwise
 
 import numpy as np
@@ -45,6 +46,12 @@ from cafe.errors import DataError
 SCENES = [sample_scene(seed, "test" if seed % 2 else "train") for seed in range(300)]
 SINGULARS = {plural(name): name for name in KIND_NAMES}
 NUMBERS = ["zero", "one", "two", "three", "four"]
+
+
+@cache
+def many(split: str) -> list[Scene]:
+    """Placing objects takes milliseconds; tests of shares look at the same scenes."""
+    return [sample_scene(seed, split) for seed in range(600)]  # type: ignore[arg-type]
 
 
 def ask(scene: Scene, count: int = 10) -> list[Question]:
@@ -116,9 +123,7 @@ def test_same_seed_gives_the_same_scene_and_bytes():
 
 
 def test_other_seed_or_split_gives_another_scene():
-    train = [sample_scene(seed, "train") for seed in range(100)]
-    test = [sample_scene(seed, "test") for seed in range(100)]
-    pictures = {draw(scene).tobytes() for scene in train + test}
+    pictures = {draw(scene).tobytes() for scene in many("train")[:100] + many("test")[:100]}
     assert len(pictures) == 200
 
 
@@ -137,9 +142,8 @@ def test_held_out_pairs_are_symmetric_and_about_a_tenth():
 
 
 def test_held_out_pairs_are_in_half_of_the_test_scenes_and_in_no_train_scene():
-    assert not any(has_held_out_pair(sample_scene(seed, "train").kinds) for seed in range(600))
-    test = [sample_scene(seed, "test") for seed in range(600)]
-    shown = [has_held_out_pair(s.kinds) for s in test if len(s.objects) >= 2]
+    assert not any(has_held_out_pair(scene.kinds) for scene in many("train"))
+    shown = [has_held_out_pair(s.kinds) for s in many("test") if len(s.objects) >= 2]
     assert np.mean(shown) == pytest.approx(0.5, abs=0.08)
 
 
@@ -162,10 +166,10 @@ def test_objects_lie_in_their_own_places_inside_the_picture():
 
 
 def test_counts_and_twins_have_their_shares():
-    scenes = [sample_scene(seed) for seed in range(1500)]
+    scenes = many("train") + many("test")
     counts = Counter(len(scene.objects) for scene in scenes)
     for number, share in zip((1, 2, 3, 4), (0.2, 0.3, 0.3, 0.2), strict=True):
-        assert counts[number] / 1500 == pytest.approx(share, abs=0.04)
+        assert counts[number] / len(scenes) == pytest.approx(share, abs=0.04)
     several = [scene for scene in scenes if len(scene.objects) > 1]
     twins = np.mean([len(scene.kinds) < len(scene.objects) for scene in several])
     assert twins == pytest.approx(0.12, abs=0.04)

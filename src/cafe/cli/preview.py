@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cafe.cli.files import writing
 from cafe.errors import DataError
-from cafe.media import open_image
+from cafe.media import open_image, open_video
 from cafe.model.collate import Collator
 from cafe.types import Example, Image
 
@@ -27,7 +27,8 @@ class SequenceView:
 
     name           query, target, negative, or answer
     text           what the tokens are, learnt ones in bold, each run of picture tokens as one
-    image_tokens, text_tokens, learnt_tokens
+    image_tokens   those of pictures and videos
+    text_tokens, learnt_tokens
     """
 
     name: str
@@ -47,14 +48,14 @@ def preview(
     console.print(f"example {example.id!r}", style="bold")
     try:
         views = sequence_views(collator, example)
-        pictures = [open_image(image) for image in pictures_of(example)]
+        pictures = list(opened(example, collator.max_frames))
         tokens = row_tokens(collator, example)
     except DataError as error:
         console.print(f"  cannot be used: {error}", style="red")
         return
-    for number, picture in enumerate(pictures, 1):
+    for number, (name, picture) in enumerate(pictures, 1):
         where = "" if png is None else f", {_written(picture, *png, number)}"
-        console.print(f"  picture {picture.width}x{picture.height}{where}")
+        console.print(f"  {name} {picture.width}x{picture.height}{where}")
         if console.is_terminal:
             console.print(half_blocks(picture, _WIDTH))
     for view in views:
@@ -74,7 +75,8 @@ def sequence_views(collator: Collator, example: Example) -> list[SequenceView]:
     """The sequences of `example`, as tokens. Raises DataError when it cannot be collated."""
     rows = replace(collator, sharing="none", row_tokens=None)([example]).rows
     tokenizer = collator.processor.tokenizer
-    placeholder = collator.family.placeholder_id(collator.processor)
+    family, processor = collator.family, collator.processor
+    placeholders = {family.placeholder_id(processor), family.video_placeholder_id(processor)}
     count, width = rows.input_ids.shape
     pooled = [place // width for place in rows.pooled.tolist()]
     sides = dict(zip(pooled, chain(("query", "target"), _forever("negative")), strict=False))
@@ -87,11 +89,11 @@ def sequence_views(collator: Collator, example: Example) -> list[SequenceView]:
             for i, token in enumerate(rows.input_ids[r, :length].tolist())
         ]
         text = Text()
-        for (shown, bold), run in groupby(tokens, key=lambda t: (t[0] == placeholder, t[1])):
+        for (shown, bold), run in groupby(tokens, key=lambda t: (t[0] in placeholders, t[1])):
             ids = [token for token, _ in run]
             said = tokenizer.decode(ids[:1] if shown else ids, skip_special_tokens=False)
             text.append(f"{said} x {len(ids)} " if shown else said, "bold" if bold else "")
-        images = sum(token == placeholder for token, _ in tokens)
+        images = sum(token in placeholders for token, _ in tokens)
         views.append(
             SequenceView(
                 name=sides.get(r, "answer"),
@@ -109,12 +111,21 @@ def row_tokens(collator: Collator, example: Example) -> int:
     return replace(collator, sharing="trie", row_tokens=None)([example]).rows.input_ids.numel()
 
 
-def pictures_of(example: Example) -> list[Image]:
-    """Its different pictures, in the order in which they are seen."""
+def opened(example: Example, max_frames: int) -> Iterator[tuple[str, PIL.Image.Image]]:
+    """Its different pictures, and the frames of its videos that the model sees, with their names.
+
+    In the order in which they are seen. Raises ImageError for one that cannot be opened.
+    """
     sides = [side for side in (example.query, example.target) if side is not None]
     messages = chain.from_iterable((*sides, *example.negatives, *example.dialogues))
     parts = (part for message in messages for part in message.content)
-    return list({part.key: part for part in parts if isinstance(part, Image)}.values())
+    for part in {p.key: p for p in parts if not isinstance(p, str)}.values():
+        if isinstance(part, Image):
+            yield "picture", open_image(part)
+        else:
+            clip = open_video(part, max_frames)
+            for index, frame in zip(clip.indices, clip.frames, strict=True):
+                yield f"frame {index + 1} of {clip.total}", frame
 
 
 def half_blocks(picture: PIL.Image.Image, width: int) -> Text:

@@ -25,8 +25,27 @@ def command(
     """
     from cafe.recipes import load_recipe
 
+    _check_there(recipe)
     checked = load_recipe(recipe, overrides or [])  # before torch: a typo is told at once
 
     from cafe.train.run import train
 
     train(checked, resume=resume)
+
+
+def _check_there(recipe: Path) -> None:
+    """A recipe that ships with cafe is copied first: its data paths start at its own folder.
+
+    Raises RecipeError, with the command that copies it.
+    """
+    import shlex
+
+    import cafe.recipes
+    from cafe.errors import RecipeError
+
+    shipped = Path(cafe.recipes.__file__).parent / recipe.name
+    if not recipe.exists() and shipped.is_file():
+        raise RecipeError(
+            f"{recipe}: no such file. A recipe of that name ships with cafe; copy it, change what "
+            f"is yours, and train that: cp {shlex.quote(str(shipped))} {shlex.quote(str(recipe))}"
+        )

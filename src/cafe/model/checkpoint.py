@@ -91,7 +91,7 @@ def _load_whole(
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path,
                 dtype=dtype,
-                attn_implementation=attention,
+                attn_implementation=kernels(attention),
                 quantization_config=quantization,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # collected in `info`, and refused below
@@ -111,6 +111,17 @@ def _load_whole(
             "weights again, from one model"
         )
     return model, processor
+
+
+def kernels(attention: str) -> str | dict[str, str]:
+    """The attention kernel of each part, as transformers takes it.
+
+    FlexAttention is for the language model, whose rows branch: a tower has no such mask, and its
+    heads may have a width that the kernel does not take.
+    """
+    if attention != "flex_attention":
+        return attention
+    return {"": attention, "text_config": attention, "vision_config": "sdpa"}
 
 
 def weights_dtype(name_or_dir: str | Path) -> torch.dtype:

@@ -139,6 +139,8 @@ class Batch(Section):
     """Examples per process that are in memory at once; None: the process's whole share."""
     max_tokens: Count | None = None
     """Longest sequence; text is cut, image tokens never. None: the model's context."""
+    max_frames: Count = 16
+    """Frames of a video that the model sees, evenly spaced."""
     row_tokens: Count | None = None
     """Pack several examples into rows of so many tokens; None: one row per example."""
     sharing: Literal["trie", "none"] = "trie"
@@ -271,10 +273,14 @@ class Recipe(Section):
     """Of forward and backward; weights and optimizer state stay fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    offload_activations: bool = False
+    """What gradient_checkpointing keeps waits in the host's memory: still less, still slower."""
+    compile: bool = False
+    """torch.compile each layer: faster steps after minutes of compiling. Not with dropout."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp: each process holds a piece of weights, gradients and optimizer state, not all."""
-    attention: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
-    """Attention kernel."""
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
+    """Attention kernel. flash_attention_2 cannot share tokens: it needs batch.sharing none."""
     checkpoint: Checkpoint = Checkpoint()
     """When the state is saved."""
     log: Log = Log()
@@ -295,6 +301,27 @@ class Recipe(Section):
             frozen += [p for p in self.optimizer.freeze if p in self.tuning.full_parts]
             if frozen:
                 raise ValueError(f"{frozen[0]} is in optimizer.freeze and in tuning; name it once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload_activations moves what gradient_checkpointing keeps; set that to true too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> Self:
+        if self.attention != "flash_attention_2":
+            return self
+        if self.batch.sharing != "none" or self.batch.row_tokens is not None:
+            raise ValueError(
+                "attention is flash_attention_2, whose kernel takes no mask of branches; set "
+                "attention: flex_attention, which does, or batch.sharing: none without row_tokens"
+            )
+        if self.precision == "fp32":
+            raise ValueError("attention is flash_attention_2, which needs precision: bf16")
         return self
 
     def dump(self) -> str:

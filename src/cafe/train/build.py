@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,9 +21,11 @@ from cafe.model.collate import Collator
 from cafe.model.vlm import CAFe
 from cafe.recipes import Recipe
 from cafe.train.adapt import halve_frozen_layers
+from cafe.train.blocks import compile_blocks, inputs_on_host, recompute_blocks
 from cafe.train.contrast import Contrast
 from cafe.train.distributed import world_size
 from cafe.train.optim import build_optimizer, freeze, head_is_tied, parts_of
+from cafe.train.randomness import uses_dropout
 from cafe.train.sharding import shard
 from cafe.train.state import TrainingState, fingerprint
 from cafe.train.step import TrainingStep
@@ -51,6 +55,13 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         raise RecipeError(
             "accelerate's own FSDP is switched on; leave it off (no --use_fsdp) and set "
             "sharding=fsdp in the recipe"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise RecipeError(
+            "accelerate is set to use DeepSpeed, whose engine moves the weights within each "
+            "backward pass, before a chunked step is whole or its loss is checked. Switch it off "
+            "(accelerate config, or torchrun); sharding=fsdp in the recipe shares weights, "
+            "gradients and optimizer state as ZeRO-3 does"
         )
     if wanted:
         accelerator.init_trackers("cafe", config=_flat(recipe.model_dump(mode="json")))
@@ -92,10 +103,10 @@ def build_step(
         halve_frozen_layers(core)
     core.train()
     if recipe.gradient_checkpointing:
-        with warnings.catch_warnings():
-            # Renamed in transformers 5.23; the old name is in every version that we take.
-            warnings.simplefilter("ignore", FutureWarning)
-            core.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(core)
+    if recipe.compile:
+        _check_compilable(recipe, core)
+        compile_blocks(core)
     base = fingerprint(core.model)
     device = accelerator.device
     if sharded:
@@ -107,7 +118,7 @@ def build_step(
         contrast,
         recipe.objective,
         backward=accelerator.backward,
-        autocast=lambda: accelerator.autocast(),
+        autocast=lambda: _forward_context(recipe, accelerator),
         sharded=sharded,
     )
     optimizer: Any = build_optimizer(parts_of(core), contrast, recipe.optimizer, device.type)
@@ -118,6 +129,23 @@ def build_step(
             model, optimizer = accelerator.prepare(core, optimizer)
         step = replace(step, model=model, no_sync=lambda: accelerator.no_sync(model))
     return step, TrainingState(core.model, contrast, optimizer, device, base, sharded)
+
+
+def _check_compilable(recipe: Recipe, core: CAFe) -> None:
+    """Compiled dropout draws other numbers in a pass with gradient than in one without."""
+    if uses_dropout(core):
+        raise RecipeError(
+            f"compile: {recipe.model} has dropout, which must fall alike in both passes of a "
+            "chunked step, and compiled it does not; set compile: false, or tuning.dropout: 0"
+        )
+
+
+@contextmanager
+def _forward_context(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
+    """Precision, and where what a forward keeps for the backward pass waits."""
+    away = inputs_on_host() if recipe.offload_activations else nullcontext()
+    with accelerator.autocast(), away:
+        yield
 
 
 def is_sharded(recipe: Recipe) -> bool:
@@ -137,6 +165,7 @@ def build_collator(recipe: Recipe, core: CAFe) -> Collator:
     return replace(
         core.collator,
         max_tokens=batch.max_tokens or context,
+        max_frames=batch.max_frames,
         sharing=batch.sharing,
         row_tokens=batch.row_tokens,
         dummy_image=world_size() > 1,

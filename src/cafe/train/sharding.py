@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cafe.errors import FamilyError
 from cafe.model.vlm import CAFe
+from cafe.train.blocks import blocks_of
 from cafe.train.distributed import add_over_ranks, rank, world_size
 
 
@@ -39,7 +39,7 @@ def shard(core: CAFe, device: torch.device) -> None:
     Before the optimizer is built, after everything that changes modules or freezes parameters.
     Raises FamilyError when the model has no blocks that could be gathered one by one.
     """
-    blocks = [m for m in core.modules() if isinstance(m, GradientCheckpointingLayer)]
+    blocks = blocks_of(core)
     if not blocks:
         raise FamilyError(
             f"model type {core.family.model_type!r}: has no blocks to shard by; set sharding=none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 
 import builders
-from test_family import A, B, turn
+from test_family import EXAMPLES, A, B, turn
 
 from cafe.errors import FamilyError
 from cafe.model.families import Grid
@@ -27,6 +28,7 @@ from cafe.model.trie import (
     TokenSequence,
     build_row,
     image_keys,
+    padding_mask,
     picture_runs,
     sight_ends,
     stack_rows,
@@ -226,3 +228,44 @@ def test_examples_that_share_a_picture_share_its_tokens(tmp_path: Path):
     assert rows.positions.shape[0] == 4
     assert int((rows.input_ids == model.processor.image_token_id).sum()) == 2 * 16
     assert rows.image_order.tolist() == [0, 1]
+
+
+# ------------------------------------------------------------------ rows of one sequence
+
+
+def test_a_padding_mask_is_enough_where_nothing_is_shared(family_model: CAFe):
+    """What FlashAttention-2 is given; here SDPA reads it, as transformers makes of it."""
+    if family_model.family.pictures_see_themselves:
+        return
+    chunk = replace(family_model.collator, sharing="none")(EXAMPLES)
+    with torch.inference_mode():
+        expected = family_model(chunk.rows, chunk.vision)
+        real = padding_mask(chunk.rows.subtree_end)
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(CAFe, "_mask", lambda model, rows: real)
+        found = family_model(chunk.rows, chunk.vision)
+        monkey.undo()
+    assert 0 < int(real.sum()) < real.numel()
+    assert float((found - expected)[real.bool()].abs().max()) <= 1e-6
+
+
+def test_a_row_with_branches_has_no_padding_mask(family_model: CAFe):
+    rows = family_model.collator(EXAMPLES).rows
+    with pytest.raises(ValueError, match="collate with sharing none"):
+        padding_mask(rows.subtree_end)
+
+
+def test_flash_attention_shares_nothing_and_refuses_pictures_that_see_themselves(
+    family_model: CAFe,
+):
+    config = family_model.model.config
+    config._attn_implementation = "flash_attention_2"
+    try:
+        if family_model.family.pictures_see_themselves:
+            with pytest.raises(FamilyError, match="flash_attention_2 cannot do; use sdpa or flex"):
+                CAFe(family_model.model, family_model.processor)
+        else:
+            model = CAFe(family_model.model, family_model.processor)
+            assert model.collator.sharing == "none"
+    finally:
+        config._attn_implementation = "sdpa"
