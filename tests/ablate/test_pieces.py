@@ -34,7 +34,8 @@ def test_the_shipped_ablation_is_the_demos_run_with_other_weights():
     demo = load_recipe(SHIPPED.with_name("demo.yaml"))
     assert common.optimizer == demo.optimizer
     assert common.batch == demo.batch
-    assert common.schedule.steps == made.training["schedule"]["steps"]
+    assert common.schedule == demo.schedule
+    assert common_recipe(ablation("training.schedule.steps=7")).schedule.steps == 7
     assert len(made.seeds) >= 3
 
 
