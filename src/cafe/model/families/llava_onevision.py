@@ -99,7 +99,10 @@ def _picture_features(
         for size, tiled in zip(image_sizes, alone.tolist(), strict=True)
     ]
     first, second = pixel_values[:, 0], pixel_values[:, :2][:, -1]
-    same = (first == second).flatten(1).all(1).tolist()
+    # Of a picture that is not square, transformers cuts the tile's empty lines: all one colour, it
+    # has equal pixels and other features.
+    square = image_sizes[:, 0] == image_sizes[:, 1]
+    same = (square & (first == second).flatten(1).all(1)).tolist()
     twice = [count == 2 and equal for count, equal in zip(views, same, strict=True)]
     tiled = [i for i, count in enumerate(views) if count > 1 and not twice[i]]
     single = [i for i, count in enumerate(views) if count == 1 or twice[i]]
