@@ -49,7 +49,7 @@ class WhileDecoding:
     def __enter__(self) -> None:
         with _LOCK:
             if self._inside == 0 and self._config._attn_implementation == "flex_attention":
-                self._config._attn_implementation = "sdpa"
+                self._set("sdpa")
                 self._flex = True
             self._inside += 1
 
@@ -57,10 +57,12 @@ class WhileDecoding:
         with _LOCK:
             self._inside -= 1
             if self._inside == 0 and self._flex:
-                # The tower never has it (`cafe.model.checkpoint.kernels`), and keeps SDPA.
-                back = {"": "flex_attention", "text_config": "flex_attention"}
-                self._config._attn_implementation = back
+                self._set("flex_attention")
                 self._flex = False
+
+    def _set(self, attention: str) -> None:
+        """Of the language model; the vision tower keeps its own."""
+        self._config._attn_implementation = {"": attention, "text_config": attention}
 
 
 _LOCK = threading.Lock()

@@ -77,7 +77,7 @@ class _Worker:
         )
 
     def stop(self) -> None:
-        self.connection.close()  # which ends an idle one
+        """Once its connection is closed: an idle one ends by itself, a busy one is killed."""
         self.process.join(0.5)
         if self.process.is_alive():
             self.process.kill()
@@ -136,6 +136,8 @@ def encode_on(
             embeddings[numbers] = vectors
             done(len(numbers))
     finally:
+        for worker in workers:
+            worker.connection.close()
         for worker in workers:
             worker.stop()
     return embeddings
