@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMissingImports]
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 
 from cafe.errors import DataError
@@ -117,7 +118,7 @@ class CafeSimple(_Cafe):
             asked.append((question_of(text, visuals), settings_of(how)))
         return self._answers(asked)
 
-    def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Any) -> list[Any]:
         """For each request the log-probability, in nats, of replying with exactly its continuation
         (the token that ends a reply included, as in lmms-eval's LLaVA), and whether greedy decoding
         does. White space around a continuation, which lmms-eval puts there, is left out.
@@ -127,7 +128,9 @@ class CafeSimple(_Cafe):
             for number, request in enumerate(requests)
         ]
         readings = read_examples(self.cafe, examples, batch_size=self.batch_size)
-        return [(-r.answers[0].nll_nats, r.answers[0].greedy) for r in readings]
+        pairs = [(-r.answers[0].nll_nats, r.answers[0].greedy) for r in readings]
+        # lmms-eval 0.7.3 makes a string of a bare pair, and then fails to unpack it.
+        return [GenerationResult(text=pair) for pair in pairs]
 
     def _reply(self, text: str, continuation: Any, *about: Any) -> Conversation:
         """A question with its continuation as the reply. `about` is missing where the task wants
