@@ -59,12 +59,12 @@ def test_two_processes_give_what_one_gives(
 def test_a_process_takes_settings_and_names_inputs_as_the_caller_does(model: CAFe, tmp_path: Path):
     from dataclasses import replace
 
-    model.collator = replace(model.collator, max_tokens=40)
+    model.collator = replace(model.collator, max_tokens=80)
     long = ["yes " * 100, "yes " * 100 + "no"]
     found = model.encode(long, devices=["cpu"], truncate_dim=8, convert_to_tensor=True)
     assert isinstance(found, torch.Tensor)
     assert found.shape == (2, 8)
-    assert torch.equal(found[0], found[1]), "both are cut at 40 tokens"
+    assert torch.equal(found[0], found[1]), "both are cut at 80 tokens"
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(ImageError, match=r"input 2: picture .*broken\.png"):
         model.encode(["a", picture(1), tmp_path / "broken.png"], devices=["cpu"])
