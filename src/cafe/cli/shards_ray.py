@@ -167,7 +167,8 @@ def _explained() -> Iterator[None]:
         yield
     except RayError as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, CafeError):
+        # Ray's own wrapping of a CafeError is an instance of both.
+        while isinstance(cause, RayError) or not isinstance(cause, CafeError | None):
             cause = getattr(cause, "cause", None) or cause.__cause__
         raise cause or CafeError(f"a Ray worker failed ({_line(error)})") from error
 
