@@ -60,11 +60,12 @@ def test_a_process_takes_settings_and_names_inputs_as_the_caller_does(model: CAF
     from dataclasses import replace
 
     model.collator = replace(model.collator, max_tokens=80)
-    long = ["yes " * 100, "yes " * 100 + "no"]
+    long = ["yes " * 100 + "no", "yes " * 100 + "red"]
     found = model.encode(long, devices=["cpu"], truncate_dim=8, convert_to_tensor=True)
     assert isinstance(found, torch.Tensor)
     assert found.shape == (2, 8)
     assert torch.equal(found[0], found[1]), "both are cut at 80 tokens"
+    assert np.abs(found.numpy() - model.encode(long, truncate_dim=8)).max() <= 1e-5
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(ImageError, match=r"input 2: picture .*broken\.png"):
         model.encode(["a", picture(1), tmp_path / "broken.png"], devices=["cpu"])
