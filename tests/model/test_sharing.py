@@ -328,12 +328,12 @@ def counted(model: CAFe) -> Iterator[list[int]]:
     ("name", "views", "shown"),
     [
         ("text only", [], []),
-        # Alone, a picture is seen twice: as a whole, and as its one tile.
-        ("one picture", [2], [ALONE_TOKENS]),
-        ("several answers", [2], [ALONE_TOKENS]),
+        # Alone, a square picture is shown as a whole and as its one tile, which are the same view.
+        ("one picture", [1], [ALONE_TOKENS]),
+        ("several answers", [1], [ALONE_TOKENS]),
         ("two pictures", [2], [TOGETHER_TOKENS] * 4),
-        # A and B alone (padded to two views each), and both beside the other, whole only.
-        ("alone and in company", [6], [ALONE_TOKENS] * 2 + [TOGETHER_TOKENS] * 2),
+        # A and B alone (one view each), and both beside the other, whole only.
+        ("alone and in company", [4], [ALONE_TOKENS] * 2 + [TOGETHER_TOKENS] * 2),
     ],
 )
 def test_a_picture_is_processed_once_however_often_it_is_shown(
@@ -350,7 +350,7 @@ def test_examples_of_a_chunk_that_show_one_picture_share_its_features(model: CAF
     one = CASES["one picture"]
     with counted(model) as seen:
         run(model, [one, replace(one, id="again"), replace(one, id="more")])
-    assert seen == [2]
+    assert seen == [1]
 
 
 def test_an_unused_picture_changes_no_state_and_gives_the_tower_a_gradient(model: CAFe):

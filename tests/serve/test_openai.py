@@ -137,7 +137,7 @@ def test_answers_are_those_of_generate(client: openai.OpenAI, tiny: CAFe, seed: 
 
 
 def test_a_stream_joins_to_the_same_answer(client: openai.OpenAI):
-    asked = {"model": "tiny", "messages": shown(1, DESCRIBE), "max_completion_tokens": 24}
+    asked = {"model": "tiny", "messages": shown(1, DESCRIBE), "max_completion_tokens": 120}
     whole = client.chat.completions.create(**asked)
     chunks = list(
         client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})

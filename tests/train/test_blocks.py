@@ -82,6 +82,7 @@ def test_activations_are_put_away_and_weights_and_small_tensors_are_not() -> Non
 @pytest.mark.slow
 def test_compiled_blocks_have_the_losses_and_gradients_of_three_passes() -> None:
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()  # type: ignore[attr-defined]  # of other tests
     model, examples = in_float64(build_small_model()).train(), make_examples(3)
     contrastive, language = three_passes(model, examples, JOINT)
     expected = gradients(model)

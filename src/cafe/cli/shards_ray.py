@@ -115,7 +115,7 @@ def _packed(shard: int, records: list[Record | Skipped]) -> Any:
 
 
 def _written(
-    parts: Sequence[Any], worker: tuple[str, Sink], size: int, share: Mapping[str, float]
+    parts: Sequence[Any], worker: tuple[str, Sink], size: int, share: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """What the workers say of each shard, as it is done."""
     if not parts:
@@ -125,7 +125,8 @@ def _written(
     ray.data.DataContext.get_current().enable_progress_bars = False
     pool = ray.data.ActorPoolStrategy(size=min(size, len(parts)))
     rows = ray.data.from_arrow_refs(list(parts))
-    done = rows.map(Worker, fn_constructor_args=worker, compute=pool, **share)
+    each: Any = Worker  # Ray takes a class that is called, and its types do not say so
+    done = rows.map(each, fn_constructor_args=worker, compute=pool, **share)
     yield from done.iter_rows()
 
 
@@ -139,12 +140,16 @@ def _cluster() -> Iterator[Any]:
         import ray.data
     except ImportError as error:
         raise CafeError("--engine ray needs Ray: pip install 'cafe-vlm[ray]'") from error
-    here = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    here: dict[str, Any] = {
+        "address": "local",
+        "include_dashboard": False,
+        "_node_ip_address": "127.0.0.1",
+    }
     address = os.environ.get("RAY_ADDRESS", "local")
-    where = here if address == "local" else {"address": address}
+    where: dict[str, Any] = here if address == "local" else {"address": address}
     for left in reversed(range(ATTEMPTS)):
         try:
-            ray.init(logging_level="error", log_to_driver=False, **where)
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **where)
             break
         except Exception as error:  # of many kinds, among them bare ones
             ray.shutdown()

@@ -23,11 +23,23 @@ _READ: ContextVar[tuple[Tensor, torch.Size] | None] = ContextVar("read", default
 
 
 def prepare(decoder: Any) -> None:
-    """Let `read_only_at` work on a language model; a layer without the parts above stays whole."""
+    """Let `read_only_at` work on a language model; a layer without the parts above stays whole.
+
+    To be called again when something was put around those parts (an adapter).
+    """
+    release(decoder)
     for name, module in decoder.layers[-1].named_modules():
-        if name in _TOKENWISE and _few not in module._forward_pre_hooks.values():
+        if name in _TOKENWISE:
             module.register_forward_pre_hook(_few)
             module.register_forward_hook(_spread)
+
+
+def release(decoder: Any) -> None:
+    """Take that away: within `read_only_at` the last layer then gives all states."""
+    for module in decoder.layers[-1].modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_few, _spread)]:
+                del hooks[key]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cafe.errors import RecipeError
+from cafe.model import last_layer
 from cafe.model.adapter import adapter_of, add_adapter, linear_layers
 from cafe.model.checkpoint import load_pretrained
 from cafe.model.families import family_of
@@ -60,6 +61,7 @@ def adapt(core: CAFe, tuning: Tuning, base: str) -> None:
     for name, parameter in core.model.named_parameters():
         if name in learned and name.startswith(tuple(f"{module}." for module in whole)):
             parameter.requires_grad_(True)
+    last_layer.prepare(core.model.get_decoder())
 
 
 def _layers(core: CAFe, part: str, targets: list[str] | None) -> list[str]:

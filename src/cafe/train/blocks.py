@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from cafe.model import last_layer
 from cafe.model.vlm import CAFe
 
 LEAST_BYTES = 1 << 20
 """Smaller tensors cost more to move than they free."""
 
 
-def blocks_of(core: CAFe) -> list[nn.Module]:
-    return [m for m in core.modules() if isinstance(m, GradientCheckpointingLayer)]
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def recompute_blocks(core: CAFe) -> None:
@@ -33,12 +34,15 @@ def recompute_blocks(core: CAFe) -> None:
 
 
 def compile_blocks(core: CAFe) -> None:
-    """Have torch compile each block, in place; equal blocks share their code.
+    """Have torch compile each block of the language model, in place; equal blocks share their code.
 
     The first steps of each kind of shape take long. Not the whole model: which features stand
-    where is Python, and every row length would be another graph.
+    where is Python, and every row length would be another graph. Not the tower: transformers reads
+    its layers' outputs by hooks that the compiler cannot see through, as are `last_layer`'s.
     """
-    for block in blocks_of(core):
+    decoder = core.model.get_decoder()
+    last_layer.release(decoder)
+    for block in blocks_of(decoder):
         block.compile()
 
 
