@@ -276,7 +276,8 @@ class Recipe(Section):
     offload_activations: bool = False
     """What gradient_checkpointing keeps waits in the host's memory: still less, still slower."""
     compile: bool = False
-    """torch.compile each layer of the language model: faster steps after minutes of compiling. Not with dropout."""
+    """torch.compile each layer of the language model: faster steps, after minutes of compiling.
+    Not with dropout."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp: each process holds a piece of weights, gradients and optimizer state, not all."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
