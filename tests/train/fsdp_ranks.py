@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ranks import JOINT, examples_of
+from ranks import JOINT, examples_of, leave
 from torch.distributed.tensor import DTensor
 
 from cafe.model.checkpoint import save_checkpoint
@@ -21,7 +21,6 @@ from cafe.recipes import Optimizer, Tuning
 from cafe.train.adapt import adapt
 from cafe.train.checkpoints import Checkpoints
 from cafe.train.contrast import Contrast
-from cafe.train.distributed import max_over_ranks
 from cafe.train.optim import build_optimizer, parts_of
 from cafe.train.sharding import clip_pieces, shard, whole_weights
 from cafe.train.state import TrainingState, pieces_of, weights_of
@@ -167,5 +166,4 @@ def worker(rank: int, port: int, out: str) -> None:
                     model.model, model.processor, model.collator, Path(out) / "adapter", whole
                 )
     torch.save(restored(rank, Path(out)), f"{out}/restored-{rank}.pt")
-    max_over_ranks(0, torch.device("cpu"))  # none leaves while the other still works
-    torch.distributed.destroy_process_group()
+    leave()

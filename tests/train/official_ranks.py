@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from ranks import leave
 from twin import gradients, make_examples
 
 from cafe.recipes import Objective
@@ -39,4 +40,4 @@ def worker(rank: int, port: int, out: str, compat: str) -> None:
     )
     objective = Objective(contrastive_weight=0.7, language_weight=1.3, compat=compat)  # type: ignore[arg-type]
     torch.save(gradients_of(shares()[rank], objective, wrapped=True), f"{out}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
