@@ -115,7 +115,7 @@ class CAFe(nn.Module):
         """What a token costs in the matrices, in tokens that it could attend to instead.
 
         A layer's matrices are about 12 width² multiplications for a token, attention is 2 width
-        for each pair of tokens; and it runs at a third of the speed, as measured.
+        for each pair of tokens; and it is taken to run at a third of the speed (an estimate).
         """
         return 2.0 * self.embedding_dimension
 
