@@ -122,8 +122,8 @@ def join(model: CAFe, pixels: Tensor) -> None:
     Finding a named thing in a picture is a match between a word and a patch that points the same
     way (`pretrain_tower`). Three things keep that match alive until the model uses it; without
     them it is gone within 100 steps, and comes back slowly:
-    1. The first layer's keys begin as its queries, so that like attends to like (Trockman and
-       Kolter, "Mimetic Initialization", 2023).
+    1. Keys begin as queries, so that like attends to like (Trockman and Kolter, "Mimetic
+       Initialization", 2023).
     2. Embeddings are large against what AdamW moves them by in a step.
     3. Patches are as long as words; the tower leaves them 400 times longer, where their gradients
        are nothing and the layers' updates too.
@@ -163,7 +163,7 @@ def pace(done: float, step: int) -> float:
 
 
 def optimizers(model: CAFe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the towers, AdamW for everything else.
+    """Muon for the language model's matrices, AdamW for everything else that learns.
 
     Muon's step is as long for noise as for signal, and would undo `join` before
     anything uses it: the first layer's queries and keys move slowly.

@@ -35,6 +35,7 @@ import torch
 
 from cafe.errors import CheckpointError
 from cafe.model.convert_weights import check_weights, is_ignored, read_headers, write_weights
+from cafe.model.tiny import CHAT_TEMPLATE as CHATML
 
 SIGLIP_TOWERS: dict[str, dict[str, Any]] = {
     "siglip-so400m-patch14-384": {
@@ -51,20 +52,7 @@ SIGLIP_TOWERS: dict[str, dict[str, Any]] = {
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{{- '<image>\\n' -}}"
-    "{%- elif part['type'] == 'video' -%}{{- '<video>\\n' -}}"
-    "{%- else -%}{{- part['text'] -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{{- '<|im_end|>\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    "{%- endif -%}" + CHATML
 )
 
 # The settings that this layout can have, where it can have only one.

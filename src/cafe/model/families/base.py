@@ -147,6 +147,18 @@ def flat(groups: Sequence[Sequence[PIL.Image.Image]]) -> list[PIL.Image.Image]:
     return [picture for group in groups for picture in group]
 
 
+def one_by_one(processor: Any, clips: Sequence[Clip]) -> tuple[Tensor, list[str]]:
+    """Clips processed each by itself: all frames [frames, …] and each clip's placeholder."""
+    frames, placeholders = [], []
+    for clip in clips:
+        inputs = processor.video_processor(
+            [list(clip.frames)], do_sample_frames=False, return_tensors="pt"
+        )
+        frames.append(inputs["pixel_values_videos"][0])
+        placeholders.append(processor.replace_video_token(inputs, 0))
+    return torch.cat(frames), placeholders
+
+
 def tower_above(config: Any, tower: str) -> tuple[str, ...]:
     """Prefixes of the layers of a CLIP or SigLIP `tower` above the one that features come from.
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import PIL.Image
-import torch
 
 from cafe.media import Clip
-from cafe.model.families.base import ProcessedImages, flat
+from cafe.model.families.base import ProcessedImages, flat, one_by_one
 from cafe.model.families.tiles import TiledFamily
 
 
@@ -41,16 +40,10 @@ class InternVL(TiledFamily):
 
     def process_videos(self, processor: Any, clips: Sequence[Clip]) -> ProcessedImages:
         """Each frame is a picture of one tile; a text before it names it."""
-        frames, placeholders = [], []
-        for clip in clips:
-            inputs = processor.video_processor(
-                [list(clip.frames)], do_sample_frames=False, return_tensors="pt"
-            )
-            frames.append(inputs["pixel_values_videos"][0])
-            placeholders.append(processor.replace_video_token(inputs, 0))
+        frames, placeholders = one_by_one(processor, clips)
         return ProcessedImages(
             inputs={
-                "pixel_values": torch.cat(frames),
+                "pixel_values": frames,
                 "feature_counts": self.counts(processor, placeholders),
             },
             placeholders=placeholders,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cafe.media import Clip
-from cafe.model.families.base import Family, ProcessedImages, in_blocks, tower_above
+from cafe.model.families.base import Family, ProcessedImages, in_blocks, one_by_one, tower_above
 
 
 class LlavaOnevision(Family):
@@ -44,16 +44,10 @@ class LlavaOnevision(Family):
         return processor.video_token_id
 
     def process_videos(self, processor: Any, clips: Sequence[Clip]) -> ProcessedImages:
-        frames, placeholders = [], []
-        for clip in clips:
-            inputs = processor.video_processor(
-                [list(clip.frames)], do_sample_frames=False, return_tensors="pt"
-            )
-            frames.append(inputs["pixel_values_videos"][0])
-            placeholders.append(processor.replace_video_token(inputs, 0))
+        frames, placeholders = one_by_one(processor, clips)
         return ProcessedImages(
             inputs={
-                "video_frames": torch.cat(frames),
+                "video_frames": frames,
                 "video_lengths": torch.tensor([len(clip.frames) for clip in clips]),
             },
             placeholders=placeholders,
