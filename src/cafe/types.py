@@ -62,17 +62,23 @@ class Image:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Video:
-    """A video by reference: a path, or its decoded frames (PIL images in order).
+    """A video by reference: a path, or its frames in order (PIL images, or paths of pictures).
 
     A frame of more than `pixel_budget` pixels is made smaller, as a picture is.
     """
 
-    source: str | Path | tuple[PIL.Image.Image, ...]
+    source: str | Path | tuple[PIL.Image.Image | Path, ...]
     pixel_budget: int | None = None
 
     @property
     def key(self) -> object:
-        name = str(self.source) if isinstance(self.source, str | Path) else id(self.source)
+        match self.source:
+            case str() | Path():
+                name: object = str(self.source)
+            case (Path(), *_):
+                name = tuple(map(str, self.source))
+            case _:
+                name = id(self.source)
         return name if self.pixel_budget is None else (name, self.pixel_budget)
 
 

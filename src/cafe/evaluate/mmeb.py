@@ -1,4 +1,5 @@
-"""MMEB: image tasks (hit@1 over each query's own candidates) and V2's visual documents (NDCG@5).
+"""MMEB: image tasks (hit@1 over each query's own candidates), V2's videos (hit@1) and visual
+documents (NDCG@5).
 
     folder/ImageNet-1K/test-….parquet      a folder per data set, as in TIGER-Lab/MMEB-eval
     folder/images/ImageNet-1K/….JPEG       what its rows name (or folder/eval_images/, or folder/)
@@ -6,6 +7,8 @@
     folder/ViDoRe_arxivqa/queries/test-….parquet    query-id, query      BEIR's three tables, as in
     folder/ViDoRe_arxivqa/corpus/test-….parquet     corpus-id, image     vidore/… on the hub
     folder/ViDoRe_arxivqa/qrels/test-….parquet      query-id, corpus-id, score
+
+The layout of videos is in `cafe.evaluate.mmeb_video`.
 
 Data sets that are not there are named in the result, and means over groups that lack one are left
 out: a mean over other data sets is another number.
@@ -23,7 +26,16 @@ from cafe.data.formats.mmeb import Ranked, RankedReader
 from cafe.data.pictures import Media
 from cafe.errors import DataError
 from cafe.evaluate.journal import Journal
-from cafe.evaluate.mmeb_tables import IMAGE, MEASURE, VISDOC, Modality, half_means, meta_means
+from cafe.evaluate.mmeb_tables import (
+    IMAGE,
+    MEASURE,
+    VIDEO,
+    VISDOC,
+    Modality,
+    half_means,
+    meta_means,
+)
+from cafe.evaluate.mmeb_video import frames_folder, video_queries
 from cafe.evaluate.ranked import rank_candidates
 from cafe.evaluate.scoring import Ratio
 from cafe.evaluate.sources import check_unique, column, read_rows, row_image
@@ -41,10 +53,11 @@ _BLOCK = 256
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Per query of one data set: its id, and hit@1 or NDCG@5."""
+    """Per query of one data set: its id, and hit@1 or NDCG@5. `left_out`: rows that are none."""
 
     ids: list[str]
     values: list[float]
+    left_out: int = 0
 
 
 def mmeb_images(
@@ -62,7 +75,29 @@ def mmeb_images(
         found = rank_candidates(encode, _image_queries(folder / name, root, limit), name)
         return _Found(list(found.ids), found.hit.astype(float).tolist())
 
-    return _measure_all(folder, IMAGE, "image", measure, half_means(IMAGE), limit, journal)
+    places = {name: folder / name for name in IMAGE}
+    return _measure_all(folder, places, "image", measure, half_means(IMAGE), limit, journal)
+
+
+def mmeb_videos(
+    encode: Encode, folder: Path, limit: int | None = None, journal: Journal | None = None
+) -> Result:
+    """hit@1 of the video data sets in `folder`, `FRAMES` frames of each video.
+
+    Scores: one per data set, and the means of `meta_means`. Details: rows that the benchmark too
+    leaves out for want of frames.
+
+    Raises:
+        DataError: as in `mmeb_images` and `cafe.evaluate.mmeb_video.video_queries`.
+    """
+
+    def measure(name: str) -> _Found:
+        asked = video_queries(folder, name, limit)
+        found = rank_candidates(encode, asked.queries, name)
+        return _Found(list(found.ids), found.hit.astype(float).tolist(), asked.left_out)
+
+    places = {name: frames_folder(folder, name) for name in VIDEO}
+    return _measure_all(folder, places, "video", measure, meta_means(VIDEO), limit, journal)
 
 
 def mmeb_documents(
@@ -79,7 +114,8 @@ def mmeb_documents(
     def measure(name: str) -> _Found:
         return _documents(encode, folder / name, limit)
 
-    return _measure_all(folder, VISDOC, "visdoc", measure, meta_means(VISDOC), limit, journal)
+    places = {name: folder / name for name in VISDOC}
+    return _measure_all(folder, places, "visdoc", measure, meta_means(VISDOC), limit, journal)
 
 
 def leaderboard_report(
@@ -108,7 +144,7 @@ def leaderboard_report(
 
 def _measure_all(
     folder: Path,
-    table: Mapping[str, object],
+    places: Mapping[str, Path],
     modality: Modality,
     measure: Callable[[str], _Found],
     means: Mapping[str, tuple[str, ...]],
@@ -117,20 +153,22 @@ def _measure_all(
 ) -> Result:
     """Every data set that is there; one that the journal has is not measured again."""
     journal = journal or Journal()
-    there = [name for name in table if (folder / name).is_dir()]
+    there = [name for name, place in places.items() if place.is_dir()]
     if not there:
+        example = next(iter(places.values())).relative_to(folder)
         raise DataError(
-            f"{folder}: none of MMEB's {modality} data sets is there, such as {next(iter(table))}; "
+            f"{folder}: none of MMEB's {modality} data sets is there, such as {example}; "
             "download them and give the folder above them with --data"
         )
     items: dict[str, np.ndarray] = {}
     ids: list[str] = []
+    left_out: dict[str, int] = {}
     for name in there:
         key = (modality, name, limit)
         if key not in journal:
             found = measure(name)
-            journal.put(key, [found.ids, found.values])
-        own_ids, values = journal[key]
+            journal.put(key, [found.ids, found.values, found.left_out])
+        own_ids, values, left_out[name] = journal[key]
         column_ = np.array(values)
         whole = bool(np.all(np.isin(column_, (0.0, 1.0))))
         items[f"{name}:{MEASURE[modality]}"] = column_.astype(np.int64) if whole else column_
@@ -144,7 +182,8 @@ def _measure_all(
         details={
             "modality": modality,
             "measure": MEASURE[modality],
-            "missing": [name for name in table if name not in there],
+            "missing": [name for name in places if name not in there],
+            "left_out": {name: count for name, count in left_out.items() if count},
             "queries": {name: len(items[f"{name}:{MEASURE[modality]}"]) for name in there},
         },
     )

@@ -55,6 +55,11 @@ MEASURE: dict[Modality, Literal["hit@1", "ndcg_linear@5"]] = {
 }
 FRAMES = 8
 """Of each video, evenly spaced."""
+DATA_SETS: dict[Modality, tuple[str, ...]] = {
+    "image": tuple(IMAGE),
+    "video": tuple(VIDEO),
+    "visdoc": tuple(VISDOC),
+}
 
 
 def half_means(groups: Mapping[str, tuple[str, bool]]) -> dict[str, tuple[str, ...]]:
@@ -70,6 +75,23 @@ def half_means(groups: Mapping[str, tuple[str, bool]]) -> dict[str, tuple[str, .
 def meta_means(groups: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """The same without halves: per meta-task, and `all`."""
     return _by(groups, lambda name: groups[name]) | {"all": tuple(groups)}
+
+
+def overall_means(results: Mapping[Modality, Mapping[str, float]]) -> dict[str, float]:
+    """MMEB-V2's last columns: the plain mean of each modality, and `all` over its 78 data sets.
+
+    results   modality -> data set -> its score. A mean of which one is missing is left out
+    """
+    groups: dict[str, list[float | None]] = {
+        modality: [results.get(modality, {}).get(name) for name in names]
+        for modality, names in DATA_SETS.items()
+    }
+    groups["all"] = [score for scores in groups.values() for score in scores]
+    return {
+        group: sum(known) / len(known)
+        for group, scores in groups.items()
+        if len(known := [score for score in scores if score is not None]) == len(scores)
+    }
 
 
 def _by(groups: Iterable[str], group_of: Callable[[str], str]) -> dict[str, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from cafe.errors import CafeError, DataError
 from cafe.evaluate.calls import Calls, ModelCalls
 from cafe.evaluate.journal import Journal
 from cafe.evaluate.mmeb import leaderboard_report
-from cafe.evaluate.mmeb_tables import Modality
+from cafe.evaluate.mmeb_tables import Modality, overall_means
 from cafe.evaluate.remember import RememberingCalls
 from cafe.evaluate.results import read_result, result_record, write_json
 from cafe.evaluate.scene_set import HELD_OUT_SEED
@@ -39,6 +39,7 @@ _PACKAGES = (
 )
 
 REPORT_FILE = "mmeb-report.json"
+OVERALL_FILE = "mmeb-v2.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,10 +255,12 @@ def _forget(folder: Path | None) -> None:
 
 
 def _write_report(out: Path, name: str, model: CAFe) -> None:
-    """MMEB's leaderboard report, and a score file per data set, from the results that are there."""
+    """MMEB's leaderboard report, its overall means, and a score file per data set, from the results
+    that are there.
+    """
     scores: dict[Modality, dict[str, float]] = {}
     queries: dict[str, int] = {}
-    for task in ("mmeb", "mmeb-visdoc"):
+    for task in ("mmeb", "mmeb-video", "mmeb-visdoc"):
         if (out / f"{task}.json").is_file():
             record = read_result(out / f"{task}.json").record
             details = record["details"]
@@ -280,6 +283,7 @@ def _write_report(out: Path, name: str, model: CAFe) -> None:
     }
     report = leaderboard_report(scores, queries, about)
     write_json(out / REPORT_FILE, report)
+    write_json(out / OVERALL_FILE, overall_means(scores))
     metrics: Any = report["metrics"]
     for modality, of_sets in metrics.items():
         for data_set, values in of_sets.items():

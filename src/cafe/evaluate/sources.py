@@ -62,11 +62,16 @@ def row_image(value: Any, folder: Source, what: str) -> Image:
     return local_image(Path(folder), str(path), what)
 
 
+def inside(folder: Path, name: str, what: str) -> Path:
+    """`name` below `folder`. Raises DataError when it would be outside."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise DataError(f"{folder}: {what} {name!r} is outside the folder")
+    return folder / name
+
+
 def local_image(folder: Path, name: str, what: str) -> Image:
     """A picture inside `folder`. Raises DataError when it is missing, or would be outside."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise DataError(f"{folder}: picture {name!r} of {what} is outside the folder")
-    path = folder / name
+    path = inside(folder, name, f"{what}: picture")
     if not path.is_file():
         raise DataError(f"{path}: no such picture ({what}); download the data set's pictures")
     return Image(path)

@@ -31,6 +31,7 @@ from cafe.evaluate.data import Picture, read_pictures
 from cafe.evaluate.harness import mteb_task
 from cafe.evaluate.journal import Journal
 from cafe.evaluate.judges import FLAN_T5, make_judge
+from cafe.evaluate.mmeb_tables import FRAMES
 from cafe.evaluate.scene_set import SceneItem, scene_items, scene_pictures
 from cafe.evaluate.sources import Source
 from cafe.evaluate.spread import Rank
@@ -204,6 +205,9 @@ TASKS: dict[str, Task] = {
     "chair": Task(_chair, _greedy(chair.PROMPT, chair.MAX_NEW_TOKENS), needs_folder=True),
     "throne": Task(_throne, _greedy(throne.PROMPT, throne.MAX_NEW_TOKENS), needs_folder=True),
     "mmeb": Task(partial(_mmeb, measure=mmeb.mmeb_images), _MMEB, needs_folder=True),
+    "mmeb-video": Task(
+        partial(_mmeb, measure=mmeb.mmeb_videos), _MMEB | {"frames": FRAMES}, needs_folder=True
+    ),
     "mmeb-visdoc": Task(
         partial(_mmeb, measure=mmeb.mmeb_documents),
         _MMEB | {"query": mmeb.DOCUMENT_QUERY, "target": mmeb.DOCUMENT_TARGET},
@@ -234,7 +238,7 @@ _PAPER = ("coco-5k", "flickr-1k", "coco-gap", "mmeb", "throne", "pope", "chair")
 SUITES: dict[Suite, tuple[str, ...]] = {
     "quick": _QUICK,
     "paper": _PAPER,
-    "all": (*_QUICK, "scenes-pope-all", *_PAPER, "captioning", "vqa", "mmeb-visdoc"),
+    "all": (*_QUICK, "scenes-pope-all", *_PAPER, "captioning", "vqa", "mmeb-video", "mmeb-visdoc"),
 }
 
 

@@ -28,7 +28,7 @@ def _shown(part: Image | Video) -> str:
         case bytes():
             content = [part.source]
         case tuple():
-            content = [frame.tobytes() for frame in part.source]
+            content = [f.tobytes() if not isinstance(f, Path) else bytes(f) for f in part.source]
         case _:
             content = [part.source.tobytes(), str(part.source.size).encode()]
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
