@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import STEPS, make_world, recipe
 
 from cafe.data.quarantine import Quarantine
-from cafe.errors import FamilyError
+from cafe.errors import FamilyError, RecipeError
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective, Optimizer
+from cafe.train import build
 from cafe.train.checkpoints import whole_directory
 from cafe.train.contrast import Contrast
 from cafe.train.examples import TrainingData, load_data, trained_part
@@ -363,3 +364,15 @@ def test_a_manifest_is_the_last_file_of_a_checkpoint(world: Path, tmp_path: Path
     assert manifest["files"] == {
         path.name: path.stat().st_size for path in folder.iterdir() if path.suffix != ".json"
     }
+
+
+# ---------------------------------------------------------------------- processes
+
+
+def test_processes_that_accelerate_does_not_join_are_an_error(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train on its share alone, and write over the other's files."""
+    monkeypatch.setattr(build, "world_size", lambda: 2)
+    with pytest.raises(RecipeError, match="2 processes were started, but accelerate cannot join"):
+        build.build_accelerator(recipe(world, tmp_path / "out"))

@@ -35,7 +35,6 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     shared = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": "2",

@@ -45,6 +45,8 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
+        # Or torchrun's processes on a machine without GPUs would each believe to be the only one.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=[*wanted] or None,
         project_dir=recipe.output_dir,
@@ -62,6 +64,12 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             "backward pass, before a chunked step is whole or its loss is checked. Switch it off "
             "(accelerate config, or torchrun); sharding=fsdp in the recipe shares weights, "
             "gradients and optimizer state as ZeRO-3 does"
+        )
+    if accelerator.num_processes != world_size():
+        raise RecipeError(
+            f"{world_size()} processes were started, but accelerate cannot join them on this "
+            f"device ({accelerator.device.type}): their gradients would never meet. Start one "
+            "process, or set ACCELERATE_USE_CPU=true"
         )
     if wanted:
         accelerator.init_trackers("cafe", config=_flat(recipe.model_dump(mode="json")))
