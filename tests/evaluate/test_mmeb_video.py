@@ -42,9 +42,9 @@ def seen(inputs: Sequence[Any]) -> np.ndarray:
         for part in message.content:
             if isinstance(part, Video):
                 clip = open_video(part, FRAMES)
-                vector += np.mean([f.getpixel((0, 0)) for f in clip.frames], axis=0) / 255
+                vector += np.mean([np.array(f)[0, 0] for f in clip.frames], axis=0) / 255
             elif isinstance(part, Image):
-                vector += np.array(open_image(part).getpixel((0, 0))) / 255
+                vector += np.array(open_image(part))[0, 0] / 255
             else:
                 last = part.splitlines()[0].split(":")[-1] if "Options" in part else part
                 vector += [float(name in last.split("(A)")[0].split("A. ")[0]) for name in COLOURS]

@@ -15,9 +15,9 @@ from beartype import beartype
 from jaxtyping import Bool, Float, Int, TypeCheckError, jaxtyped
 
 import cafe.metrics
-from cafe.metrics import captioning, geometry, hallucination, interval, ngrams, ranking
+from cafe.metrics import answers, captions, geometry, hallucination, interval, ranking
 
-MODULES = (captioning, geometry, hallucination, interval, ngrams, ranking)
+MODULES = (answers, captions, geometry, hallucination, interval, ranking)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +56,7 @@ THRONE_SUMS = {
 }
 BLEU_SUMS = {
     name: column.sum(axis=0)[None]
-    for name, column in ngrams.bleu_columns([["a"]], [[["a"]]]).items()
+    for name, column in captions.bleu_columns([["a"]], [[["a"]]]).items()
 }
 CALLS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (ranking.recall_at_k, (SIDE, OTHER.astype(np.float32), OWN), {"block": 2}),
@@ -76,9 +76,9 @@ CALLS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (hallucination.throne_scores, (np.array([[0, 9]]), np.array([[True, False]])), {}),
     (hallucination.throne_columns, (np.array([[0, 9]]), np.array([[True, False]])), {}),
     (hallucination.throne_summary, (THRONE_SUMS,), {}),
-    (captioning.normalise_answer, ("A dog",), {}),
-    (captioning.answer_accuracy, (["a"], [["a"]]), {}),
-    (captioning.consensus_accuracy, (["a"], [["a", "b"]]), {}),
+    (answers.normalise_answer, ("A dog",), {}),
+    (answers.answer_accuracy, (["a"], [["a"]]), {}),
+    (answers.consensus_accuracy, (["a"], [["a", "b"]]), {}),
     (geometry.modality_gap, (SIDE, OTHER[:2]), {}),
     (geometry.alignment, (SIDE, OTHER), {}),
     (geometry.uniformity, (SIDE,), {}),
@@ -92,10 +92,10 @@ CALLS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (interval.resampled_sums, ({"a": VALUES, "b": SIDE},), {"resamples": 9}),
     (interval.percentile_interval, (VALUES,), {}),
     (interval.interval_over_seeds, (SIDE,), {}),
-    (ngrams.caption_words, ("A dog's ball.",), {}),
-    (ngrams.cider_d, ([["a"]], [[["a"]]]), {}),
-    (ngrams.bleu_columns, ([["a"]], [[["a"]]]), {}),
-    (ngrams.bleu_summary, (BLEU_SUMS,), {}),
+    (captions.caption_words, ("A dog's ball.",), {}),
+    (captions.cider_d, ([["a"]], [[["a"]]]), {}),
+    (captions.bleu_columns, ([["a"]], [[["a"]]]), {}),
+    (captions.bleu_summary, (BLEU_SUMS,), {}),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Captions against references: CIDEr-D and BLEU (`cafe.metrics.ngrams` says how they are computed).
+"""Captions against references: CIDEr-D and BLEU (`cafe.metrics.captions` says how they are computed).
 
 Pictures and references are those of the retrieval task, in the same layout.
 """

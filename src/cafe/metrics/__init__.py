@@ -6,7 +6,8 @@ without a seed. `interval` says how sure each number is.
 
 from __future__ import annotations
 
-from cafe.metrics.captioning import answer_accuracy, consensus_accuracy, normalise_answer
+from cafe.metrics.answers import answer_accuracy, consensus_accuracy, normalise_answer
+from cafe.metrics.captions import bleu_columns, bleu_summary, caption_words, cider_d
 from cafe.metrics.geometry import (
     alignment,
     effective_rank,
@@ -40,7 +41,6 @@ from cafe.metrics.interval import (
     resampled_sums,
     wilson_interval,
 )
-from cafe.metrics.ngrams import bleu_columns, bleu_summary, caption_words, cider_d
 from cafe.metrics.ranking import (
     TIE_TOLERANCE,
     candidate_scores,

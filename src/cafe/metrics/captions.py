@@ -1,8 +1,10 @@
 """Captions compared word by word with references: CIDEr-D and BLEU, as COCO's server defines them.
 
-Both look at runs of one to four words. No library is used: COCO's own evaluation needs Java for
-its tokenizer and is no longer kept. `caption_words` stands in for that tokenizer, so published
-numbers may differ in the second decimal place.
+Both look at runs of one to four words. BLEU is sacrebleu's. CIDEr-D is here, because the two
+libraries that have it are not sound to depend on: pycocoevalcap (2020, the last release; no stated
+licence) is 100 MB of Java archives, and aac-metrics installs audio models with it.
+`caption_words` stands in for COCO's tokenizer, which needs Java too, so published numbers may
+differ in the second decimal place.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 from cafe.errors import DataError
 
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 __all__ = ["bleu_columns", "bleu_summary", "caption_words", "cider_d"]
 
@@ -83,7 +85,7 @@ def cider_d(
 def bleu_columns(
     candidates: Sequence[Words], references: Sequence[Sequence[Words]]
 ) -> dict[str, Float[np.ndarray, "n ..."]]:
-    """Per picture, what `bleu_summary` needs the sums of.
+    """Per picture, what `bleu_summary` needs the sums of, as sacrebleu counts it.
 
     bleu_matches, bleu_runs   [n, 4]: runs of 1..4 words that a reference has (each at most as often
                               as the reference that has most of it), and all runs
@@ -92,22 +94,20 @@ def bleu_columns(
     Raises:
         DataError, ValueError: as in `cider_d`.
     """
+    from sacrebleu.metrics.bleu import BLEU
+
     _check(candidates, references)
-    matches, totals = np.zeros((2, len(candidates), LONGEST))
-    nearest = np.zeros(len(candidates))
-    for i, (words, own) in enumerate(zip(candidates, references, strict=True)):
-        most: Counter[tuple[str, ...]] = Counter()
-        for text in own:
-            most |= _runs(text)
-        for run, times in _runs(words).items():
-            totals[i, len(run) - 1] += times
-            matches[i, len(run) - 1] += min(times, most[run])
-        nearest[i] = min((len(text) for text in own), key=lambda n: (abs(n - len(words)), n))
+    # `effective_order` only silences a warning: of each picture the counts are used, not the score.
+    counter = BLEU(tokenize="none", max_ngram_order=LONGEST, effective_order=True)
+    counted = [
+        counter.sentence_score(" ".join(words), [" ".join(text) for text in own])
+        for words, own in zip(candidates, references, strict=True)
+    ]
     return {
-        "bleu_matches": matches,
-        "bleu_runs": totals,
-        "bleu_words": np.array([float(len(words)) for words in candidates]),
-        "bleu_reference_words": nearest,
+        "bleu_matches": np.array([one.counts for one in counted], dtype=np.float64),
+        "bleu_runs": np.array([one.totals for one in counted], dtype=np.float64),
+        "bleu_words": np.array([one.sys_len for one in counted], dtype=np.float64),
+        "bleu_reference_words": np.array([one.ref_len for one in counted], dtype=np.float64),
     }
 
 
@@ -119,13 +119,24 @@ def bleu_summary(
     Sums are [...], those of matches and runs [..., 4]; the scores are [...]. Not smoothed: without
     a single run of four words in common BLEU-4 is 0.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(np.nan_to_num(sums["bleu_matches"] / sums["bleu_runs"]))
-        brevity = np.minimum(0.0, 1 - sums["bleu_reference_words"] / sums["bleu_words"])
-    brevity = np.nan_to_num(brevity, nan=-np.inf, neginf=-np.inf)
-    return {
-        f"bleu{n}": np.exp(logs[..., :n].mean(axis=-1) + brevity) for n in range(1, LONGEST + 1)
-    }
+    words, reference_words = sums["bleu_words"], sums["bleu_reference_words"]
+    lengths = np.stack([words, reference_words], axis=-1)
+    table = np.concatenate([sums["bleu_matches"], sums["bleu_runs"], lengths], axis=-1)
+    scores = np.apply_along_axis(_bleu, -1, np.rint(table).astype(int))
+    return {f"bleu{n}": scores[..., n - 1] for n in range(1, LONGEST + 1)}
+
+
+def _bleu(counts: Int[np.ndarray, " 10"]) -> list[float]:
+    """BLEU-1 to BLEU-4 from matches, runs and the two lengths."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    *both, words, reference_words = counts.tolist()
+    matches, runs = both[:LONGEST], both[LONGEST:]
+    found = [
+        BLEU.compute_bleu(matches[:n], runs[:n], words, reference_words, max_ngram_order=n)
+        for n in range(1, LONGEST + 1)
+    ]
+    return [one.score / 100 for one in found]
 
 
 def _runs(words: Words) -> Counter[tuple[str, ...]]:

@@ -1,8 +1,7 @@
 """Short answers: when two of them are the same, and the accuracies built on that.
 
 The rules for "the same" follow the VQA challenge: case, articles, punctuation and apostrophes do
-not count, and small numbers in words are digits. Caption measures (CIDEr-D, BLEU) come from a
-library and are not here.
+not count, and small numbers in words are digits.
 """
 
 from __future__ import annotations
