@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from cafe.model.export import probe_inputs
 from cafe.model.last_layer import prepare
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective, Tuning
-from cafe.train.adapt import adapt, halve_frozen_layers
+from cafe.train.adapt import adapt, halve_frozen_layers, load_core
 from cafe.train.checkpoints import complete
 from cafe.train.contrast import Contrast
 from cafe.train.optim import build_optimizer, parts_of
@@ -151,6 +152,31 @@ def test_qlora_without_bitsandbytes_says_what_to_install(
     world = make_world(tmp_path)
     with pytest.raises(RecipeError, match=r"qlora, which needs bitsandbytes.*pip install bitsand"):
         train(recipe(world, tmp_path / "out", "tuning.kind=qlora"))
+
+
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_qlora_trains_resumes_and_leaves_an_adapter_of_the_whole_base(tmp_path: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    world = make_world(tmp_path)
+    settings = ("tuning.kind=qlora", *ADAPTER[1:], "tuning.full_parts=[projector]")
+    core = load_core(recipe(world, tmp_path / "none", *settings), torch.device("cpu"))
+    small = {name for name, module in core.model.named_modules() if type(module) is Linear4bit}
+    assert len(small) == 2 * 7  # seven layers in each of two blocks, and nothing else
+    assert all(".language_model." in name and name.endswith(".base_layer") for name in small)
+
+    whole = train(recipe(world, tmp_path / "whole", *settings))
+    losses = [record.loss for record in whole.records]
+    assert min(losses[-2:]) < losses[0]
+    with pytest.raises(Killed):
+        train(recipe(world, tmp_path / "out", *settings), on_step=die_after(5))
+    resumed = train(recipe(world, tmp_path / "out", *settings), resume=True)
+    a, b = (load_file(r.model_dir / "adapter_model.safetensors") for r in (whole, resumed))
+    assert equal(a, b)
+
+    inputs = probe_inputs()
+    base, tuned = (CAFe.from_pretrained(d) for d in (world / "model", whole.model_dir))
+    assert np.abs(tuned.encode(inputs) - base.encode(inputs)).max() > 1e-3
 
 
 # ---------------------------------------------------------------------- gradients

@@ -194,14 +194,16 @@ def _save_model(core: CAFe, base: str, target: Path, *, sharded: bool) -> None:
     Training keeps its weights in float32 (the checkpoints have those); a base that came in bf16
     leaves in bf16, half the size, as its users load it. An adapter is small and stays in float32.
     """
-    dtype = torch.float32 if adapter_of(core.model) is not None else weights_dtype(base)
+    adapted = adapter_of(core.model) is not None
+    dtype = torch.float32 if adapted else weights_dtype(base)
     weights = whole_weights(weights_of(core.model)) if sharded else None
     failure: Exception | None = None
     if rank() == 0:
         try:
             with whole_directory(target) as unfinished:
                 if weights is None:
-                    core.model.to(dtype)
+                    if not adapted:  # weights in 4 bits cannot be cast, nor are they saved
+                        core.model.to(dtype)
                     core.save_pretrained(unfinished)
                 else:
                     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
