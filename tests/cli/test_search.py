@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cafe.cli.index_items import list_items
 from cafe.data.scenes.write import write_scenes
 from cafe.errors import DataError
 from cafe.index import Index
+from cafe.model import inference
 from cafe.model.vlm import CAFe
 
 COUNT = 6
@@ -240,26 +242,39 @@ def test_the_table_shows_scores_files_and_captions(indexed: tuple[Path, Path]) -
     done = run("search", uri, "a cat", "--where", "year = 2003", "--rerank", 5)
     assert done.exit_code == 0, done.output
     head, line = done.stdout.splitlines()
-    assert head.split() == ["score", "match", "found", "text"]
-    number, score, match, file, *text = line.split()
+    assert head.split() == ["score", "match", "posterior", "found", "text"]
+    number, score, match, posterior, file, *text = line.split()
     assert (number, file, text) == ("1", str(photos / "3.png"), ["cat", "3"])
     assert -1 <= float(score) <= 1
     assert 0 <= float(match) <= 1
+    assert float(posterior) == 1, "there is no other"
     assert run("search", uri, "a cat", "--where", "year = 1900").stdout == "no hits\n"
 
 
-def test_reranking_orders_the_best_by_the_models_judgement(
-    indexed: tuple[Path, Path], small_dir: Path
+def test_reranking_orders_the_best_by_cosine_and_judgement_together(
+    indexed: tuple[Path, Path], small_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos, uri = indexed
+    # The small model answers nearly alike, and as its embeddings say: let them disagree.
+    odds = inference.log_odds
+    monkeypatch.setattr(inference, "log_odds", lambda *a: 20 * (odds(*a).mean() - odds(*a)))
     plain = hits_of(uri, "a cat", "--top", COUNT)
     judged = hits_of(uri, "a cat", "--top", COUNT, "--rerank", 4)
     model = CAFe.from_pretrained(small_dir)
     four = [hit["id"] for hit in plain[:4]]
     matches = dict(zip(four, model.score("a cat", [photos / id for id in four]), strict=True))
-    assert [hit["id"] for hit in judged[:4]] == sorted(four, key=lambda id: -matches[id])
+    cosines = {hit["id"]: hit["score"] for hit in plain}
+    weights = {
+        id: math.exp(20 * (cosines[id] - plain[0]["score"])) * matches[id] / (1 - matches[id])
+        for id in four
+    }
+    order = [hit["id"] for hit in judged[:4]]
+    assert order == sorted(four, key=lambda id: -weights[id])
+    assert order not in (four, sorted(four, key=lambda id: -matches[id])), "both count"
     for hit in judged[:4]:
         assert hit["match"] == pytest.approx(matches[hit["id"]], abs=1e-5)
+        share = weights[hit["id"]] / sum(weights.values())
+        assert hit["posterior"] == pytest.approx(share, rel=1e-3)
     assert judged[4:] == plain[4:]
     assert len(hits_of(uri, "a cat", "--top", 2, "--rerank", 5)) == 2
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import STEPS, make_world, moved, recipe, weights
 
 from cafe.errors import RecipeError, TrainingError
+from cafe.model.rerank import trained_temperature
 from cafe.model.vlm import CAFe
 from cafe.recipes import load_recipe
 from cafe.train.run import train
@@ -63,7 +64,11 @@ def test_a_run_leaves_a_model_a_log_and_a_recipe_that_runs_again(
         "step-000006",
         "step-000008",
     ]
-    assert CAFe.from_pretrained(out / "model").encode("a red cat").shape == (64,)
+    model = CAFe.from_pretrained(out / "model")
+    assert model.encode("a red cat").shape == (64,)
+    kept = trained_temperature(model.model.config)
+    assert kept == pytest.approx(lines[-1]["temperature"], rel=1e-2), "reranking weighs by it"
+    assert kept != pytest.approx(0.05, rel=1e-5)
 
 
 def test_a_frozen_part_stays_bit_for_bit_and_the_others_move(world: Path, tmp_path: Path) -> None:
@@ -103,6 +108,8 @@ def test_a_weight_of_zero_leaves_that_loss_out(
     world: Path, tmp_path: Path, weight: str, idle: str, learned: str
 ) -> None:
     result = train(recipe(world, tmp_path / "out", f"objective.{weight}=0.0", "schedule.steps=2"))
+    config = json.loads((result.model_dir / "config.json").read_text())
+    assert ("contrastive_temperature" in config) == (idle == "language")
     for record in result.records:
         assert getattr(record, idle) == 0
         assert record.loss == pytest.approx(getattr(record, learned))

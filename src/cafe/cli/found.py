@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cafe.errors import DataError
 from cafe.types import Hit, Image, Part, user
 
@@ -30,11 +32,17 @@ ONE_PICTURE = (
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A hit. `file` is the path of its picture, `match` what the model thinks of it."""
+    """A hit. `file` is the path of its picture.
+
+    match      how probable the model finds that the picture shows what the text says
+    posterior  how probable it is that this is the hit meant, by `match` and by the cosine
+    Both are None where the model was not asked (`cafe.model.rerank`).
+    """
 
     hit: Hit
     file: str | None
     match: float | None = None
+    posterior: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,7 @@ def reranked(
     hits: Sequence[Hit],
     best: int | None,
 ) -> list[Found]:
-    """Hits with their files; the `best` first of them judged, and ordered by that judgement.
+    """Hits with their files; the `best` first of them judged, and ordered by their posterior.
 
     query   a text is compared with pictures, a picture with texts
     Raises DataError when the hits are of the query's own kind, or a file is gone.
@@ -70,9 +78,12 @@ def reranked(
         )
     if not judged:
         return found
-    scores = vlm.score(query, [_part(one) for one in judged])
-    matches = [Found(o.hit, o.file, float(s)) for o, s in zip(judged, scores, strict=True)]
-    return sorted(matches, key=lambda one: -(one.match or 0.0)) + found[best:]
+    cosines = np.array([one.hit.score for one in judged])
+    match, posterior = vlm.rerank(query, [_part(one) for one in judged], cosines)
+    return [
+        Found(judged[i].hit, judged[i].file, float(match[i]), float(posterior[i]))
+        for i in np.argsort(-posterior, kind="stable")
+    ] + found[best:]
 
 
 def answered(vlm: CAFe, question: str, found: Sequence[Found]) -> Answer:

@@ -43,8 +43,9 @@ def command(
 ) -> None:
     """Search by words, by a picture, or by both.
 
-    A hit's score is the cosine; with --rerank, match is the probability that the picture shows
-    what the text says, and the hits are ordered by it.
+    A hit's score is the cosine. With --rerank, match is how probable the model finds that the
+    picture shows what the text says, and posterior, which orders the hits, how probable it is by
+    score and match together that this is the hit meant.
     """
     from cafe.index import Index
 
@@ -85,7 +86,7 @@ def _as_json(found: list[Found], said: Answer | None) -> dict[str, Any]:
         {
             "id": one.hit.id,
             "score": one.hit.score,
-            **({} if one.match is None else {"match": one.match}),
+            **({} if one.match is None else {"match": one.match, "posterior": one.posterior}),
             "file": one.file,
             **one.hit.metadata,
         }
@@ -112,15 +113,18 @@ def _show(found: list[Found], said: Answer | None) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("", justify="right")
     table.add_column("score", justify="right")
-    if judged:
-        table.add_column("match", justify="right")
+    for name in ("match", "posterior") if judged else ():
+        table.add_column(name, justify="right")
     table.add_column("found", overflow="fold")
-    table.add_column("text", overflow="ellipsis", no_wrap=True)
+    told = [str(one.hit.metadata.get("text") or "").replace("\n", " / ") for one in found]
+    if any(told):
+        table.add_column("text", overflow="ellipsis", no_wrap=True)
     for number, one in enumerate(found, 1):
-        match = [] if not judged else ["" if one.match is None else f"{one.match:.3f}"]
-        about = str(one.hit.metadata.get("text", "")).replace("\n", " / ")
+        numbers = (one.match, one.posterior) if judged else ()
+        judgement = ["" if value is None else f"{value:.3f}" for value in numbers]
+        about = [Text(told[number - 1])] if any(told) else []
         # `Text`, because square brackets in a name are no markup.
-        cells = (f"{one.hit.score:.3f}", *match, Text(one.file or one.hit.id), Text(about))
+        cells = (f"{one.hit.score:.3f}", *judgement, Text(one.file or one.hit.id), *about)
         table.add_row(str(number), *cells)
     # A pipe has no width: nothing is cut there.
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,17 +60,17 @@ AHEAD = 2
 
 
 @torch.inference_mode()
-def score(
+def log_odds(
     model: CAFe, query: Conversation, candidates: Sequence[Conversation], batch_size: int
-) -> np.ndarray:
-    """P("yes") against P("no") as the answer to the match question, float32 [n].
+) -> Tensor:
+    """How far "yes" is ahead of "no" as the answer to the match question: float32 [n], on the CPU.
 
-    Questions about one picture share it: its features are computed once for a batch, and its
-    tokens once for a row.
+    log P("yes") - log P("no"). Questions about one picture share it: its features are computed once
+    for a batch, and its tokens once for a row.
     """
     yes, no = _answer_ids(model, "yes"), _answer_ids(model, "no")
     questions = [match_question(query, candidate) for candidate in candidates]
-    scores = np.zeros(len(questions), dtype=np.float32)
+    found = torch.zeros(len(questions))
     batches = buckets(questions, batch_size)
 
     def collate(batch: list[int]) -> tuple[Rows, dict[str, Tensor]]:
@@ -80,9 +79,8 @@ def score(
 
     for batch, (rows, vision) in zip(batches, ahead(collate, batches, AHEAD), strict=True):
         log_p = model.lm_head(model.read(rows, vision)).float().log_softmax(-1)
-        odds = log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)
-        scores[batch] = odds.sigmoid().cpu().numpy()
-    return scores
+        found[batch] = (log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)).cpu()
+    return found
 
 
 def match_question(a: Conversation, b: Conversation) -> Conversation:

@@ -111,6 +111,26 @@ def default_chat_template(processor: Any) -> str:
     return template
 
 
+def turn_end(processor: Any) -> str:
+    """The token that closes an assistant turn, as the chat template writes it; else EOS.
+
+    A vocabulary does not tell: SmolVLM's holds "<|im_end|>" and closes with "<end_of_utterance>".
+    """
+    tokenizer, answer = processor.tokenizer, "\ue000"
+    if processor.chat_template:
+        turns = [("user", "a"), ("assistant", answer)]
+        messages = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in turns]
+        whole = processor.apply_chat_template(
+            messages, tokenize=False, chat_template=default_chat_template(processor)
+        )
+        after = whole[whole.rindex(answer) + 1 :].lstrip()
+        tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
+        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        if tokens and tokens[0] in special:
+            return str(tokenizer.convert_ids_to_tokens(tokens[0]))
+    return str(tokenizer.eos_token)
+
+
 def _jinja_string(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 

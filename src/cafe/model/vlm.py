@@ -26,7 +26,8 @@ from cafe.model.families import family_of
 from cafe.model.inputs import EncodeOptions, Input, as_conversation, as_messages, is_many
 from cafe.model.last_layer import prepare, read_only_at
 from cafe.model.precision import PRECISIONS, Precision, quantized
-from cafe.model.prompts import DEFAULT_PROMPT, default_chat_template
+from cafe.model.prompts import DEFAULT_PROMPT, turn_end
+from cafe.model.rerank import Reranked, reranked, trained_temperature
 from cafe.model.rows import Rows
 from cafe.model.trie import AttentionRule, padding_mask
 from cafe.model.workers import Source, encode_on
@@ -65,7 +66,7 @@ class CAFe(nn.Module):
         self.collator = Collator(
             processor=processor,
             family=self.family,
-            pooled_token=_turn_end(processor),
+            pooled_token=turn_end(processor),
             max_tokens=_context_tokens(model),
             sharing="none" if alone else "trie",
         )
@@ -324,9 +325,32 @@ class CAFe(nn.Module):
         """How well each candidate matches the query: the probability of "yes" to that question.
 
         One side is a picture and the other is text (else DataError). Returns float32 [n]. Texts
-        about one picture share its features and its tokens.
+        about one picture share its features and its tokens. To order what a search found, use
+        `rerank`, which also weighs the embeddings.
         """
-        return inference.score(self, as_conversation(query), as_messages(candidates), batch_size)
+        asked, found = as_conversation(query), as_messages(candidates)
+        return inference.log_odds(self, asked, found, batch_size).sigmoid().numpy()
+
+    def rerank(
+        self,
+        query: Input,
+        candidates: Sequence[Input],
+        cosines: np.ndarray | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> Reranked:
+        """How likely each candidate is the one meant, by its embedding and by `score` together.
+
+        cosines   [n] of the query with the candidates, as a search gave them; None: embed them now
+        Returns `match` (as `score`) and `posterior`, which orders best (`cafe.model.rerank`).
+        Raises DataError as `score` does; ValueError for so many cosines and so many candidates.
+        """
+        asked, found = as_conversation(query), as_messages(candidates)
+        odds = inference.log_odds(self, asked, found, batch_size).numpy()
+        if cosines is None:
+            near = self.encode([asked, *found], batch_size=batch_size)
+            cosines = near[1:] @ near[0]
+        return reranked(np.asarray(cosines), odds, trained_temperature(self.model.config))
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -357,26 +381,6 @@ class CAFe(nn.Module):
             "dimension": str(self.embedding_dimension),
             "max tokens": str(self.collator.max_tokens),
         }
-
-
-def _turn_end(processor: Any) -> str:
-    """The token that closes an assistant turn, as the chat template writes it; else EOS.
-
-    A vocabulary does not tell: SmolVLM's holds "<|im_end|>" and closes with "<end_of_utterance>".
-    """
-    tokenizer, answer = processor.tokenizer, "\ue000"
-    if processor.chat_template:
-        turns = [("user", "a"), ("assistant", answer)]
-        messages = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in turns]
-        whole = processor.apply_chat_template(
-            messages, tokenize=False, chat_template=default_chat_template(processor)
-        )
-        after = whole[whole.rindex(answer) + 1 :].lstrip()
-        tokens = tokenizer(after, add_special_tokens=False)["input_ids"]
-        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        if tokens and tokens[0] in special:
-            return str(tokenizer.convert_ids_to_tokens(tokens[0]))
-    return str(tokenizer.eos_token)
 
 
 def _context_tokens(model: PreTrainedModel) -> int:

@@ -27,6 +27,7 @@ from cafe.errors import RecipeError, TrainingError
 from cafe.model.adapter import adapter_of
 from cafe.model.checkpoint import save_checkpoint, weights_dtype
 from cafe.model.location import first_line
+from cafe.model.rerank import TEMPERATURE_KEY
 from cafe.model.vlm import CAFe
 from cafe.recipes import Recipe
 from cafe.train.adapt import load_core
@@ -109,10 +110,8 @@ def train(
     log = RunLog(log_path, done) if main else None
     reporter = _reporter(recipe, log, accelerator, done, data.steps)
     with reporter:
-        if quarantine.count:
-            reporter.note(f"left out: {quarantine.count} records, see {quarantine.path}")
-        if resume:
-            reporter.note(f"going on after step {done} of {data.steps}")
+        for note in _first_notes(recipe, data, quarantine, done if resume else None):
+            reporter.note(note)
         loop = Loop(
             recipe=recipe,
             accelerator=accelerator,
@@ -126,6 +125,10 @@ def train(
             resume_with=f"cafe train {shlex.quote(str(output / 'recipe.yaml'))} --resume",
         )
         _run(loop, step_loader(steps, done, data.steps, recipe.batch.workers), done)
+    if recipe.objective.contrastive_weight > 0:  # reranking weighs the embeddings by it
+        setattr(
+            core.model.config, TEMPERATURE_KEY, torch.as_tensor(state.contrast.temperature()).item()
+        )
     _save_model(core, recipe.model, output / "model", sharded=state.sharded)
     _part(accelerator)
     return TrainResult(output / "model", log_path, read_log(log_path))
@@ -163,6 +166,20 @@ def _prepare_output(output: Path, resume: bool) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         clean(checkpoints)
         clean(output)
+
+
+def _first_notes(
+    recipe: Recipe, data: TrainingData, quarantine: Quarantine, resumed: int | None
+) -> Iterator[str]:
+    """What is to be known before the first step. resumed: the steps that are done, if it is so."""
+    if quarantine.count:
+        yield f"left out: {quarantine.count} records, see {quarantine.path}"
+    for name, size in zip(data.plan.names, data.plan.sizes, strict=True):
+        if size < recipe.batch.examples:
+            yield f"{name}: its batches have {size} examples, for it has no more"
+    if resumed is not None:
+        going = f"going on after step {resumed} of {data.steps}"
+        yield going if resumed < data.steps else f"all {data.steps} steps are done"
 
 
 def _order(recipe: Recipe, data: TrainingData) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""Reranking: the embedding and the match question, added by Bayes' rule."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from cafe.errors import DataError
+from cafe.model.rerank import DEFAULT_TEMPERATURE, reranked, trained_temperature
+from cafe.model.vlm import CAFe
+
+
+def noise(seed: int) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+PICTURES = [noise(seed) for seed in range(4)]
+
+
+def twin(cosines: list[float], matches: list[float], temperature: float) -> list[float]:
+    """Bayes' rule, a product at a time."""
+    products = [
+        math.exp(cosine / temperature) * match / (1 - match)
+        for cosine, match in zip(cosines, matches, strict=True)
+    ]
+    return [product / sum(products) for product in products]
+
+
+def test_the_posterior_is_bayes_rule_on_two_witnesses():
+    cosines, matches = [0.8, 0.7, -0.2, 0.75], [0.4, 0.9, 0.99, 0.01]
+    odds = np.log(np.array(matches) / (1 - np.array(matches)))
+    for temperature in (0.02, 0.05, 1.0):
+        found = reranked(np.array(cosines), odds, temperature)
+        np.testing.assert_allclose(found.posterior, twin(cosines, matches, temperature), rtol=1e-9)
+        np.testing.assert_allclose(found.match, matches, rtol=1e-6)
+    # Neither witness alone has this order: 0 3 1 2 by the cosine, 2 1 0 3 by the answer.
+    order = np.argsort(-reranked(np.array(cosines), odds, 0.05).posterior)
+    assert order.tolist() == [1, 0, 3, 2]
+
+
+def test_the_surest_answers_keep_their_order():
+    """P(yes) of both rounds to 1, and is the same number; the posterior still tells them apart."""
+    found = reranked(np.array([0.5, 0.6, -1.0]), np.array([90.0, 90.0, -900.0]), 0.01)
+    assert found.match.tolist() == [1.0, 1.0, 0.0]
+    assert found.posterior[1] > found.posterior[0] > found.posterior[2] == 0
+    assert found.posterior.sum() == pytest.approx(1)
+
+
+def test_cosines_and_candidates_must_be_as_many():
+    with pytest.raises(ValueError, match=r"cosines \(2,\) and log-odds \(3,\)"):
+        reranked(np.zeros(2), np.zeros(3), 0.05)
+
+
+def test_rerank_weighs_the_models_own_embeddings_and_answers(small_model: CAFe):
+    text = "a red cat"
+    match = small_model.score(text, PICTURES)
+    cosines = small_model.encode(PICTURES) @ small_model.encode(text)
+    expected = twin(cosines.tolist(), match.tolist(), DEFAULT_TEMPERATURE)
+    for given in (None, cosines):
+        found = small_model.rerank(text, PICTURES, given, batch_size=3)
+        np.testing.assert_allclose(found.match, match, atol=1e-6)
+        np.testing.assert_allclose(found.posterior, expected, rtol=1e-3)
+    far = np.array([-1.0, -1.0, 1.0, -1.0])
+    assert small_model.rerank(text, PICTURES, far).posterior.argmax() == 2
+    # The other way: texts about one picture.
+    texts = ["a red cat", "a small bus at the top left"]
+    by_picture = small_model.rerank(PICTURES[0], texts)
+    assert by_picture.match[0] == pytest.approx(match[0], abs=1e-6)
+    assert small_model.rerank(text, []).posterior.shape == (0,)
+
+
+def test_what_cannot_be_compared_is_told(small_model: CAFe):
+    with pytest.raises(DataError, match="score compares one picture with a text"):
+        small_model.rerank("a cat", ["a dog"])
+
+
+def test_the_temperature_is_saved_with_the_model(small_model: CAFe, tmp_path: Path):
+    config: Any = small_model.model.config
+    assert trained_temperature(config) == DEFAULT_TEMPERATURE
+    cosines = np.array([0.1, 0.2, 0.3, 0.4])
+    try:
+        config.contrastive_temperature = 0.01
+        small_model.save_pretrained(tmp_path)
+        sharp = small_model.rerank("a cat", PICTURES, cosines)
+    finally:
+        del config.contrastive_temperature
+    loaded = CAFe.from_pretrained(tmp_path)
+    assert trained_temperature(loaded.model.config) == 0.01
+    again = loaded.rerank("a cat", PICTURES, cosines)
+    np.testing.assert_allclose(again.posterior, sharp.posterior, rtol=1e-3)
+    assert again.posterior[3] > small_model.rerank("a cat", PICTURES, cosines).posterior[3]
