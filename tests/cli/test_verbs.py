@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -121,8 +121,10 @@ def test_a_second_demo_leaves_the_first_alone(cafe, stand_in, tmp_path, monkeypa
 
 
 def test_train_takes_overrides_before_and_after_options(cafe, stand_in, recipe_file):
-    calls = stand_in("cafe.train.run", "train")
-    assert cafe("train", recipe_file, "seed=1", "--resume", "batch.chunk=4")[0] == 0
+    result = SimpleNamespace(model_dir=Path("out/model"), log_path=Path("out/log.jsonl"))
+    calls = stand_in("cafe.train.run", "train", lambda *_, **__: result)
+    code, out, _ = cafe("train", recipe_file, "seed=1", "--resume", "batch.chunk=4")
+    assert (code, out) == (0, "the model is in out/model, the log in out/log.jsonl\n")
     ((recipe,), keywords) = calls[0]
     assert isinstance(recipe, Recipe)
     assert (recipe.seed, recipe.batch.chunk, keywords) == (1, 4, {"resume": True})

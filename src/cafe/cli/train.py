@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,9 @@ def command(
 
     from cafe.train.run import train
 
-    train(checked, resume=resume)
+    result = train(checked, resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"the model is in {result.model_dir}, the log in {result.log_path}")
 
 
 def _check_there(recipe: Path) -> None:
