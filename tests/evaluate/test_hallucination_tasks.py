@@ -132,6 +132,12 @@ def test_broken_pope_files_are_told(pope_folder):
     (pope_folder / "coco_pope_popular.json").write_text('{"image": "a.jpg", "text": "?"}')
     with pytest.raises(DataError, match=r"popular\.json, line 1: not a question of POPE"):
         read_pope(pope_folder)
+    random = pope_folder / "coco_pope_random.json"
+    random.write_text("\n".join([random.read_text(), random.read_text().splitlines()[0]]))
+    with pytest.raises(
+        DataError, match=r"coco_pope_random\.json: two samples have the id 'a\.jpg, "
+    ):
+        read_pope(pope_folder)
     (pope_folder / "val2014" / "b.jpg").unlink()
     with pytest.raises(DataError, match=r"b\.jpg: no such picture"):
         read_pope(pope_folder)
@@ -387,7 +393,7 @@ def test_an_endpoint_judges_and_its_failure_says_what_to_do(endpoint, monkeypatc
     assert isinstance(judge, EndpointJudge)
     replies = judge(inquiries("A dog.", "dog"))
     assert (next(replies), next(replies)) == ("Yes", "Yes")
-    with pytest.raises(DataError, match=r"500.*what it has answered is kept"):
+    with pytest.raises(DataError, match=r"500.*with --json .* what is answered is kept"):
         next(replies)
     path, authorization, body = seen[0]
     assert (path, authorization) == ("/v1/chat/completions", "Bearer secret")

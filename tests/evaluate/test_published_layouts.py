@@ -114,6 +114,10 @@ def test_bad_rows_are_told(coco5k, tmp_path):
     twice = [*captioned_pictures(coco5k), *captioned_pictures(coco5k)]
     with pytest.raises(DataError, match=r"two samples have the id 'red\.jpg'"):
         retrieval(seen, twice)
+    table(tmp_path / "v" / "a.parquet", [{"image": picture(tmp_path / "p.png", "red"),
+                                          "caption": ["a"], "cocoid": 5}] * 2)  # fmt: skip
+    with pytest.raises(DataError, match="v, row 1: cocoid '5' is that of row 0 too; remove one"):
+        list(captioned_pictures(tmp_path / "v"))
     with pytest.raises(DataError, match="no parquet file"):
         next(read_rows(_made(tmp_path / "none"), "test"))
     with pytest.raises(DataError, match="no such folder, and no name"):
@@ -216,6 +220,12 @@ def test_vqa_is_the_soft_accuracy_of_ten_people_or_an_exact_match(tmp_path):
     table(tmp_path / "bad" / "a.parquet", [{"question": "?", "answers": [""], "image": image}])
     with pytest.raises(DataError, match="question '0' has no answer"):
         list(read_vqa(tmp_path / "bad"))
+    table(tmp_path / "twice" / "a.parquet", [rows[0], rows[1] | {"question_id": 1}])
+    with pytest.raises(DataError, match="row 1: question_id '1' is that of row 0 too; remove one"):
+        list(read_vqa(tmp_path / "twice"))
+    table(tmp_path / "gone" / "a.parquet", [rows[0] | {"image": {"bytes": None, "path": "b.png"}}])
+    with pytest.raises(DataError, match=r"b\.png: no such picture \(question '1'\); download"):
+        list(read_vqa(tmp_path / "gone"))
 
 
 # ---------------------------------------------------------------- candidates
@@ -401,13 +411,29 @@ def test_documents_are_ranked_against_all_pages_by_linear_ndcg(visdoc):
     assert result.details["measure"] == "ndcg_linear@5"
 
 
+def test_pages_and_document_queries_are_there_once(visdoc, tmp_path):
+    folder = visdoc / "ViDoRe_arxivqa"
+    page = {"corpus-id": 0, "image": picture(tmp_path / "red.png", "red")}
+    twice = [{"query-id": 10, "query": "red"}] * 2
+    table(folder / "queries" / "test-0.parquet", twice)
+    with pytest.raises(DataError, match="queries: two samples have the id '10'; remove one"):
+        mmeb_documents(seen, visdoc)
+    table(folder / "corpus" / "test-0.parquet", [page, page])
+    with pytest.raises(DataError, match="corpus: two pages have corpus-id '0'; remove one"):
+        mmeb_documents(seen, visdoc)
+    gone = page | {"image": {"bytes": None, "path": "gone.png"}}
+    table(folder / "corpus" / "test-0.parquet", [gone])
+    with pytest.raises(DataError, match=r"gone\.png: no such picture \(page '0'\); download"):
+        mmeb_documents(seen, visdoc)
+
+
 def test_a_document_query_without_its_page_is_told(visdoc):
     qrels = visdoc / "ViDoRe_arxivqa" / "qrels" / "test-0.parquet"
     table(qrels, [{"query-id": 10, "corpus-id": 0, "score": 1}])
-    with pytest.raises(DataError, match="query '11' has no relevant page"):
+    with pytest.raises(DataError, match=r"qrels: no row names a page for query-id '11'.*add one"):
         mmeb_documents(seen, visdoc)
     table(qrels, [{"query-id": 10, "corpus-id": 7, "score": 1}])
-    with pytest.raises(DataError, match="names page '7', which is not there"):
+    with pytest.raises(DataError, match=r"names corpus-id '7', which is not in .*add the page"):
         mmeb_documents(seen, visdoc)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch.multiprocessing as multiprocessing
 
@@ -208,6 +209,27 @@ def test_evaluate_and_compare_from_the_command_line(cafe, tmp_path):
     assert "A  m1" in out
     assert "B  m2" in out
     assert "(+0.0000 [+0.0000, +0.0000] )" in out
+
+
+def test_a_result_with_a_map_has_a_picture_of_it_beside(cafe, tmp_path):
+    one = ("evaluate", "m", "--task", "gap", "--limit", "5")
+    code, out, err = cafe(*one, "--json", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert f"  map: {tmp_path / 'gap.png'}\n" in out
+    with PIL.Image.open(tmp_path / "gap.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (780, 720))
+    assert "map:" not in cafe(*one)[1]
+
+
+def test_what_a_result_cannot_tell_by_numbers_is_said(cafe, monkeypatch):
+    details = {"empty_replies": 2, "evasive_replies": 7, "missing": ["K700", "MSVD"]}
+    told = Result(3, {"hit": np.array([1, 0, 1])}, {"accuracy": Ratio("hit")}, details=details)
+    monkeypatch.setitem(tasks.TASKS, "one", Task(lambda _: told, {}))
+    assert cafe("evaluate", "m", "--task", "one")[1].splitlines()[-3:] == [
+        "  2 replies of the model were empty",
+        "  7 replies of judges were neither yes nor no: no votes",
+        "  not there, so not measured: K700, MSVD",
+    ]
 
 
 def test_published_rows_stand_beside(cafe, tmp_path):

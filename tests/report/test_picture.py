@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cafe.errors import DataError
+from cafe.report.map import draw_map
 from cafe.report.picture import Clouds, Curves, Found, Search, draw_demo, smooth
 
 LONG = " ".join(["a small potato at the bottom right,"] * 6)
@@ -109,3 +110,16 @@ def test_smoothing_averages_neighbours_only_and_keeps_straight_lines():
 def test_a_folder_that_is_not_there_is_one_clear_error(tmp_path: Path):
     with pytest.raises(DataError, match=r"missing/demo\.png: cannot be written"):
         draw_demo(tmp_path / "missing" / "demo.png", **inputs())
+
+
+def test_a_map_shows_every_point_of_both_kinds_and_the_gap(figures, tmp_path):
+    rng = np.random.default_rng(0)
+    images, texts = rng.normal(size=(7, 2)) + 3, rng.normal(size=(5, 2))
+    draw_map(tmp_path / "map.png", images, texts, 0.734)
+    axes = figures[0].axes[0]
+    shown = {c.get_label(): np.asarray(c.get_offsets()) for c in axes.collections}
+    np.testing.assert_allclose(shown["pictures"], images)
+    np.testing.assert_allclose(shown["texts"], texts)
+    assert axes.get_title() == "modality gap 0.73"
+    with pytest.raises(DataError, match="cannot be written"):
+        draw_map(tmp_path / "gone" / "map.png", images, texts, 0.0)

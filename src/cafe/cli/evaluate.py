@@ -85,6 +85,8 @@ def command(
             failed += [outcome.task] if outcome.state == "failed" else []
             if rank.number == 0:
                 _tell(outcome)
+                if json_out is not None:
+                    _draw(outcome, json_out)
     if failed:
         raise DataError(
             f"{len(failed)} of {len(names)} tasks could not be run: {', '.join(failed)}"
@@ -103,6 +105,28 @@ def _tell(outcome: Outcome) -> None:
         interval = record["intervals"].get(name)
         shown = "" if interval is None else f"  [{interval[0]:.4f}, {interval[1]:.4f}]"
         print(f"  {name:<{width}}  {value:.4f}{shown}", flush=True)
+    if empty := record["details"].get("empty_replies"):
+        print(f"  {empty} replies of the model were empty", flush=True)
+    if evasive := record["details"].get("evasive_replies"):
+        print(f"  {evasive} replies of judges were neither yes nor no: no votes", flush=True)
+    if missing := record["details"].get("missing"):
+        print(f"  not there, so not measured: {', '.join(missing)}", flush=True)
+
+
+def _draw(outcome: Outcome, folder: Path) -> None:
+    """The map of a result that has one, beside its file."""
+    if outcome.record is None or "map/image" not in outcome.record["details"]:
+        return
+    import numpy as np
+
+    from cafe.evaluate.run import result_file
+    from cafe.report.map import draw_map
+
+    details = outcome.record["details"]
+    images, texts = (np.array(details[f"map/{kind}"]) for kind in ("image", "text"))
+    path = result_file(folder, outcome.task).with_suffix(".png")
+    draw_map(path, images, texts, outcome.record["scores"]["modality_gap"])
+    print(f"  map: {path}", flush=True)
 
 
 def _has_gpu() -> bool:

@@ -106,7 +106,7 @@ class Media:
                 f"folder that holds all {what}s"
             )
         if not exists:
-            raise DataError(f"{what} {name!r}: no such file in {self._root}")
+            raise DataError(f"{what} {name!r}: no such file in {self._root}; put it there")
         return path
 
     def _resolved(self, path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Captions against references: CIDEr-D and BLEU (`cafe.metrics.captions` says how they are computed).
+"""Captions against references: CIDEr-D and BLEU (how they are computed: `cafe.metrics.captions`).
 
 Pictures and references are those of the retrieval task, in the same layout.
 """

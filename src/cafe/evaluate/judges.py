@@ -147,7 +147,8 @@ class EndpointJudge:
                 return str(json.load(response)["choices"][0]["message"]["content"])
         except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError, TypeError) as e:
             raise DataError(
-                f"judge {self.name}: {e}; what it has answered is kept, run the same command again"
+                f"judge {self.name}: {e}; run the same command again (with --json it goes on from "
+                "here: what is answered is kept)"
             ) from e
 
 

@@ -206,7 +206,7 @@ def _documents(encode: Encode, folder: Path, limit: int | None) -> _Found:
     for row in read_rows(folder / "corpus", "test"):
         name = str(column(row, ("corpus-id", "corpus_id"), folder))
         if name in pages:
-            raise DataError(f"{folder}: two pages have the id {name!r}; remove one")
+            raise DataError(f"{folder / 'corpus'}: two pages have corpus-id {name!r}; remove one")
         pages[name] = len(pages)
         block.append(user(row_image(row.get("image"), folder, f"page {name!r}"), DOCUMENT_TARGET))
         if len(block) == _BLOCK:
@@ -219,13 +219,16 @@ def _documents(encode: Encode, folder: Path, limit: int | None) -> _Found:
         (str(column(row, ("query-id", "query_id"), folder)), column(row, ("query",), folder))
         for row in read_rows(folder / "queries", "test", limit)
     ]
-    check_unique([name for name, _ in queries], folder)
+    check_unique([name for name, _ in queries], folder / "queries")
     vectors = encode([user(f"{DOCUMENT_QUERY}{text}") for _, text in queries])
     table = np.concatenate(embedded).astype(np.float64)
     values = []
     for (name, _), vector in zip(queries, vectors, strict=True):
         if name not in grades:
-            raise DataError(f"{folder}: query {name!r} has no relevant page among the candidates")
+            raise DataError(
+                f"{folder / 'qrels'}: no row names a page for query-id {name!r} with a score above "
+                "0; add one, or remove the query"
+            )
         ranked = rank_relevances(table @ vector.astype(np.float64), grades[name])
         values.append(ndcg_at_k(ranked, 5))
     return _Found([name for name, _ in queries], values)
@@ -239,7 +242,10 @@ def _grades(folder: Path, pages: Mapping[str, int]) -> dict[str, np.ndarray]:
         page = str(column(row, ("corpus-id", "corpus_id"), folder))
         grade = float(row.get("score", 1))
         if page not in pages:
-            raise DataError(f"{folder}: query {query!r} names page {page!r}, which is not there")
+            raise DataError(
+                f"{folder / 'qrels'}: query-id {query!r} names corpus-id {page!r}, which is not in "
+                f"{folder / 'corpus'}; add the page, or remove the row"
+            )
         if grade > 0:
             grades.setdefault(query, np.zeros(len(pages)))[pages[page]] = grade
     return grades

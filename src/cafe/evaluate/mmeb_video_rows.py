@@ -239,7 +239,10 @@ def _texts(row: Record, name: str) -> list[str]:
 
 def _index(options: Sequence[str], answer: str, name: str) -> int:
     if answer not in options:
-        raise DataError(f"the right one, {answer!r}, is not among the {len(options)} of {name!r}")
+        raise DataError(
+            f"the right one, {answer!r}, is not among the {len(options)} of {name!r}; add it, or "
+            "remove the row"
+        )
     return options.index(answer)
 
 

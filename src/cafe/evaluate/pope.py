@@ -173,6 +173,7 @@ def _file_questions(folder: Path, setting: str, file: Path) -> list[PopeQuestion
             raise DataError(f"{where}: not a question of POPE ({error})") from error
         image = local_image(images, name, where)
         found.append(PopeQuestion(setting, name, image, text, label))
+    check_unique([f"{q.picture}, {q.text}" for q in found], file)
     return found
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from cafe.errors import DataError
 from cafe.evaluate.data import Picture
 from cafe.evaluate.scoring import Ratio
-from cafe.evaluate.sources import Source, check_unique, column, read_rows, row_image
+from cafe.evaluate.sources import RowIds, Source, check_unique, column, read_rows, row_image
 from cafe.evaluate.task import Encode, Result
 from cafe.metrics import two_way_ranks
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 KS = (1, 5, 10)
 PICTURES_AT_ONCE = 256
+_ID_COLUMNS = ("filename", "cocoid", "imgid", "img_id")
 
 
 def retrieval(encode: Encode, pictures: Iterable[Picture]) -> Result:
@@ -46,11 +47,13 @@ def captioned_pictures(source: Source, limit: int | None = None) -> Iterator[Pic
     """Pictures with all their captions, from rows in the layout above.
 
     Raises:
-        DataError: as in `cafe.evaluate.sources`; a picture without a caption.
+        DataError: as in `cafe.evaluate.sources`; a picture without a caption, two with one id.
     """
+    ids = RowIds(source)
     for number, row in enumerate(read_rows(source, "test", limit)):
-        id_names = ("filename", "cocoid", "imgid", "img_id")
-        name = str(next((row[n] for n in id_names if row.get(n) is not None), number))
+        named_by = next((n for n in _ID_COLUMNS if row.get(n) is not None), "")
+        name = str(row.get(named_by, number))
+        ids.add(name, named_by, number)
         captions = column(row, ("caption", "captions", "sentences", "raw"), source)
         texts = (captions,) if isinstance(captions, str) else tuple(captions)
         if not texts or not all(isinstance(t, str) and t.strip() for t in texts):

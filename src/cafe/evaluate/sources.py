@@ -10,6 +10,7 @@ blocks, so a data set of many pictures never has to fit in memory.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -75,6 +76,22 @@ def local_image(folder: Path, name: str, what: str) -> Image:
     if not path.is_file():
         raise DataError(f"{path}: no such picture ({what}); download the data set's pictures")
     return Image(path)
+
+
+@dataclass(slots=True)
+class RowIds:
+    """The ids of a data set's rows, read one after the other."""
+
+    source: Source
+    _row_of: dict[str, int] = field(default_factory=dict)
+
+    def add(self, id: str, column: str, row: int) -> None:
+        """Raises DataError when a row before has this id."""
+        first = self._row_of.setdefault(id, row)
+        if first != row:
+            raise DataError(
+                f"{self.source}, row {row}: {column} {id!r} is that of row {first} too; remove one"
+            )
 
 
 def check_unique(ids: Collection[str], source: object) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from cafe.errors import DataError
 from cafe.evaluate.replies import Asked, ask
 from cafe.evaluate.scoring import Ratio
-from cafe.evaluate.sources import Source, check_unique, column, read_rows, row_image
+from cafe.evaluate.sources import RowIds, Source, check_unique, column, read_rows, row_image
 from cafe.evaluate.task import Generate, Read, Result
 from cafe.metrics import answer_accuracy, consensus_accuracy
 from cafe.types import Image
@@ -71,10 +71,13 @@ def read_vqa(source: Source, limit: int | None = None) -> Iterator[VqaQuestion]:
     """Questions from rows in the layout above.
 
     Raises:
-        DataError: as in `cafe.evaluate.sources`; a question without an answer.
+        DataError: as in `cafe.evaluate.sources`; a question without an answer, two with one id.
     """
+    ids = RowIds(source)
     for number, row in enumerate(read_rows(source, "validation", limit)):
-        name = str(row.get("question_id", row.get("id", number)))
+        named_by = next((n for n in ("question_id", "id") if row.get(n) is not None), "")
+        name = str(row.get(named_by, number))
+        ids.add(name, named_by, number)
         found = column(row, ("answers", "answer"), source)
         answers = tuple(_text(one) for one in (found if isinstance(found, list) else [found]))
         if not any(answer.strip() for answer in answers):

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from cafe.report import claims
 from cafe.report.findings import BASE, CONTRASTIVE, JOINT, LANGUAGE, Arm, Findings, Measured
+from cafe.report.map import empty_map, scatter
 from cafe.report.style import BLUE, GREEN, GREY, INK, LINE, ORANGE, quiet, write_png
 
 if TYPE_CHECKING:
@@ -148,17 +149,10 @@ def draw_maps(findings: Findings, path: Path) -> None:
     panels = figure.subplots(1, 4)
     for axes, name in zip(panels, COLOURS, strict=True):
         arm = findings.arm(name)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_aspect("equal", adjustable="datalim")
-        for spine in axes.spines.values():
-            spine.set_color(LINE)
+        empty_map(axes)
         title = _NAMES[name]
         if arm.map is not None:
-            marks = {"alpha": 0.55, "linewidths": 0}
-            axes.scatter(*arm.map.images.T, s=8, c=BLUE, marker="o", label="pictures", **marks)
-            axes.scatter(*arm.map.texts.T, s=9, c=ORANGE, marker="^", label="texts", **marks)
-            axes.margins(0.08)
+            scatter(axes, arm.map.images, arm.map.texts, size=8)
             title += f": gap {arm.scores[claims.GAP].runs[0]:.2f}"
         axes.set_title(title, fontsize=9.5, color=INK)
     handles, labels = panels[0].get_legend_handles_labels()

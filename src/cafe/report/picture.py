@@ -1,7 +1,4 @@
-"""The picture of a demo: how it learned, what it finds, and where its embeddings lie.
-
-Pictures and texts differ in shape as well as in colour.
-"""
+"""The picture of a demo: how it learned, what it finds, and where its embeddings lie."""
 
 from __future__ import annotations
 
@@ -16,7 +13,8 @@ import PIL.Image
 from matplotlib.figure import Figure
 
 from cafe.metrics import modality_gap, project_2d
-from cafe.report.style import BLUE, GREEN, GREY, INK, LINE, ORANGE, quiet, write_png
+from cafe.report.map import scatter
+from cafe.report.style import GREEN, GREY, INK, LINE, quiet, write_png
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -123,16 +121,9 @@ def smooth(values: Sequence[float]) -> Float[np.ndarray, " n"]:
 
 def _draw_map(axes: Axes, name: str, clouds: Clouds) -> None:
     images, texts = project_2d(clouds.images, clouds.texts)
-    axes.scatter(*images.T, s=13, c=BLUE, marker="o", alpha=0.55, linewidths=0, label="pictures")
-    axes.scatter(*texts.T, s=15, c=ORANGE, marker="^", alpha=0.55, linewidths=0, label="texts")
+    scatter(axes, images, texts)
     gap = modality_gap(clouds.images, clouds.texts)
     axes.set_title(f"{name}: gap {gap:.2f}", fontsize=10, color=INK, pad=6)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.margins(0.08)
-    for spine in axes.spines.values():
-        spine.set_color(LINE)
     if name == "before":
         legend = axes.legend(
             loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=2, frameon=False, fontsize=9.5,

@@ -94,7 +94,9 @@ class RankedReader:
             raise DataError("'qry_text' is empty, and so is its picture")
         candidates = tuple(self._candidates(record))
         if not candidates:
-            raise DataError("'tgt_text' is empty; a query needs candidates")
+            raise DataError(
+                "'tgt_text' is empty; a query needs candidates, the first of which is right"
+            )
         return Ranked(identity, query, candidates, positives=(0,))
 
     def _candidates(self, record: Record) -> Iterator[Conversation]:
