@@ -1,7 +1,10 @@
-"""Several answers, of which the model's own embedding chooses the most faithful.
+"""Several answers, of which the model itself chooses the most faithful.
 
-One set of weights writes and embeds: an answer that names what is not in the picture lies farther
-from the picture than one that does not, as far as the model has learnt to retrieve.
+One set of weights writes, embeds and judges: an answer that names what is not in the picture lies
+farther from the picture than one that does not, and gets less of a "yes" to the question whether
+the picture shows it, as far as the model has learnt either. Both are added as in reranking
+(`cafe.model.rerank`). The question is about one picture: beside several, or a video, the embedding
+decides alone.
 """
 
 from __future__ import annotations
@@ -10,23 +13,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch.nn import functional
 
 from cafe.errors import DataError
 from cafe.model import inference
+from cafe.model.inference import match_question
 from cafe.model.prompts import DEFAULT_PROMPT
+from cafe.model.rerank import reranked, trained_temperature
 from cafe.types import Conversation, Image, Message, Video, user
 
 if TYPE_CHECKING:
     from cafe.model.vlm import CAFe
 
 
+SAMPLING_TEMPERATURE = 0.6
+"""Where neither the caller nor the model's generation settings say one. F1 of the things that the
+chosen descriptions of 200 scenes name: 0.85 at 0.3 (too much alike), 0.90 at 0.6, 0.89 at 1.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer and the cosine of its embedding to that of the conversation's pictures."""
+    """An answer.
+
+    similarity  cosine of its embedding to that of the conversation's pictures
+    posterior   the probability that it is the one about these pictures, if one of the answers is
+    """
 
     text: str
     similarity: float
+    posterior: float
 
 
 def candidates(
@@ -37,10 +54,10 @@ def candidates(
     batch_size: int,
     sampling: dict[str, Any],
 ) -> list[list[Candidate]]:
-    """For each conversation its distinct answers, the nearest first.
+    """For each conversation its distinct answers, the most probable first.
 
-    They are the greedy answer and `samples` sampled ones; of equally near ones the greedy is the
-    first, then the first sampled. An empty answer comes last.
+    They are the greedy answer and `samples` sampled ones; of equally probable ones the greedy is
+    the first, then the first sampled. An empty answer comes last.
 
     sampling   as for `CAFe.generate`
     Raises DataError for a conversation without a picture; ValueError for samples < 1, and for
@@ -54,8 +71,10 @@ def candidates(
     greedy = inference.generate(model, conversations, max_new_tokens, batch_size, {})
     # Copies of a conversation stand side by side, so its picture is seen once in a batch.
     copies = [c for c in conversations for _ in range(samples)]
+    own_temperature = model.model.generation_config.temperature
+    settings = {"temperature": own_temperature or SAMPLING_TEMPERATURE, **sampling}
     sampled = inference.generate(
-        model, copies, max_new_tokens, batch_size, {**sampling, "do_sample": True}
+        model, copies, max_new_tokens, batch_size, {**settings, "do_sample": True}
     )
     texts = [
         list(dict.fromkeys([greedy[i], *sampled[i * samples : (i + 1) * samples]]))
@@ -71,13 +90,40 @@ def candidates(
         dim=1,
     )
     pictures, answers = embeddings[: len(shown)], embeddings[len(shown) :]
+    odds = _log_odds(model, shown, texts, batch_size)
+    temperature = trained_temperature(model.model.config)
     ranked, begin = [], 0
     for picture, own in zip(pictures, texts, strict=True):
-        similarities = (answers[begin : begin + len(own)] @ picture).tolist()
+        part = slice(begin, begin + len(own))
         begin += len(own)
-        found = [Candidate(text, s) for text, s in zip(own, similarities, strict=True)]
-        ranked.append(sorted(found, key=lambda c: (c.text == "", -c.similarity)))
+        cosines = (answers[part] @ picture).numpy()
+        posterior = reranked(cosines, odds[part], temperature).posterior
+        found = map(Candidate, own, cosines.tolist(), posterior.tolist())
+        ranked.append(sorted(found, key=lambda c: (c.text == "", -c.posterior)))
     return ranked
+
+
+def _log_odds(
+    model: CAFe, shown: Sequence[Conversation], texts: Sequence[Sequence[str]], batch_size: int
+) -> np.ndarray:
+    """That its picture shows what an answer says, float32, answer by answer.
+
+    0 (even odds) where there is nothing to ask: several pictures, a video, an empty answer.
+    """
+    questions = [
+        match_question(pictures, user(text)) if text and _one_picture(pictures) else None
+        for pictures, own in zip(shown, texts, strict=True)
+        for text in own
+    ]
+    asked = [i for i, question in enumerate(questions) if question is not None]
+    odds = np.zeros(len(questions), dtype=np.float32)
+    odds[asked] = inference.log_odds(model, [q for q in questions if q], batch_size).numpy()
+    return odds
+
+
+def _one_picture(shown: Conversation) -> bool:
+    parts = shown[0].content
+    return len(parts) == 1 and isinstance(parts[0], Image)
 
 
 def _shown(conversation: Conversation, number: int) -> Conversation:

@@ -60,16 +60,13 @@ AHEAD = 2
 
 
 @torch.inference_mode()
-def log_odds(
-    model: CAFe, query: Conversation, candidates: Sequence[Conversation], batch_size: int
-) -> Tensor:
-    """How far "yes" is ahead of "no" as the answer to the match question: float32 [n], on the CPU.
+def log_odds(model: CAFe, questions: Sequence[Conversation], batch_size: int) -> Tensor:
+    """How far "yes" is ahead of "no" as the answer to each question: float32 [n], on the CPU.
 
     log P("yes") - log P("no"). Questions about one picture share it: its features are computed once
     for a batch, and its tokens once for a row.
     """
     yes, no = _answer_ids(model, "yes"), _answer_ids(model, "no")
-    questions = [match_question(query, candidate) for candidate in candidates]
     found = torch.zeros(len(questions))
     batches = buckets(questions, batch_size)
 

@@ -23,6 +23,7 @@ from cafe.model.best_of import candidates
 from cafe.model.checkpoint import load_pretrained, save_checkpoint
 from cafe.model.collate import Collator
 from cafe.model.families import family_of
+from cafe.model.inference import match_question
 from cafe.model.inputs import EncodeOptions, Input, as_conversation, as_messages, is_many
 from cafe.model.last_layer import prepare, read_only_at
 from cafe.model.precision import PRECISIONS, Precision, quantized
@@ -298,8 +299,9 @@ class CAFe(nn.Module):
         """Answer a conversation (str), several (list[str]), or stream one (iterator of text).
 
         messages   a string, a picture, a {"text", "image"} dict, chat messages, or a list of these
-        best_of    sample so many answers, and of these and the greedy one return the one whose
-                   embedding is nearest to that of the conversation's pictures (`best_of`)
+        best_of    sample so many answers (temperature 0.6 unless given), and of these and the
+                   greedy one return the one that, by the model's own embedding and judgement, fits
+                   the conversation's pictures best (`cafe.model.best_of`)
         sampling   passed to transformers' `generate` (temperature, top_p, …); greedy without
         """
         conversations = as_messages(messages)
@@ -328,8 +330,9 @@ class CAFe(nn.Module):
         about one picture share its features and its tokens. To order what a search found, use
         `rerank`, which also weighs the embeddings.
         """
-        asked, found = as_conversation(query), as_messages(candidates)
-        return inference.log_odds(self, asked, found, batch_size).sigmoid().numpy()
+        asked = as_conversation(query)
+        questions = [match_question(asked, found) for found in as_messages(candidates)]
+        return inference.log_odds(self, questions, batch_size).sigmoid().numpy()
 
     def rerank(
         self,
@@ -346,7 +349,8 @@ class CAFe(nn.Module):
         Raises DataError as `score` does; ValueError for so many cosines and so many candidates.
         """
         asked, found = as_conversation(query), as_messages(candidates)
-        odds = inference.log_odds(self, asked, found, batch_size).numpy()
+        questions = [match_question(asked, candidate) for candidate in found]
+        odds = inference.log_odds(self, questions, batch_size).numpy()
         if cosines is None:
             near = self.encode([asked, *found], batch_size=batch_size)
             cosines = near[1:] @ near[0]
