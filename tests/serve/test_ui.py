@@ -27,8 +27,8 @@ from cafe.serve.limits import Limits
 from cafe.serve.run import Server, Settings
 from cafe.types import Image
 
-pytest.importorskip("gradio", reason="the page needs gradio: pip install 'cafe-vlm[ui]'")
-api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+api = pytest.importorskip("playwright.sync_api", reason="pip install 'cafe-vlm[dev]'")
+pytest.importorskip("gradio", reason="pip install 'cafe-vlm[ui]'")
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,10 @@ def browser() -> Iterator[Any]:
             )
         except api.Error as error:
             reason = str(error).strip().splitlines()[0]
-            pytest.skip(f"no browser (apt-get install chromium, or playwright install): {reason}")
+            pytest.skip(
+                "no browser: install Chromium (apt-get install chromium; without root "
+                f"`.venv/bin/playwright install chromium`): {reason}"
+            )
         yield browser
         browser.close()
 
@@ -114,13 +117,13 @@ class opened:
 
 def search(page: Any, words: str = WORDS) -> list[tuple[float, str]]:
     """Search by words; returns the gallery's scores and names."""
-    page.fill("#words textarea, #words input", words)
+    page.fill("#words input", words)
     page.click("#search")
     return found(page)
 
 
 def found(page: Any) -> list[tuple[float, str]]:
-    page.get_by_text(f"{COUNT} found, best first").wait_for()
+    page.get_by_text(f"The {COUNT} nearest, best first").wait_for()
     page.wait_for_function(
         f"document.querySelectorAll('#gallery button.thumbnail-item').length == {COUNT}"
     )
@@ -168,10 +171,10 @@ def test_a_picture_finds_itself(page: Any, scenes: Path):
     assert score == pytest.approx(1.0, abs=2e-3)
     by_picture = found(page)
     first = page.locator("#gallery .caption-label").first.inner_text()
-    page.fill("#words textarea, #words input", WORDS)
+    page.fill("#words input", WORDS)
     page.click("#search")
     page.wait_for_function(
-        "before => document.querySelector('#gallery .caption-label').innerText != before",
+        "old => (document.querySelector('#gallery .caption-label')?.innerText ?? old) != old",
         arg=first,
     )
     assert found(page) != by_picture, "by both is another query"
@@ -191,7 +194,7 @@ def test_a_hit_that_is_clicked_is_asked_about(page: Any, small_model: Any):
     search(page)
     page.locator("#gallery button.thumbnail-item").nth(1).click()
     source = asked(page)
-    page.fill("#question textarea, #question input", QUESTION)
+    page.fill("#question input", QUESTION)
     page.click("#ask-button")
     said = whole_answer(page)
     picture = Image(page.context.request.get(source).body())
@@ -199,16 +202,44 @@ def test_a_hit_that_is_clicked_is_asked_about(page: Any, small_model: Any):
     assert said == (want or "The answer is empty.")
 
 
+def test_another_picture_takes_the_answer_away_and_another_search_the_choice(page: Any):
+    search(page)
+    page.locator("#gallery button.thumbnail-item").nth(1).click()
+    before = asked(page)
+    page.fill("#question input", QUESTION)
+    page.click("#ask-button")
+    whole_answer(page)
+    page.locator("#gallery button.thumbnail-item").nth(2).click()
+    page.get_by_text("The answer appears here").wait_for()
+    assert asked(page) != before
+    assert page.locator("#gallery .selected").count() == 1
+    page.fill("#words input", "a small blue boat")
+    page.click("#search")
+    page.locator("#gallery .selected").wait_for(state="detached")
+    found(page)
+    assert page.locator("#gallery .selected").count() == 0
+
+
 def test_a_question_without_a_picture_says_what_to_do(page: Any):
-    page.fill("#question textarea, #question input", QUESTION)
+    page.fill("#question input", QUESTION)
     page.click("#ask-button")
     told = page.locator("#answer [role=alert]")
     told.wait_for()
     assert "Choose a picture" in told.inner_text()
 
 
+def test_a_file_that_is_no_picture_is_refused_when_it_is_given(page: Any, tmp_path: Path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    page.set_input_files("#asked-picture input[type=file]", broken)
+    told = page.locator("#answer [role=alert]")
+    told.wait_for()
+    assert told.inner_text().startswith("Not a picture that can be read (known: PNG")
+    page.locator("#asked-picture img").wait_for(state="detached")
+
+
 def test_a_keyboard_is_enough(page: Any):
-    assert page.evaluate("document.activeElement.closest('#words') !== null"), "it begins there"
+    page.wait_for_function("document.activeElement.closest('#words') !== null")  # it begins there
     page.keyboard.type(WORDS)
     page.keyboard.press("Enter")
     found(page)
@@ -236,7 +267,7 @@ def test_nothing_is_wider_than_the_screen(browser: Any, server: Server, tmp_path
         search(page)
         page.locator("#gallery button.thumbnail-item").first.click()
         asked(page)
-        page.fill("#question textarea, #question input", QUESTION)
+        page.fill("#question input", QUESTION)
         page.click("#ask-button")
         whole_answer(page)
         assert overflow(page) == 0, "after"
@@ -264,23 +295,41 @@ def test_without_an_index_an_uploaded_picture_is_asked_about_and_the_answer_stre
     try:
         with opened(browser, server) as page:
             assert page.locator("#words").count() == 0
+            assert not page.locator("#stop").is_visible(), "there is nothing to stop"
             page.set_input_files("#asked-picture input[type=file]", sorted(scenes.iterdir())[0])
             asked(page)
-            page.fill("#question textarea, #question input", question)
+            page.fill("#question input", question)
             page.click("#ask-button")
             page.locator("#answer .answer").wait_for()
             begun = page.locator("#answer .answer").inner_text()
             page.get_by_text(question, exact=True).wait_for()
             assert question.startswith(begun)
             assert begun != question, "it came all at once"
-            page.fill("#question textarea, #question input", question * 20)
+            page.fill("#question input", question * 20)
             page.click("#ask-button")
             wait_until(lambda: server.engine.generating)
             page.click("#stop")
-            wait_until(lambda: model.dropped == [0])
+            page.locator("#stop").wait_for(state="hidden")
+            wait_until(lambda: model.dropped == [0] and not server.engine.generating)
             page.click("#ask-button")
             wait_until(lambda: server.engine.generating)
         wait_until(lambda: model.dropped == [0, 0])  # nobody looks any more
+    finally:
+        server.stop()
+
+
+def test_what_goes_wrong_inside_is_told_without_its_details(browser: Any, scenes: Path):
+    server = started(Fake(), page=True)
+    try:
+        with opened(browser, server) as page:
+            page.set_input_files("#asked-picture input[type=file]", sorted(scenes.iterdir())[0])
+            asked(page)
+            page.fill("#question input", "bug")
+            page.keyboard.press("Enter")
+            told = page.locator("#answer [role=alert]")
+            told.wait_for()
+            assert "Something went wrong here" in told.inner_text()
+            assert "secret" not in page.content()
     finally:
         server.stop()
 

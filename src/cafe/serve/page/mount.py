@@ -65,8 +65,9 @@ def attach(app: FastAPI, service: Service, door: Door, root: Path | None) -> App
     try:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(kept)
-        import gradio as gr  # pyright: ignore[reportMissingImports]
-        from gradio.themes.utils.fonts import Font  # pyright: ignore[reportMissingImports]
+        import gradio as gr
+        from gradio.themes import Base
+        from gradio.themes.utils.fonts import Font
 
         from cafe.serve.page.layout import layout
     except ModuleNotFoundError as error:
@@ -91,13 +92,14 @@ def attach(app: FastAPI, service: Service, door: Door, root: Path | None) -> App
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Base(
+        theme=Base(
             primary_hue="amber",
             neutral_hue="stone",
             font=[Font("system-ui"), Font("sans-serif")],
             font_mono=[Font("ui-monospace"), Font("monospace")],
         ).set(
-            # White on the hue's own amber cannot be read.
+            # White on the hue's own amber cannot be read, nor amber on white.
+            color_accent="*primary_700",
             button_primary_background_fill="*primary_700",
             button_primary_background_fill_dark="*primary_700",
             button_primary_background_fill_hover="*primary_800",
@@ -182,7 +184,8 @@ def _with_headers(send: Send, policy: str) -> Send:
     extra = [
         (b"content-security-policy", policy.encode()),
         (b"x-content-type-options", b"nosniff"),
-        (b"referrer-policy", b"no-referrer"),
+        # Not no-referrer: then a browser sends the form that asks for the key without its origin.
+        (b"referrer-policy", b"same-origin"),
     ]
 
     async def sent(message: MutableMapping[str, Any]) -> None:

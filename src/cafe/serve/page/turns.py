@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -33,7 +33,7 @@ async def find(service: Service, text: str, picture: str | None, top: int) -> li
         return await hits_of(service, service.search, request, query, top)
 
 
-async def answer(service: Service, question: str, picture: str | None) -> AsyncIterator[str]:
+async def answer(service: Service, question: str, picture: str | None) -> AsyncGenerator[str]:
     """The answer about a picture file so far, longer each time. Closing it stops the writing."""
     if picture is None:
         raise Refused.invalid("Choose a picture first.")
@@ -60,6 +60,13 @@ async def answer(service: Service, question: str, picture: str | None) -> AsyncI
         yield whole.text
 
 
+async def check(service: Service, picture: str | None) -> None:
+    """Whether a picture file can be looked at, within the limits."""
+    if picture is not None:
+        with _visit() as request:
+            await service.reader(request).content(_content(None, picture), "picture")
+
+
 @contextmanager
 def _visit() -> Iterator[Request]:
     """A visitor's turn in the shape of a request: what it takes is given back at its end.
@@ -74,7 +81,10 @@ def _content(text: str | None, picture: str | None) -> Content:
     """The reader takes a data URI and finds the format out by itself."""
     if picture is None:
         return Content(text=text)
-    encoded = base64.b64encode(Path(picture).read_bytes()).decode("ascii")
+    try:
+        encoded = base64.b64encode(Path(picture).read_bytes()).decode("ascii")
+    except OSError:  # the oldest uploads make room for new ones
+        raise Refused.invalid("The picture is not here any more; give it again.") from None
     return Content(text=text, image=f"data:image/any;base64,{encoded}")
 
 
