@@ -73,12 +73,14 @@ def test_a_scenes_folder_gives_captions_questions_with_kinds_and_the_truth(scene
         assert (prompt.text, answer.text) == ("Describe this image.", truth.caption)
 
 
-def test_llava_captions_come_together_by_picture_and_what_is_left_out_is_counted(captions):
+def test_llava_captions_come_together_by_picture_and_what_is_left_out_is_told(captions):
     found = read_pictures(captions)
     assert [p.captions for p in found.pictures] == [("one", "three"), ("two",), ("four",)]
     assert [len(p.dialogues) for p in found.pictures] == [2, 1, 1]
     assert [p.kinds for p in found.pictures] == [None, None, None]
-    assert found.rejected == 2  # a picture that is missing, and a record with two
+    missing, two = found.rejected
+    assert "picture 'd.png': no such file in" in missing
+    assert two.endswith("captions.json, 5: 2 pictures, expected one")
     assert read_pictures(captions.parent).pictures[0].captions == ("one", "three")
     assert len(read_pictures(captions, limit=1).pictures) == 1
 
@@ -120,6 +122,11 @@ def test_each_task_runs_a_real_model_and_says_how(small_model, scenes, task, nam
 
 
 def test_captions_of_other_people_are_measured_too(small_model, captions):
+    message = r"2 records cannot be used; mend or remove them\. The first: .*'d\.png': no such file"
+    for data in (captions, captions.parent):
+        with pytest.raises(DataError, match=message):
+            evaluate(small_model, "gap", data, 1)
+    captions.write_text(json.dumps(json.loads(captions.read_text())[:4]))
     result = evaluate(small_model, "retrieval", captions, None)
     assert result["count"] == 3
     assert set(evaluate(small_model, "caption", captions, None)["scores"]) == {"caption_loss"}

@@ -90,6 +90,9 @@ def test_pope_reads_the_authors_files_and_counts_as_they_do(pope_folder):
         assert result.scores[f"popular/{name}"] == result.scores[f"mean/{name}"] == value
     assert expected["precision"] == expected["recall"] == expected["accuracy"] == 0.5
     assert result.count == 12
+    silent = pope(never, lambda asked, _: [""] * len(asked), read_pope(pope_folder))
+    assert silent.details["empty_replies"] == 12
+    assert silent.scores["mean/yes_ratio"] == 1  # nothing said is a yes, by the official parser
     assert result.items["random/right"].tolist() == [2, 0]  # per picture
 
 
@@ -237,6 +240,14 @@ def test_chair_of_a_written_example(coco):
     assert low < 0.6 < high
 
 
+def test_chair_and_throne_need_every_picture(coco):
+    for year, read in (("2014", read_chair), ("2017", read_throne)):
+        (coco / f"val{year}" / "b.jpg").unlink()
+        with pytest.raises(DataError, match=rf"val{year}/b\.jpg: no such picture.*download"):
+            read(coco)
+        assert len(read(coco, 1)[0]) == 1  # of the first there is one
+
+
 def test_chair_needs_its_files(coco):
     (coco / "synonyms.txt").write_text("person, man")
     with pytest.raises(DataError, match="no line names the class 'chair'"):
@@ -345,6 +356,16 @@ def test_a_judge_that_fails_half_way_is_not_asked_again_what_it_has_answered(coc
     other = Scripted("k", table, breaks_after=0)
     with pytest.raises(DataError, match="gone"):
         throne(describe_as("x"), [other], pictures, CLASSES, journal=Journal(folder))
+
+
+def test_an_empty_description_is_judged_and_counted(coco):
+    pictures, mentions = read_chair(coco)
+    assert chair(describe_as(" "), pictures, mentions).details["empty_replies"] == 2
+    judge = Scripted("j", {"dog": NO, "cat": ["", "no", "no"], "tie": NO})
+    result = throne(describe_as(""), [judge], pictures, CLASSES)
+    assert result.details["empty_replies"] == 2
+    assert result.details["evasive_replies"] == 2  # an empty reply of a judge is no vote
+    assert result.scores["overall_recall"] == 0
 
 
 def test_a_judge_that_says_too_little_is_told(coco):

@@ -40,10 +40,10 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """What was read, and how many records could not be used."""
+    """What was read, and for each record that could not be used where it is and why."""
 
     pictures: tuple[Picture, ...]
-    rejected: int = 0
+    rejected: tuple[str, ...] = ()
 
 
 def read_pictures(path: Path, limit: int | None = None) -> Pictures:
@@ -85,13 +85,13 @@ def _captioned(file: Path, limit: int | None) -> Pictures:
     """Captions in LLaVA's format; those of one picture come together."""
     records = read_examples(file, Reading(mode="caption"))
     pictures: dict[object, Picture] = {}
-    several = 0
+    rejected = [str(item) for item in records.rejected]
     for example in records.examples:
         assert example.query is not None  # a caption is one side of a pair, its picture
         assert example.target is not None  # and the caption the other
         images = [part for part in example.query[0].content if isinstance(part, Image)]
         if len(images) != 1:
-            several += 1
+            rejected.append(f"{file}, {example.id}: {len(images)} pictures, expected one")
             continue
         first = pictures.get(images[0].key)
         pictures[images[0].key] = Picture(
@@ -101,9 +101,9 @@ def _captioned(file: Path, limit: int | None) -> Pictures:
             dialogues=(*(first.dialogues if first else ()), *example.dialogues),
         )
     if not pictures:
-        reason = f"; the first: {records.rejected[0]}" if records.rejected else ""
+        reason = f"; the first: {rejected[0]}" if rejected else ""
         raise DataError(f"{file}: no record is one picture with a caption{reason}")
-    return Pictures(tuple(pictures.values())[:limit], len(records.rejected) + several)
+    return Pictures(tuple(pictures.values())[:limit], tuple(rejected))
 
 
 def _questions(file: Path) -> dict[str, tuple[Question, ...]]:

@@ -84,15 +84,30 @@ class Task:
 
 
 def pictures(setup: Setup) -> Iterable[Picture]:
-    """Generated scenes, a scenes folder, captions in LLaVA's format, or rows of a data set."""
+    """Generated scenes, a scenes folder, captions in LLaVA's format, or rows of a data set.
+
+    Raises:
+        DataError: data that is not there, or has a record that cannot be used: scores on the rest
+            would be those of another data set.
+    """
     if setup.data is None:
         return scene_pictures(setup.limit)
     path = Path(setup.data)
     if path.is_file() or any((path / n).is_file() for n in ("truth.jsonl", "captions.json")):
-        return read_pictures(path, setup.limit).pictures
+        return _whole(path, setup.limit)
     if path.is_dir() and not any(path.rglob("*.parquet")):
-        return read_pictures(path, setup.limit).pictures  # says what is missing
+        return _whole(path, setup.limit)  # says what is missing
     return retrieval.captioned_pictures(setup.data, setup.limit)
+
+
+def _whole(path: Path, limit: int | None) -> Iterable[Picture]:
+    found = read_pictures(path, limit)
+    if found.rejected:
+        raise DataError(
+            f"{len(found.rejected)} records cannot be used; mend or remove them. "
+            f"The first: {found.rejected[0]}"
+        )
+    return found.pictures
 
 
 def _scenes(setup: Setup) -> list[SceneItem]:
