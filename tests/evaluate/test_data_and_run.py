@@ -102,6 +102,12 @@ def test_a_broken_question_record_is_named(scenes, tmp_path):
         read_pictures(tmp_path)
 
 
+def test_a_missing_picture_of_a_scene_is_named(scenes, tmp_path):
+    (tmp_path / "truth.jsonl").write_text((scenes / "truth.jsonl").read_text())
+    with pytest.raises(DataError, match=r"000000\.png: no such picture; write the folder anew"):
+        read_pictures(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("task", "names"),
     [

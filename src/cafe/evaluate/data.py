@@ -54,7 +54,8 @@ def read_pictures(path: Path, limit: int | None = None) -> Pictures:
     limit   use the first so many pictures only
 
     Raises:
-        DataError: nothing of that kind is there, or nothing in it can be used.
+        DataError: nothing of that kind is there, or nothing in it can be used; a picture of a
+            scene is missing.
     """
     if (path / "truth.jsonl").is_file():
         return Pictures(tuple(_scenes(path))[:limit])
@@ -70,7 +71,10 @@ def read_pictures(path: Path, limit: int | None = None) -> Pictures:
 def _scenes(folder: Path) -> Iterator[Picture]:
     questions = _questions(folder / "questions.json")
     for truth in read_truth(folder):
-        image = Image(folder / truth.image)
+        path = folder / truth.image
+        if not path.is_file():
+            raise DataError(f"{path}: no such picture; write the folder anew")
+        image = Image(path)
         yield Picture(
             id=truth.id,
             image=image,
