@@ -396,6 +396,7 @@ def visdoc(tmp_path: Path) -> Path:
     qrels = [
         {"query-id": 10, "corpus-id": 0, "score": 1},
         {"query-id": 10, "corpus-id": 1, "score": 2},
+        {"query-id": 10, "corpus-id": 1, "score": 1},
         {"query-id": 11, "corpus-id": 1, "score": 1},
     ]
     table(folder / "qrels" / "test-0.parquet", qrels)

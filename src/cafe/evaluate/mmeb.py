@@ -235,7 +235,7 @@ def _documents(encode: Encode, folder: Path, limit: int | None) -> _Found:
 
 
 def _grades(folder: Path, pages: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Query -> the relevance of every page."""
+    """Query -> the relevance of every page; of two grades the higher, as in the benchmark."""
     grades: dict[str, np.ndarray] = {}
     for row in read_rows(folder / "qrels", "test"):
         query = str(column(row, ("query-id", "query_id"), folder))
@@ -247,5 +247,6 @@ def _grades(folder: Path, pages: Mapping[str, int]) -> dict[str, np.ndarray]:
                 f"{folder / 'corpus'}; add the page, or remove the row"
             )
         if grade > 0:
-            grades.setdefault(query, np.zeros(len(pages)))[pages[page]] = grade
+            own = grades.setdefault(query, np.zeros(len(pages)))
+            own[pages[page]] = max(own[pages[page]], grade)
     return grades
