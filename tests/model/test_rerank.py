@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from cafe.errors import DataError
+from cafe.errors import CheckpointError, DataError
 from cafe.model.rerank import DEFAULT_TEMPERATURE, reranked, trained_temperature
 from cafe.model.vlm import CAFe
 
@@ -78,6 +79,12 @@ def test_rerank_weighs_the_models_own_embeddings_and_answers(small_model: CAFe):
 def test_what_cannot_be_compared_is_told(small_model: CAFe):
     with pytest.raises(DataError, match="score compares one picture with a text"):
         small_model.rerank("a cat", ["a dog"])
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "warm", None, [0.05]])
+def test_a_temperature_that_is_none_is_told(value: Any):
+    with pytest.raises(CheckpointError, match=r"config\.json: contrastive_temperature is .*; use"):
+        trained_temperature(SimpleNamespace(contrastive_temperature=value))
 
 
 def test_the_temperature_is_saved_with_the_model(small_model: CAFe, tmp_path: Path):

@@ -27,6 +27,7 @@ from cafe.errors import CheckpointError, RecipeError
 from cafe.model.adapter import adapter_of, merge_adapter
 from cafe.model.export import probe_inputs
 from cafe.model.last_layer import prepare
+from cafe.model.rerank import trained_temperature
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective, Tuning
 from cafe.train.adapt import adapt, halve_frozen_layers, load_core
@@ -453,7 +454,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"), dropout=0.2)
 
 
-RUN = (*ADAPTER, "tuning.dropout=0.1", "tuning.full_parts=[projector]", "schedule.steps=6")
+RUN = (
+    *ADAPTER,
+    *("tuning.dropout=0.1", "tuning.full_parts=[projector]", "schedule.steps=6"),
+    "objective.temperature=0.07",
+)
 
 
 def files(out: Path) -> dict[str, torch.Tensor]:
@@ -480,6 +485,7 @@ def test_a_resumed_adapter_run_is_bit_for_bit_as_one_never_stopped_and_small(
     assert json.loads((out / "model" / "adapter_config.json").read_text())[
         "base_model_name_or_path"
     ] == str(world / "model")
+    assert trained_temperature(loaded.model.config) == 0.07
     sizes = [f.stat().st_size for f in (world / "model").rglob("*.safetensors")]
     assert (newest / "weights.safetensors").stat().st_size < sum(sizes) / 4
 

@@ -2,7 +2,8 @@
 
     adapter_config.json          the base, the adapted layers by their full names, rank and scale;
                                  `modules_to_save`: modules whose whole weights are here too
-    adapter_model.safetensors    base_model.model.<module>.lora_A.weight, …
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight, …; in its metadata the
+                                 contrastive temperature, which a whole model has in config.json
     processor_config.json …      the processor with its templates
 
 Layers are injected into the model itself, so names of parameters keep the prefixes of their parts
@@ -22,12 +23,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cafe.errors import CheckpointError
 from cafe.model.location import first_line, locate
+from cafe.model.rerank import TEMPERATURE_KEY, as_temperature
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's wrapper, which is in every key of its files
@@ -119,7 +121,9 @@ def save_adapter(
     found |= {n: t for n, t in every.items() if _within(n, config.modules_to_save or ())}
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX + name: tensor.contiguous() for name, tensor in found.items()}
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    temperature = getattr(model.config, TEMPERATURE_KEY, None)
+    known = {} if temperature is None else {TEMPERATURE_KEY: repr(temperature)}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", **known})
     written = copy.copy(config)
     written.inference_mode = True
     if not isinstance(config.target_modules, str):  # a set's order would differ from run to run
@@ -188,6 +192,11 @@ def load_adapter(model: Any, directory: str | Path) -> None:
     unexpected += [_in_file(key) for key in result.unexpected_keys]
     if missing or unexpected:
         raise CheckpointError(_mismatch(name, sorted(missing), sorted(unexpected), base))
+    with safe_open(path / WEIGHTS, "pt") as file:
+        temperature = (file.metadata() or {}).get(TEMPERATURE_KEY)
+    if temperature is not None:  # peft's own files have none: then the base's holds
+        number = as_temperature(temperature, f"{name}: {WEIGHTS}")
+        setattr(model.config, TEMPERATURE_KEY, number)
 
 
 def _tensors(path: Path, name: str) -> dict[str, Tensor]:

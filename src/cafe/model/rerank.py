@@ -13,9 +13,12 @@ picture at a time: nothing made its answers comparable between pictures.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from cafe.errors import CheckpointError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -59,5 +62,22 @@ def reranked(
 
 
 def trained_temperature(config: Any) -> float:
-    """The temperature that a model's embeddings were trained with, as its configuration says."""
-    return float(getattr(config, TEMPERATURE_KEY, DEFAULT_TEMPERATURE))
+    """The temperature that a model's embeddings were trained with, as its configuration says.
+
+    Raises CheckpointError when that is no positive number.
+    """
+    return as_temperature(getattr(config, TEMPERATURE_KEY, DEFAULT_TEMPERATURE), "config.json")
+
+
+def as_temperature(value: Any, file: str) -> float:
+    """What `file` says, as a number. Raises CheckpointError when it is no positive one."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise CheckpointError(
+            f"{file}: {TEMPERATURE_KEY} is {value!r}; use the positive number that the embeddings "
+            f"were trained with, or take it out (then it is {DEFAULT_TEMPERATURE})"
+        )
+    return number

@@ -126,9 +126,9 @@ def train(
         )
         _run(loop, step_loader(steps, done, data.steps, recipe.batch.workers), done)
     if recipe.objective.contrastive_weight > 0:  # reranking weighs the embeddings by it
-        setattr(
-            core.model.config, TEMPERATURE_KEY, torch.as_tensor(state.contrast.temperature()).item()
-        )
+        learned = state.contrast.temperature()
+        number = learned.item() if isinstance(learned, torch.Tensor) else learned
+        setattr(core.model.config, TEMPERATURE_KEY, number)
     _save_model(core, recipe.model, output / "model", sharded=state.sharded)
     _part(accelerator)
     return TrainResult(output / "model", log_path, read_log(log_path))
