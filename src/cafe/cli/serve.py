@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cafe.cli.arguments import Model
+from cafe.cli.arguments import ApiKey, Host, Model, Port, ServedIndex
 
 if TYPE_CHECKING:
     from cafe.index import Index
@@ -16,15 +16,10 @@ if TYPE_CHECKING:
 
 def command(
     model: Model,
-    index: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Also search this index, at /search.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; others need a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="CAFE_API_KEY", help="What clients must send as their key."),
-    ] = None,
+    index: ServedIndex = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Most inputs computed together.")] = 32,
     max_wait_ms: Annotated[
         float, typer.Option(min=0, help="How long an input waits for company.")

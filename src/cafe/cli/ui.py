@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from cafe.cli import serve
-from cafe.cli.arguments import Model
+from cafe.cli.arguments import ApiKey, Host, Model, Port, ServedIndex
 
 
 def command(
     model: Model,
-    index: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Search this index on the page.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; others need a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="CAFE_API_KEY", help="What the page asks for first.")
-    ] = None,
+    index: ServedIndex = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = None,
 ) -> None:
     """Search and ask on a web page.
 

@@ -158,7 +158,7 @@ class Index:
             origin = self.origin
             raise DataError(
                 f"index {self.uri} holds vectors of model {own.name!r}, and {model.name!r} has "
-                f"{difference}; search with --model {own.name}, or index again: "
+                f"{difference}; use {own.name}, or index again: "
                 f"cafe index {model.name} {origin.source if origin else 'FOLDER'} --to NEW_DIR"
             )
 

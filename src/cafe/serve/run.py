@@ -181,7 +181,10 @@ def listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise CafeError(f"cannot listen on {host} port {port} ({reason}): choose another") from None
+        reason = reason.partition(" (while ")[0]  # the address is named already
+        raise CafeError(
+            f"cannot listen on {host} port {port} ({reason}): choose another with --host or --port"
+        ) from None
 
 
 def is_loopback(host: str) -> bool:
