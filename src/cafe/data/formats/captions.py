@@ -62,7 +62,7 @@ def _captions(value: object) -> list[str]:
             raise DataError(f"its caption is {kind(text)}, expected text")
     captions = [text.strip() for text in values if text.strip()]
     if not captions:
-        raise DataError("its caption is empty")
+        raise DataError("its caption is empty; write it, or leave the record out")
     return captions
 
 

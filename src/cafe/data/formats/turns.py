@@ -126,7 +126,7 @@ def _turn(turn: Any, place: str, media: Media, marker: re.Pattern[str], parts: b
     if role == "assistant" and len(pieces) == 1 and isinstance(pieces[0], str):
         pieces = (pieces[0].strip(),)
     if not any(not isinstance(piece, str) or piece.strip() for piece in pieces):
-        raise DataError(f"{place}: the {_EMPTY[role]} is empty")
+        raise DataError(f"{place}: the {_EMPTY[role]} is empty; write it, or leave the record out")
     return Turn(role, str(named), pieces)
 
 

@@ -65,8 +65,11 @@ def parse_json(text: bytes) -> Any:
     """The value of a JSON text, or the DataError that says why it is none."""
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at column {error.colno}"
     except (ValueError, RecursionError) as error:
-        return DataError(f"not JSON ({error})")
+        reason = str(error)
+    return DataError(f"not JSON ({reason}); mend it or leave it out")
 
 
 def _separated_rows(path: Path, separator: str) -> Iterator[dict[str, str]]:
