@@ -87,7 +87,7 @@ def main() -> None:
     greedy, _, best = found
     heads = [*ways, "best_of - greedy"]
     print(f"{len(scenes)} scenes, temperature {warmth}\n")
-    print(f"{'':<14}" + "".join(f"{head:<23}" for head in heads))
+    print((f"{'':<14}" + "".join(f"{head:<23}" for head in heads)).rstrip())
     for name in SCORES:
         cells = [shown(percentile_interval(scores[name])) for scores in found]
         change = percentile_interval(best[name] - greedy[name])
