@@ -32,7 +32,7 @@ from cafe.recipes import Objective
 from cafe.train.contrast import Contrast
 from cafe.train.memory import keep_memory
 from cafe.train.step import TrainingStep
-from joint_step import ThreePasses, make_examples
+from three_passes import ThreePasses, make_examples
 
 SIZES = builders.Sizes(width=256, layers=4, heads=4, view=128, picture=256, window=512)
 # These show a picture as a whole and as four views, each with all its patches.

@@ -32,7 +32,7 @@ from cafe.recipes import Objective
 from cafe.train.contrast import Contrast
 from cafe.train.memory import keep_memory
 from cafe.train.step import TrainingStep
-from joint_step import CAPTION, make_examples
+from three_passes import CAPTION, make_examples
 
 NOTHING_KEPT = {"MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
 

@@ -1,6 +1,6 @@
 """The trie step against the three passes of the published code: same model, same data, one run.
 
-    python benchmarks/joint_step.py [--pixels 192] [--batch 8] [--repeats 5] [--precision bf16]
+    python benchmarks/joint_step.py [--pixels 288] [--batch 8] [--repeats 5] [--precision bf16]
 
 Published (arXiv 2503.19900, its code's `forward`): a pass over the answers, one over the picture
 embeddings, one over the text embeddings; each runs the vision tower, the last one on zeros that no
@@ -12,105 +12,29 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
-from torch.nn import functional
 
-from cafe.media import open_image
+sys.path.insert(0, str(Path(__file__).parent))
+
 from cafe.model.tiny import tiny_model, tiny_processor
 from cafe.model.vlm import CAFe
-from cafe.objective import info_nce
 from cafe.recipes import Objective
 from cafe.train.contrast import Contrast
 from cafe.train.memory import keep_memory
 from cafe.train.step import TrainingStep
-from cafe.types import Example, Image, Message, user
-
-CAPTION = "a big red cat at the top left and a small green car in the centre of the picture"
-
-
-def make_examples(count: int, pixels: int) -> list[Example]:
-    rng = np.random.default_rng(0)
-    examples = []
-    for i in range(count):
-        noise = rng.integers(0, 255, (pixels, pixels, 3), dtype=np.uint8)
-        picture, text = Image(PIL.Image.fromarray(noise)), f"{CAPTION} number {i}"
-        turns = (
-            Message("user", (picture, "Describe this image.")),
-            Message("assistant", (text,)),
-        )
-        examples.append(
-            Example(id=str(i), query=user(picture), target=user(text), dialogues=(turns,))
-        )
-    return examples
-
-
-class ThreePasses:
-    """The published step: three sequences per example, each in a pass of its own."""
-
-    def __init__(self, model: CAFe, examples: list[Example], *, zero_pictures: bool) -> None:
-        collator, self.model = model.collator, model
-        queries = [collator.render_embedding(e.query, "compress") for e in examples if e.query]
-        targets = [collator.render_embedding(e.target, "compress") for e in examples if e.target]
-        answers = [s for e in examples for d in e.dialogues for s in collator.render_answers(d)]
-        self.query, self.target = self._inputs(queries), self._inputs(targets)
-        self.answer = self._inputs(answers)
-        self.labels = torch.full_like(self.answer["input_ids"], -100)
-        for row, sequence in enumerate(answers):
-            tail = sequence.text[-sequence.labelled :]
-            n = len(model.processor.tokenizer(tail, add_special_tokens=False)["input_ids"])
-            end = int(self.answer["attention_mask"][row].sum())
-            self.labels[row, end - n : end] = self.answer["input_ids"][row, end - n : end]
-        self.zeros = None
-        if zero_pictures:
-            self.zeros = {
-                k: torch.zeros_like(v) if v.is_floating_point() else v
-                for k, v in self.query.items()
-                if k not in ("input_ids", "attention_mask")
-            }
-
-    def _inputs(self, sequences: list[Any]) -> dict[str, torch.Tensor]:
-        images = [[open_image(i) for i in s.images] for s in sequences if s.images]
-        return dict(
-            self.model.processor(
-                text=[s.text for s in sequences],
-                images=images or None,
-                padding=True,
-                padding_side="right",
-                add_special_tokens=False,
-                return_tensors="pt",
-            )
-        )
-
-    def _last(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        states = self.model.model.model(**inputs, use_cache=False).last_hidden_state
-        return states[torch.arange(len(states)), inputs["attention_mask"].sum(1) - 1].float()
-
-    def __call__(self) -> tuple[float, float]:
-        states = self.model.model.model(**self.answer, use_cache=False).last_hidden_state
-        logits = self.model.lm_head(states)
-        language = functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), self.labels[:, 1:].flatten(), ignore_index=-100
-        )
-        query, target = self._last(self.query), self._last(self.target)
-        if self.zeros is not None:
-            # Its features meet no placeholder: a zero-length slice, kept for the graph's sake.
-            features = self.model.family.image_features(self.model.model.model, self.zeros)
-            target = target + torch.cat(features)[:0].sum()
-        contrastive = info_nce(query, target)
-        (contrastive + language).backward()
-        return contrastive.item(), language.item()
+from three_passes import CAPTION, ThreePasses, make_examples
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pixels", type=int, default=192, help="192: 300 picture tokens")
+    parser.add_argument("--pixels", type=int, default=288, help="288: 300 picture tokens")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")

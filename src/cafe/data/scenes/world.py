@@ -21,7 +21,7 @@ Split = Literal["train", "test"]
 Size = Literal["small", "big"]
 
 PICTURE_PIXELS = 96
-SIZES: dict[Size, tuple[int, int]] = {"small": (26, 30), "big": (42, 46)}  # longer side, pixels
+SIZES: dict[Size, tuple[int, int]] = {"small": (22, 26), "big": (42, 46)}  # longer side, pixels
 PLACES: dict[str, tuple[int, int]] = {  # middle of each place: x to the right, y downward
     "top left": (26, 26),
     "top right": (70, 26),
