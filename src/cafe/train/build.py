@@ -29,6 +29,7 @@ from cafe.train.randomness import uses_dropout
 from cafe.train.sharding import shard
 from cafe.train.state import TrainingState, fingerprint
 from cafe.train.step import TrainingStep
+from cafe.train.zero import ZeroOptimizer, unknown_to_accelerate, zero_settings
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
@@ -44,26 +45,21 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     # Two runs in one process may differ in precision; accelerate's state is one per process.
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    accelerator = Accelerator(
-        # Or torchrun's processes on a machine without GPUs would each believe to be the only one.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
-        log_with=[*wanted] or None,
-        project_dir=recipe.output_dir,
-        # Ranks may have different numbers of chunks, and broadcasts happen per forward.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    zero_settings(recipe)  # its errors come before the model is loaded
+    with unknown_to_accelerate():
+        accelerator = Accelerator(
+            # Or torchrun's processes on a machine without GPUs would each believe to be alone.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+            log_with=[*wanted] or None,
+            project_dir=recipe.output_dir,
+            # Ranks may have different numbers of chunks, and broadcasts happen per forward.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
     if accelerator.distributed_type == DistributedType.FSDP:
         raise RecipeError(
             "accelerate's own FSDP is switched on; leave it off (no --use_fsdp) and set "
             "sharding=fsdp in the recipe"
-        )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise RecipeError(
-            "accelerate is set to use DeepSpeed, whose engine moves the weights within each "
-            "backward pass, before a chunked step is whole or its loss is checked. Switch it off "
-            "(accelerate config, or torchrun); sharding=fsdp in the recipe shares weights, "
-            "gradients and optimizer state as ZeRO-3 does"
         )
     if accelerator.num_processes != world_size():
         raise RecipeError(
@@ -130,7 +126,12 @@ def build_step(
         sharded=sharded,
     )
     optimizer: Any = build_optimizer(parts_of(core), contrast, recipe.optimizer, device.type)
-    if not sharded:
+    if (zero := zero_settings(recipe)) is not None:
+        optimizer = ZeroOptimizer(core, optimizer, zero, recipe.optimizer.max_grad_norm)
+        step = replace(
+            step, backward=optimizer.backward, no_sync=optimizer.more_to_come, sharded=True
+        )
+    elif not sharded:
         with warnings.catch_warnings():
             # Renamed in torch 2.13; the old name is in every version that we take.
             warnings.simplefilter("ignore", FutureWarning)

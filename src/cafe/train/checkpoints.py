@@ -74,13 +74,14 @@ class Checkpoints:
         """
         target = self.folder / f"step-{step:06d}"
         streams = gather_object([random_state(state.device)])
+        moments = state.optimizer.state_dict()  # on all ranks: they may have to be gathered
         failure: Exception | None = None
         try:
             with self._unfinished(target, state) as unfinished:
                 if state.sharded:
                     save_pieces(pieces_of(state), unfinished / PIECES)
                 if rank() == 0:
-                    self._write(state, step, streams, unfinished)
+                    self._write(state, moments, step, streams, unfinished)
             if rank() == 0:
                 self._prune()
         except WRITE_ERRORS as error:
@@ -109,11 +110,15 @@ class Checkpoints:
             yield _unfinished_name(target)
 
     def _write(
-        self, state: TrainingState, step: int, streams: list[dict[str, Any]], folder: Path
+        self,
+        state: TrainingState,
+        moments: dict[str, Any],
+        step: int,
+        streams: list[dict[str, Any]],
+        folder: Path,
     ) -> None:
         """What rank 0 writes; the manifest is last."""
         rest = {"contrast": state.contrast.state_dict(), "random": streams, "base": state.base}
-        moments = state.optimizer.state_dict()
         if state.sharded:
             rest["groups"] = moments["param_groups"]
         else:

@@ -24,6 +24,7 @@ from cafe.train.optim import rate_share, set_learning_rates, warmup_steps
 from cafe.train.sharding import clip_pieces
 from cafe.train.state import TrainingState
 from cafe.train.step import StepNumbers, TrainingStep
+from cafe.train.zero import ZeroOptimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,10 @@ class Loop:
         limit = self.recipe.optimizer.max_grad_norm or math.inf
         if self.state.sharded:
             return float(clip_pieces(parameters, limit))
+        if isinstance(self.state.optimizer, ZeroOptimizer):
+            return self.state.optimizer.norm()  # it clips when it moves
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
-        assert norm is not None  # None is DeepSpeed's, which clips by itself
+        assert norm is not None  # None is that of accelerate's DeepSpeed
         return float(norm)
 
     def _check_finite(self, step: int, batch: StepData, numbers: StepNumbers, norm: float) -> None:

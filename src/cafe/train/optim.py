@@ -13,6 +13,7 @@ from cafe.errors import FamilyError, RecipeError
 from cafe.model.vlm import CAFe
 from cafe.recipes import Optimizer as OptimizerSettings
 from cafe.train.contrast import Contrast
+from cafe.train.zero import ZeroOptimizer
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 
@@ -89,7 +90,7 @@ def _group(name: str, params: list[nn.Parameter], rate: float, decay: float) -> 
     return {"name": name, "params": params, "lr": rate, "peak": rate, "weight_decay": decay}
 
 
-def set_learning_rates(optimizer: Optimizer, share: float) -> None:
+def set_learning_rates(optimizer: Optimizer | ZeroOptimizer, share: float) -> None:
     """Every group's rate becomes that share of its peak.
 
     A function of the step and the recipe, so a resumed run has no schedule to restore, and a

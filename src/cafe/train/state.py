@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from cafe.model.adapter import adapter_of
 from cafe.train.contrast import Contrast
 from cafe.train.sharding import cut_like, load_pieces
+from cafe.train.zero import ZeroOptimizer
 
 SAMPLES = 64  # values of a weight that its fingerprint takes
 
@@ -33,7 +34,7 @@ class TrainingState:
 
     model: nn.Module
     contrast: Contrast
-    optimizer: Optimizer
+    optimizer: Optimizer | ZeroOptimizer
     device: torch.device
     base: str | None = None
     sharded: bool = False
@@ -79,7 +80,7 @@ def fingerprint(model: nn.Module) -> str | None:
     return found.hexdigest()
 
 
-def load_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def load_moments(optimizer: Optimizer | ZeroOptimizer, state: dict[str, Any]) -> None:
     """Put back what AdamW remembers; its rates and decay stay those of the recipe at hand.
 
     Raises ValueError when the groups are others, as they are when other parts are frozen.
@@ -103,7 +104,7 @@ def load_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
         group.update(setting)
 
 
-def _learned(optimizer: Optimizer) -> list[nn.Parameter]:
+def _learned(optimizer: Optimizer | ZeroOptimizer) -> list[nn.Parameter]:
     """In the order in which AdamW counts them."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 

@@ -133,17 +133,21 @@ class TrainingStep:
         contrastive, gradients = self._contrast(chunks, embeddings, contrasts)
         sums, values = [], []
         for i, chunk in enumerate(chunks):
-            last = i == len(chunks) - 1
-            with nullcontext() if last else self.no_sync(), replay(states[i], active=contrasts):
+            with self._synced(i, rounds), replay(states[i], active=contrasts):
                 with self.autocast():
                     embedding, nll = self._forward(chunk)
                 values.append(self._backward(embedding, gradients[i], nll, tokens))
             sums.append(nll.detach())
-        for chunk in rounds[len(chunks) :]:  # other ranks have more: help them, and add nothing
-            with self.autocast():
-                embedding, nll = self._forward(chunk)
-            self.backward(0 * (embedding.sum() + nll))
+        for i in range(len(chunks), len(rounds)):  # other ranks have more: help, and add nothing
+            with self._synced(i, rounds):
+                with self.autocast():
+                    embedding, nll = self._forward(rounds[i])
+                self.backward(0 * (embedding.sum() + nll))
         return contrastive, torch.stack(sums).sum(), values
+
+    def _synced(self, i: int, rounds: Sequence[Chunk]) -> AbstractContextManager[object]:
+        """The context of a backward: ranks synchronise on the last only."""
+        return nullcontext() if i == len(rounds) - 1 else self.no_sync()
 
     @torch.no_grad()
     def _embed(self, chunk: Chunk) -> Tensor:
