@@ -49,7 +49,7 @@ class Settings:
     """How large the demo is. `overrides` are recipe overrides (`batch.examples=8`)."""
 
     train_scenes: int = 3000
-    train_questions: int = 3
+    train_questions: int = 5
     test_scenes: int = 500
     test_questions: int = 6
     overrides: tuple[str, ...] = ()
