@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def test_the_run_is_the_recipe_of_the_package_on_the_written_scenes(demo):
         out / "train" / "questions.json",
     ]
     assert recipe.merge_by_image
-    assert recipe.objective.contrastive_weight == recipe.objective.language_weight == 1
+    with as_file(files("cafe.recipes") / "demo.yaml") as shipped:
+        assert recipe.objective == load_recipe(shipped).objective
+    assert min(recipe.objective.contrastive_weight, recipe.objective.language_weight) > 0
     assert recipe.precision == faster_precision()
     assert len((out / "log.jsonl").read_text().splitlines()) == 2
     assert len(json.loads((out / "train" / "captions.json").read_text())) == 24

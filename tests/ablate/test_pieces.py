@@ -79,15 +79,16 @@ def test_a_recipe_file_is_found_beside_the_ablation(tmp_path):
 
 
 def test_the_arms_are_each_loss_alone_both_and_the_sweep():
-    made = ablation("sweep=[0.1, 3]", "sweep_seeds=1", "seeds=[5, 6]")
+    weights = "training.objective={contrastive_weight: 1, language_weight: 2}"
+    made = ablation(weights, "sweep=[0.1, 3]", "sweep_seeds=1", "seeds=[5, 6]")
     common = common_recipe(made)
     every = arms(made, common.objective)
     assert [(a.name, a.contrastive_weight, a.language_weight, a.seeds) for a in every] == [
-        ("language", 0, 1, (5, 6)),
+        ("language", 0, 2, (5, 6)),
         ("contrastive", 1, 0, (5, 6)),
-        ("joint", 1, 1, (5, 6)),
-        ("joint-0.1", 0.1, 1, (5,)),
-        ("joint-3", 3, 1, (5,)),
+        ("joint", 1, 2, (5, 6)),
+        ("joint-0.1", 0.1, 2, (5,)),
+        ("joint-3", 3, 2, (5,)),
     ]
     assert [run.name for run in runs(every)] == [
         "language/seed-5", "contrastive/seed-5", "joint/seed-5", "joint-0.1/seed-5",

@@ -139,7 +139,7 @@ def test_another_model_is_refused_before_it_loads_and_without_changes(
     ):
         assert isinstance(done.exception, DataError)
         assert "has other weights" in str(done.exception)
-        assert f"--model {small_dir}" in str(done.exception)
+        assert f"use {small_dir}, or index again" in str(done.exception)
         assert f"cafe index {tmp_path / 'other'} {photos} --to NEW_DIR" in str(done.exception)
 
 

@@ -108,6 +108,8 @@ def test_a_run_with_every_memory_option_trains_what_a_plain_one_trains(
     train(recipe(world, tmp_path / "lean", *steps, *options))
     plain, lean = without_times(tmp_path / "plain"), without_times(tmp_path / "lean")
     for a, b in zip(plain, lean, strict=True):
+        # Adam's first step is as long for a gradient's rounding as for the gradient.
+        assert b.pop("gradient_norm") == pytest.approx(a.pop("gradient_norm"), rel=5e-4)
         assert b == pytest.approx(a, rel=1e-4)
     assert moved(weights(world), weights(tmp_path / "plain"), "") > 1e-3
     assert moved(weights(tmp_path / "plain"), weights(tmp_path / "lean"), "") < 2e-4
@@ -148,17 +150,3 @@ def test_options_that_contradict_each_other_are_one_error(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe(tmp_path, tmp_path / "out", *overrides)
-
-
-def test_accelerates_deepspeed_is_refused(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    monkeypatch.setattr(
-        "cafe.train.build.Accelerator.distributed_type", DistributedType.DEEPSPEED, raising=False
-    )
-    with pytest.raises(RecipeError, match=r"DeepSpeed.*Switch it off.*sharding=fsdp in the recipe"):
-        train(recipe(world, tmp_path / "out"))
-    AcceleratorState._reset_state()
