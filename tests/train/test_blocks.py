@@ -102,17 +102,17 @@ def test_compiled_blocks_have_the_losses_and_gradients_of_three_passes() -> None
 def test_a_run_with_every_memory_option_trains_what_a_plain_one_trains(
     world: Path, tmp_path: Path
 ) -> None:
-    steps = ("schedule.steps=2", "batch.chunk=2")
+    # Adam's first step is as long for a gradient's rounding as for the gradient, unless epsilon
+    # is larger than the rounding.
+    steps = ("schedule.steps=2", "batch.chunk=2", "optimizer.epsilon=0.01")
     options = ("compile=true", "gradient_checkpointing=true", "offload_activations=true")
     train(recipe(world, tmp_path / "plain", *steps))
     train(recipe(world, tmp_path / "lean", *steps, *options))
     plain, lean = without_times(tmp_path / "plain"), without_times(tmp_path / "lean")
     for a, b in zip(plain, lean, strict=True):
-        # Adam's first step is as long for a gradient's rounding as for the gradient.
-        assert b.pop("gradient_norm") == pytest.approx(a.pop("gradient_norm"), rel=5e-4)
         assert b == pytest.approx(a, rel=1e-4)
     assert moved(weights(world), weights(tmp_path / "plain"), "") > 1e-3
-    assert moved(weights(tmp_path / "plain"), weights(tmp_path / "lean"), "") < 2e-4
+    assert moved(weights(tmp_path / "plain"), weights(tmp_path / "lean"), "") < 1e-6
     # The saved model is an ordinary one.
     CAFe.from_pretrained(tmp_path / "lean" / "model")
 
