@@ -36,6 +36,22 @@ def small_model() -> Any:
     return build_small_model()
 
 
+@pytest.fixture(scope="module")
+def babbling_model(small_model: Any) -> Any:
+    """Untied: it babbles, where a tied random model repeats its last token; so samples differ."""
+    import torch
+
+    from cafe.model.tiny import tiny_model
+    from cafe.model.vlm import CAFe
+
+    torch.manual_seed(2)
+    shape = {"vision_layers": 1, "vision_width": 64, "language_layers": 2, "language_width": 64}
+    inner = tiny_model(small_model.processor, **shape)
+    inner.config.tie_word_embeddings = inner.config.text_config.tie_word_embeddings = False
+    inner.lm_head.weight = torch.nn.Parameter(torch.randn_like(inner.lm_head.weight) / 4)
+    return CAFe(inner, small_model.processor).eval()
+
+
 @pytest.fixture(scope="session")
 def small_dir(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model as a saved checkpoint directory."""

@@ -14,7 +14,6 @@ from cafe.model import best_of
 from cafe.model.best_of import candidates
 from cafe.model.inputs import as_messages
 from cafe.model.rerank import DEFAULT_TEMPERATURE
-from cafe.model.tiny import tiny_model
 from cafe.model.vlm import CAFe
 
 
@@ -36,14 +35,8 @@ SHOWN: list[Any] = [noise(1), {"image": [noise(2), noise(3)]}, noise(4)]
 
 
 @pytest.fixture(scope="module")
-def model(small_model: Any) -> CAFe:
-    """Untied: it babbles, so samples differ."""
-    torch.manual_seed(2)
-    shape = {"vision_layers": 1, "vision_width": 64, "language_layers": 2, "language_width": 64}
-    inner = tiny_model(small_model.processor, **shape)
-    inner.config.tie_word_embeddings = inner.config.text_config.tie_word_embeddings = False
-    inner.lm_head.weight = torch.nn.Parameter(torch.randn_like(inner.lm_head.weight) / 4)
-    return CAFe(inner, small_model.processor).eval()
+def model(babbling_model: CAFe) -> CAFe:
+    return babbling_model
 
 
 def ranked(model: CAFe, samples: int, seed: int = 0, **sampling: Any) -> Any:

@@ -15,7 +15,6 @@ from cafe.errors import DataError, ImageError
 from cafe.model import inference
 from cafe.model.inputs import as_conversation, as_messages, is_many
 from cafe.model.prompts import MATCH_QUESTION
-from cafe.model.tiny import tiny_model
 from cafe.model.vlm import CAFe
 from cafe.types import Example, Image, Message, user
 
@@ -34,14 +33,8 @@ TALK = [
 
 
 @pytest.fixture(scope="module")
-def model(small_model: Any) -> CAFe:
-    """Untied: it babbles, where a tied random model repeats its last token."""
-    torch.manual_seed(2)
-    shape = {"vision_layers": 1, "vision_width": 64, "language_layers": 2, "language_width": 64}
-    inner = tiny_model(small_model.processor, **shape)
-    inner.config.tie_word_embeddings = inner.config.text_config.tie_word_embeddings = False
-    inner.lm_head.weight = torch.nn.Parameter(torch.randn_like(inner.lm_head.weight) / 4)
-    return CAFe(inner, small_model.processor).eval()
+def model(babbling_model: CAFe) -> CAFe:
+    return babbling_model
 
 
 @pytest.fixture
