@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "model" / "families
 
 import builders
 
+from cafe.memory import keep_memory
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
 from cafe.train.contrast import Contrast
-from cafe.train.memory import keep_memory
 from cafe.train.step import TrainingStep
 from three_passes import ThreePasses, make_examples
 

@@ -23,11 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from cafe.memory import keep_memory
 from cafe.model.tiny import tiny_model, tiny_processor
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
 from cafe.train.contrast import Contrast
-from cafe.train.memory import keep_memory
 from cafe.train.step import TrainingStep
 from three_passes import CAPTION, ThreePasses, make_examples
 

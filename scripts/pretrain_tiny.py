@@ -29,13 +29,13 @@ from cafe.data.scenes import (
     sample_scene,
 )
 from cafe.data.scenes.world import random_stream, scene_seed
+from cafe.memory import keep_memory
 from cafe.model.checkpoint import save_checkpoint
 from cafe.model.collate import Collator
 from cafe.model.rows import Chunk
 from cafe.model.tiny import tiny_model, tiny_processor
 from cafe.model.vlm import CAFe
 from cafe.objective import next_token_nll
-from cafe.train.memory import keep_memory
 from cafe.types import Example, Image, Message
 
 PICTURES = 64

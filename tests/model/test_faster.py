@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from cafe.model.ahead import ahead
 from cafe.model.families import llava_onevision
 from cafe.model.inputs import as_messages
 from cafe.model.last_layer import prepare, read_only_at
+from cafe.model.masks import mask_of
 from cafe.model.packing import shared_rows
+from cafe.model.rows import Rows
 from cafe.model.trie import TokenSequence, build_row
 from cafe.model.vlm import CAFe
 
@@ -127,6 +130,43 @@ def test_texts_about_one_picture_are_scored_in_one_row(small_model: CAFe):
     apart = [float(small_model.score(SQUARE, [text])[0]) for text in TEXTS]
     assert np.abs(together - apart).max() <= 1e-6
     assert np.ptp(together) > 1e-4
+
+
+# ------------------------------------------------------------------ causal rows
+
+
+def test_rows_of_one_sequence_each_need_no_mask(small_model: CAFe):
+    """The causal kernel gives the states and gradients of the dense rule, padding or not."""
+    rows, vision = small_model.collator.embedding_rows(as_messages(INPUTS))
+    assert rows.plain
+    assert mask_of(rows, small_model.model, window=None) is None
+    masked = replace(rows, plain=False)
+    assert mask_of(masked, small_model.model, window=None) is not None
+
+    def states_and_gradients(read: Rows) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        small_model.zero_grad()
+        states = small_model(read, vision).flatten(0, 1)[read.pooled]
+        states.square().sum().backward()
+        gradients = [p.grad.clone() for p in small_model.parameters() if p.grad is not None]
+        small_model.zero_grad()
+        return states.detach(), gradients
+
+    states, gradients = states_and_gradients(rows)
+    expected, expected_gradients = states_and_gradients(masked)
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_branch_keep_their_mask(small_model: CAFe):
+    """Under the causal kernel a branch would see the one before it."""
+    rows, vision = small_model.collator.embedding_rows(
+        as_messages(TEXTS), token_cost=FREE_ATTENTION
+    )
+    assert not rows.plain
+    with torch.inference_mode():
+        right = small_model.read(rows, vision)
+        wrong = small_model.read(replace(rows, plain=True), vision)
+    assert (right - wrong).abs().max() > 1e-3, "the mask would not be missed"
 
 
 # ------------------------------------------------------------------ the last layer

@@ -27,6 +27,7 @@ from cafe.cli import (
     ui,
 )
 from cafe.errors import CafeError
+from cafe.memory import keep_memory
 
 __all__ = ["app", "main"]
 
@@ -74,6 +75,7 @@ app.command("doctor")(doctor.command)
 
 def main() -> None:
     """Run `cafe`. An expected error is one line on stderr and exit code 2; Ctrl-C is 130."""
+    keep_memory()
     try:
         app()
     except CafeError as error:

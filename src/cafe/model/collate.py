@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from cafe.model.prompts import (
     default_chat_template,
     disarm,
     embedding_template,
+    longest_text,
+    pictures_of,
     template_messages,
 )
 from cafe.model.rows import Chunk, Rows
@@ -58,6 +60,13 @@ class RenderedSequence:
     longest: str = ""
     labelled: int = 0
     pooled: bool = False
+
+    @classmethod
+    def of(
+        cls, text: str, conversation: Conversation, labelled: int = 0, pooled: bool = False
+    ) -> Self:
+        """`text` is what a template made of `conversation`."""
+        return cls(text, pictures_of(conversation), longest_text(conversation), labelled, pooled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +176,7 @@ class Collator:
             sight_end=torch.from_numpy(sight_ends(batch.keys))
             if self.family.pictures_see_themselves
             else None,
+            plain=all(len(row.places) == 1 for row in rows),
         )
 
     # ------------------------------------------------------------------ inference
@@ -255,12 +265,12 @@ class Collator:
         if self.official or prompt == OFFICIAL_PROMPT:
             conversation = with_system_turn(conversation)
         text = self._apply(conversation, chat_template=self.template(prompt))
-        return RenderedSequence(text, _images(conversation), _longest(conversation), pooled=True)
+        return RenderedSequence.of(text, conversation, pooled=True)
 
     def render_prompt(self, conversation: Conversation) -> RenderedSequence:
         conversation = self._readable(conversation)
         text = self._apply(conversation, add_generation_prompt=True)
-        return RenderedSequence(text, _images(conversation), _longest(conversation))
+        return RenderedSequence.of(text, conversation)
 
     def render_answers(self, dialogue: Conversation) -> list[RenderedSequence]:
         """Each assistant turn after what the model is given when it must write that turn.
@@ -281,14 +291,8 @@ class Collator:
                 # What the template writes between its prompt and an answer: "Assistant:", " cat".
                 between = whole[len(prompt) : at] if whole.startswith(prompt) else ""
                 target = between + message.text + whole[at + 1 :].rstrip()
-                rendered.append(
-                    RenderedSequence(
-                        text=prompt + target,
-                        images=_images(history),
-                        longest=_longest((*history, message)),
-                        labelled=len(target),
-                    )
-                )
+                said = (*history, message)
+                rendered.append(RenderedSequence.of(prompt + target, said, labelled=len(target)))
             history = (*history, message)
         if not rendered:
             raise DataError("a dialogue without an assistant turn has nothing to learn")
@@ -297,7 +301,7 @@ class Collator:
     def _render_whole(self, dialogue: Conversation) -> RenderedSequence:
         """One sequence of all turns, as the published code trains a dialogue."""
         text = self._apply(dialogue)
-        return RenderedSequence(text, _images(dialogue), _longest(dialogue), labelled=len(text))
+        return RenderedSequence.of(text, dialogue, labelled=len(text))
 
     # ------------------------------------------------------------------ tokens
 
@@ -316,7 +320,13 @@ class Collator:
             named(s.name, pictures.show, s.rendered.text, s.rendered.images) for s in sequences
         ]
         texts = [prompt.text for prompt in shown]
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
         for s, prompt, ids, offsets in zip(
             sequences, shown, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
@@ -383,16 +393,6 @@ def _answer(message: Message) -> str:
     if not all(isinstance(part, str) for part in message.content):
         raise DataError("an assistant turn holds a picture; answers are text")
     return answer
-
-
-def _images(conversation: Conversation) -> tuple[Image | Video, ...]:
-    parts = [p for message in conversation for p in message.content]
-    return tuple(p for p in parts if not isinstance(p, str))
-
-
-def _longest(conversation: Conversation) -> str:
-    texts = [p.strip() for m in conversation for p in m.content if isinstance(p, str)]
-    return max(texts, key=len, default="")
 
 
 def _concatenated(arrays: Sequence[np.ndarray]) -> Tensor:

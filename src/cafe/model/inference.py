@@ -33,8 +33,8 @@ def encode(
     """Embeddings before normalisation, float32 [n, d] on `device`, in input order.
 
     Inputs are batched by length, so short texts do not pay for long ones. Inputs of a batch that
-    begin alike share that beginning (`cafe.model.packing`), and the next batches are collated
-    while the model computes.
+    begin alike share that beginning (`cafe.model.packing`), and on a GPU the next batches are
+    collated while it computes.
 
     done      is told how many more inputs are embedded
     numbers   what errors call the inputs; None: 0, 1, …
@@ -48,15 +48,21 @@ def encode(
         return model.collator.embedding_rows(chosen, prompt, names, model.token_cost)
 
     with torch.inference_mode():
-        for batch, (rows, vision) in zip(batches, ahead(collate, batches, AHEAD), strict=True):
+        collated = ahead(collate, batches, _threads(model))
+        for batch, (rows, vision) in zip(batches, collated, strict=True):
             embeddings[batch] = model.read(rows, vision).to(embeddings)
             if done is not None:
                 done(len(batch))
     return embeddings
 
 
-AHEAD = 2
-"""Batches that are collated while the model computes."""
+def _threads(model: CAFe) -> int:
+    """How many batches are collated while the model computes.
+
+    On a CPU the model has every core already; threads beside it take turns with it, and lose more
+    by waiting for the interpreter than they gain.
+    """
+    return 0 if model.device.type == "cpu" else 2
 
 
 @torch.inference_mode()
@@ -74,7 +80,8 @@ def log_odds(model: CAFe, questions: Sequence[Conversation], batch_size: int) ->
         chosen = [questions[i] for i in batch]
         return model.collator.prompt_rows(chosen, batch, model.token_cost)
 
-    for batch, (rows, vision) in zip(batches, ahead(collate, batches, AHEAD), strict=True):
+    collated = ahead(collate, batches, _threads(model))
+    for batch, (rows, vision) in zip(batches, collated, strict=True):
         log_p = model.lm_head(model.read(rows, vision)).float().log_softmax(-1)
         found[batch] = (log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)).cpu()
     return found

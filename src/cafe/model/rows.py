@@ -23,6 +23,7 @@ class Rows:
     label_ids      int64 [l]  the labelled tokens
     sight_end      int64 [rows, t] where the tokens of a picture see each other; else None
     video_order    int64 [v]  the same as `image_order`, of placeholders that videos alone have
+    plain          every row holds one sequence, so causal attention is the whole rule
     """
 
     input_ids: Tensor
@@ -34,6 +35,7 @@ class Rows:
     label_ids: Tensor
     sight_end: Tensor | None = None
     video_order: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    plain: bool = False
 
     @property
     def depth(self) -> Tensor:

@@ -26,11 +26,11 @@ from cafe.model.families import family_of
 from cafe.model.inference import match_question
 from cafe.model.inputs import EncodeOptions, Input, as_conversation, as_messages, is_many
 from cafe.model.last_layer import prepare, read_only_at
+from cafe.model.masks import attention_masks
 from cafe.model.precision import PRECISIONS, Precision, quantized
 from cafe.model.prompts import DEFAULT_PROMPT, turn_end
 from cafe.model.rerank import Reranked, reranked, trained_temperature
 from cafe.model.rows import Rows
-from cafe.model.trie import AttentionRule, padding_mask
 from cafe.model.workers import Source, encode_on
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
@@ -147,7 +147,7 @@ class CAFe(nn.Module):
         features = self._features(vision)
         hidden = self.model.model(
             input_ids=rows.input_ids,
-            attention_mask=self._mask(rows),
+            attention_mask=attention_masks(rows, self.model, self._windows),
             position_ids=rows.positions,
             mm_encoder_outputs=self._in_order(features, rows),
             use_cache=False,
@@ -184,36 +184,6 @@ class CAFe(nn.Module):
             self.model.model,
             {k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()},
         )
-
-    def _mask(self, rows: Rows) -> Any:
-        """One mask, or one for each kind of layer where a model has several kinds.
-
-        FlashAttention-2 takes only which tokens are padding; windows are its own concern.
-        """
-        if self.model.config._attn_implementation == "flash_attention_2":
-            return padding_mask(rows.subtree_end)
-        length = rows.input_ids.shape[1]
-        # A window that holds a whole row is none.
-        windows = {k: w if w is not None and w < length else None for k, w in self._windows.items()}
-        masks = {window: self._mask_of(rows, window) for window in set(windows.values())}
-        if len(windows) == 1:
-            return masks[next(iter(windows.values()))]
-        return {kind: masks[window] for kind, window in windows.items()}
-
-    def _mask_of(self, rows: Rows, window: int | None) -> Any:
-        rule = AttentionRule(rows.subtree_end, rows.sight_end, rows.depth, window)
-        attention = self.model.config._attn_implementation
-        if attention == "flex_attention":
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            count, length = rows.input_ids.shape
-            device = str(self.device)
-            return create_block_mask(rule.mask_mod(), count, None, length, length, device=device)
-        mask = rule.dense()
-        if attention == "eager":
-            blocked = torch.finfo(self.model.dtype).min
-            return torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, blocked)
-        return mask
 
     # ------------------------------------------------------------------ what users call
 

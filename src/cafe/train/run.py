@@ -24,6 +24,7 @@ from accelerate import Accelerator
 
 from cafe.data.quarantine import Quarantine
 from cafe.errors import RecipeError, TrainingError
+from cafe.memory import keep_memory
 from cafe.model.adapter import adapter_of
 from cafe.model.checkpoint import save_checkpoint, weights_dtype
 from cafe.model.location import first_line
@@ -51,7 +52,6 @@ from cafe.train.interrupt import Interrupted
 from cafe.train.loader import StepData, Steps, step_loader
 from cafe.train.log import Reporter, RunLog, StepRecord, read_log
 from cafe.train.loop import Loop
-from cafe.train.memory import keep_memory
 from cafe.train.sharding import whole_weights
 from cafe.train.state import weights_of
 

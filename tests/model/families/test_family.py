@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
 import plain
 import twin
 
+from cafe.model import masks
 from cafe.model.families import family_of
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
@@ -135,12 +136,12 @@ def test_a_window_measured_in_row_indices_would_be_noticed(
     """What a branch sees must not depend on the branches before it."""
     rows, right, vision = plain.run(family_model, EXAMPLES[1:2])
     index = torch.arange(rows.input_ids.shape[1]).expand_as(rows.depth)
-    by_depth = CAFe._mask_of
+    by_depth = masks.mask_of
 
-    def by_index(model: CAFe, rows: Any, window: int | None) -> Any:
-        return by_depth(model, replace(rows, positions=index), window)
+    def by_index(rows: Any, model: Any, window: int | None) -> Any:
+        return by_depth(replace(rows, positions=index), model, window)
 
-    monkeypatch.setattr(CAFe, "_mask_of", by_index)
+    monkeypatch.setattr(masks, "mask_of", by_index)
     with torch.inference_mode():
         difference = float((family_model(rows, vision) - right).abs().max())
     has_window = family_model.family.model_type in {

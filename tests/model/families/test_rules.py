@@ -21,6 +21,7 @@ import builders
 from test_family import EXAMPLES, A, B, turn
 
 from cafe.errors import FamilyError
+from cafe.model import vlm
 from cafe.model.families import Grid
 from cafe.model.families.mrope import mrope_positions
 from cafe.model.trie import (
@@ -233,7 +234,9 @@ def test_examples_that_share_a_picture_share_its_tokens(tmp_path: Path):
 # ------------------------------------------------------------------ rows of one sequence
 
 
-def test_a_padding_mask_is_enough_where_nothing_is_shared(family_model: CAFe):
+def test_a_padding_mask_is_enough_where_nothing_is_shared(
+    family_model: CAFe, monkeypatch: pytest.MonkeyPatch
+):
     """What FlashAttention-2 is given; here SDPA reads it, as transformers makes of it."""
     if family_model.family.pictures_see_themselves:
         return
@@ -241,10 +244,8 @@ def test_a_padding_mask_is_enough_where_nothing_is_shared(family_model: CAFe):
     with torch.inference_mode():
         expected = family_model(chunk.rows, chunk.vision)
         real = padding_mask(chunk.rows.subtree_end)
-        monkey = pytest.MonkeyPatch()
-        monkey.setattr(CAFe, "_mask", lambda model, rows: real)
+        monkeypatch.setattr(vlm, "attention_masks", lambda *_: real)
         found = family_model(chunk.rows, chunk.vision)
-        monkey.undo()
     assert 0 < int(real.sum()) < real.numel()
     assert float((found - expected)[real.bool()].abs().max()) <= 1e-6
 
