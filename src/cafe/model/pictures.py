@@ -156,7 +156,9 @@ class Pictures:
         """
         if not shown.numbers:
             return tokens, tokens, spans
-        at = np.flatnonzero(np.isin(tokens, self._placeholder_ids))
+        picture, video = self._placeholder_ids
+        stands = (tokens == picture) | (tokens == video)
+        at = np.flatnonzero(stands)
         runs = [self._runs[number] for number in shown.numbers]
         if len(at) != sum(len(run) for run in runs):
             raise DataError(
@@ -170,7 +172,7 @@ class Pictures:
         repeats[at] = np.concatenate(runs)
         tokens, spans = np.repeat(tokens, repeats), np.repeat(spans, repeats, axis=0)
         keys = tokens.copy()
-        keys[np.isin(tokens, self._placeholder_ids)] = np.concatenate(
+        keys[np.repeat(stands, repeats)] = np.concatenate(
             [image_keys(n, int(run.sum())) for n, run in zip(shown.numbers, runs, strict=True)]
         )
         return tokens, keys, spans

@@ -30,12 +30,12 @@ class LlavaOnevision(Family):
         self, processor: Any, groups: Sequence[Sequence[PIL.Image.Image]]
     ) -> ProcessedImages:
         inputs = processor.image_processor([list(group) for group in groups], return_tensors="pt")
-        count = sum(len(group) for group in groups)
-        inputs["batch_num_images"] = torch.as_tensor(inputs["batch_num_images"])
-        return ProcessedImages(
-            inputs=dict(inputs),
-            placeholders=[processor.replace_image_token(inputs, i) for i in range(count)],
-        )
+        counts = [len(group) for group in groups]
+        # `replace_image_token` walks through the counts for every picture: slow in a tensor.
+        inputs["batch_num_images"] = counts
+        placeholders = [processor.replace_image_token(inputs, i) for i in range(sum(counts))]
+        inputs["batch_num_images"] = torch.tensor(counts)
+        return ProcessedImages(inputs=dict(inputs), placeholders=placeholders)
 
     def video_marker(self, processor: Any) -> str:
         return processor.video_token
