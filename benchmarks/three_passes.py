@@ -46,9 +46,9 @@ class ThreePasses:
 
     def __init__(self, model: CAFe, examples: list[Example], *, zero_pictures: bool) -> None:
         collator, self.model = model.collator, model
-        queries = [collator.render_embedding(e.query, "compress") for e in examples if e.query]
-        targets = [collator.render_embedding(e.target, "compress") for e in examples if e.target]
-        answers = [s for e in examples for d in e.dialogues for s in collator.render_answers(d)]
+        queries = [collator.render.embedding(e.query, "compress") for e in examples if e.query]
+        targets = [collator.render.embedding(e.target, "compress") for e in examples if e.target]
+        answers = [s for e in examples for d in e.dialogues for s in collator.render.answers(d)]
         self.query, self.target = self._inputs(queries), self._inputs(targets)
         self.answer = self._inputs(answers)
         self.labels = torch.full_like(self.answer["input_ids"], -100)

@@ -11,7 +11,7 @@ import torch
 
 from cafe.errors import DataError
 from cafe.model import best_of
-from cafe.model.best_of import candidates
+from cafe.model.best_of import candidates, posterior_of
 from cafe.model.inputs import as_messages
 from cafe.model.rerank import DEFAULT_TEMPERATURE
 from cafe.model.vlm import CAFe
@@ -44,41 +44,76 @@ def ranked(model: CAFe, samples: int, seed: int = 0, **sampling: Any) -> Any:
     return candidates(model, as_messages(ASKED), samples, 6, 4, sampling)
 
 
-def test_candidates_are_ranked_by_what_reranking_says_of_them(model: CAFe):
+def written(model: CAFe, asked: Any, shown: Any, text: str) -> float:
+    """log P of an answer by the plain processor and model, in a pass of its own."""
+    conversation = as_messages([asked])[0]
+    prompt = model.collator.render.prompt(conversation).text
+    pictures = shown["image"] if isinstance(shown, dict) else [shown]
+
+    def tokens(written: str) -> Any:
+        return model.processor(images=[pictures], text=[written], return_tensors="pt")
+
+    whole = tokens(prompt + text + "<|im_end|>")
+    begin = tokens(prompt)["input_ids"].shape[1]
+    with torch.inference_mode():
+        log_p = model.model(**whole).logits[0].log_softmax(-1)
+    answer = whole["input_ids"][0, begin:]
+    return float(log_p[begin - 1 : -1].gather(1, answer[:, None]).sum())
+
+
+def test_candidates_are_ranked_by_what_three_witnesses_say(model: CAFe):
     found = ranked(model, 4, temperature=3.0)
     assert len(found) == len(ASKED)
     pictures = model.encode(SHOWN)
-    for own, shown, picture in zip(found, SHOWN, pictures, strict=True):
+    for own, asked, shown, picture in zip(found, ASKED, SHOWN, pictures, strict=True):
         texts = [c.text for c in own]
         assert 3 <= len(set(texts)) == len(texts) <= 5, "distinct: the greedy and four samples"
         cosines = model.encode(texts) @ picture
         assert np.abs(cosines - [c.similarity for c in own]).max() <= 1e-5
-        if isinstance(shown, dict):  # several pictures: there is no question, so the cosine decides
-            weights = np.exp(cosines / DEFAULT_TEMPERATURE)
-            want = weights / weights.sum()
-        else:
-            want = model.rerank(shown, [t or "-" for t in texts], cosines).posterior
         said = [c for c in own if c.text]  # an empty answer comes last, however probable
         assert (np.diff([c.posterior for c in said]) <= 0).all()
-        if len(said) == len(own):
-            np.testing.assert_allclose([c.posterior for c in own], want, rtol=1e-3)
-    assert sum(all(c.text for c in own) for own in found) >= 2, "compared above"
+        log_p = np.array([written(model, asked, shown, c.text) for c in said])
+        np.testing.assert_allclose([c.log_p for c in said], log_p, rtol=1e-5, atol=1e-4)
+        near = cosines[: len(said)] / DEFAULT_TEMPERATURE
+        if not isinstance(shown, dict):  # of several pictures nothing is asked
+            near = (near + logit(model.score(shown, [c.text for c in said]))) / 2
+        weights = np.exp(log_p + near - (log_p + near).max())
+        want = weights / weights.sum()
+        np.testing.assert_allclose([c.posterior for c in said], want, rtol=1e-3, atol=1e-9)
     greedy = model.generate(ASKED, max_new_tokens=6)
     assert all(g in [c.text for c in own] for g, own in zip(greedy, found, strict=True))
-    assert any(g != own[0].text for g, own in zip(greedy, found, strict=True)), "it matters"
 
 
-def test_the_judgement_can_overrule_the_embedding(model: CAFe, monkeypatch: pytest.MonkeyPatch):
+def logit(probability: np.ndarray) -> np.ndarray:
+    return np.log(probability) - np.log1p(-probability)
+
+
+def test_a_choice_that_a_person_can_check():
+    """log 8, plus the mean of log 1 and log 4; log 2 plus that of log 16 and log 4; and silence."""
+    log_p = np.array([np.log(8), np.log(2), -np.inf])
+    evidence, odds = np.log([1.0, 16.0, 1e9]), np.array([np.log(4), np.log(4), np.nan])
+    assert posterior_of(log_p, evidence, odds).tolist() == pytest.approx([0.5, 0.5, 0])
+    nothing_asked = posterior_of(log_p, evidence, np.full(3, np.nan))
+    assert nothing_asked.tolist() == pytest.approx([0.2, 0.8, 0])
+    assert posterior_of(log_p[2:], evidence[2:], odds[2:]).tolist() == [1]
+
+
+@pytest.mark.parametrize("witness", ["log_odds", "log_likelihood"])
+def test_each_witness_can_overrule_the_others(
+    model: CAFe, monkeypatch: pytest.MonkeyPatch, witness: str
+):
     before = [own[0].text for own in ranked(model, 4, temperature=3.0)]
 
-    def against(_: CAFe, questions: list[Any], batch_size: int) -> torch.Tensor:
+    def against(_: CAFe, asked: list[Any], batch_size: int) -> torch.Tensor:
         """A sure "no" to the answers that won, and to nothing else."""
-        won = [any(f'"{text}"' in question[0].text for text in before) for question in questions]
-        return -99.0 * torch.tensor(won)
+        said = [question[-1].text for question in asked]
+        won = [any(w in (text, f'"{text}"') or f'"{w}"' in text for w in before) for text in said]
+        return -999.0 * torch.tensor(won)
 
-    monkeypatch.setattr(best_of.inference, "log_odds", against)
+    monkeypatch.setattr(best_of.inference, witness, against)
     now = [own[0].text for own in ranked(model, 4, temperature=3.0)]
-    assert [a != b for a, b in zip(now, before, strict=True)] == [True, False, True]
+    overruled = [a != b for a, b in zip(now, before, strict=True)]
+    assert overruled == [True, witness == "log_likelihood", True], "of two pictures none is asked"
 
 
 def test_samples_are_drawn_at_a_moderate_temperature_unless_one_is_given(

@@ -313,7 +313,7 @@ def test_the_prompt_is_the_published_one(tmp_path: Path) -> None:
 
     model = CAFe.from_pretrained(tmp_path / "out")
     shown = user(Image(picture(40, 40)))
-    assert model.collator.render_embedding(shown, "compress").text == (
+    assert model.collator.render.embedding(shown, "compress").text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<image>\nCompress this image in one word:<|im_end|>\n"
         "<|im_start|>assistant\n<|im_end|>"

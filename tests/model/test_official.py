@@ -75,15 +75,15 @@ def test_labels_follow_their_sources_in_the_row(small_model: Any) -> None:
 def test_prompts_are_the_published_strings(small_model: Any) -> None:
     collator = replace(small_model.collator, official=True)
     tail = f"{END}\n{START}assistant\n{END}"
-    text = collator.render_embedding(user("A red mug."), "official").text
+    text = collator.render.embedding(user("A red mug."), "official").text
     assert text == (f"{SYSTEM}{START}user\nA red mug.Compress this sentence in one word:{tail}")
-    shown = collator.render_embedding(user(picture()), "official").text
+    shown = collator.render.embedding(user(picture()), "official").text
     assert shown == f"{SYSTEM}{START}user\n<image>\nCompress this image in one word:{tail}"
     # MMEB mode: the instruction is the only prompt.
-    pair = collator.render_embedding(user(picture(), "Find it."), "none").text
+    pair = collator.render.embedding(user(picture(), "Find it."), "none").text
     assert pair == f"{SYSTEM}{START}user\n<image>\nFind it.{tail}"
     # At inference the prompt's name is enough.
-    assert small_model.collator.render_embedding(user("A red mug."), "official").text == text
+    assert small_model.collator.render.embedding(user("A red mug."), "official").text == text
 
 
 def test_a_records_own_system_turn_is_dropped() -> None:

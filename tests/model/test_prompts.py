@@ -82,11 +82,11 @@ def assistant(text: str) -> Message:
 def test_an_embedding_prompt_reads_exactly(
     collator: Collator, conversation: Conversation, expected: str
 ):
-    assert collator.render_embedding(conversation, "compress").text == expected
+    assert collator.render.embedding(conversation, "compress").text == expected
 
 
 def test_the_prompt_none_appends_nothing(collator: Collator):
-    rendered = collator.render_embedding(user(PICTURE, "Find this cat."), "none")
+    rendered = collator.render.embedding(user(PICTURE, "Find this cat."), "none")
     assert rendered.text == "<|im_start|>user\n<image>\nFind this cat." + END
 
 
@@ -94,7 +94,7 @@ def test_content_as_a_string_reads_like_content_as_parts(small_model: Any):
     def rendered(content: Any) -> str:
         return small_model.processor.apply_chat_template(
             [{"role": "user", "content": content}],
-            chat_template=small_model.collator.template("compress"),
+            chat_template=small_model.collator.render.template("compress"),
         )
 
     assert rendered("a cat") == rendered([{"type": "text", "text": "a cat"}])
@@ -113,13 +113,13 @@ def test_a_prompt_may_hold_any_characters(small_model: Any):
 
 
 def test_a_text_is_data_for_the_template_not_a_program(collator: Collator):
-    rendered = collator.render_embedding(user("{{ messages }} {% if %}"), "none")
+    rendered = collator.render.embedding(user("{{ messages }} {% if %}"), "none")
     assert rendered.text == "<|im_start|>user\n{{ messages }} {% if %}" + END
 
 
 def test_an_unknown_prompt_is_an_error_that_lists_the_known(collator: Collator):
     with pytest.raises(DataError, match="'compres': use one of compress, none"):
-        collator.render_embedding(user("a cat"), "compres")
+        collator.render.embedding(user("a cat"), "compres")
     with pytest.raises(DataError, match=r"example 'x': embedding prompt 'nothing'"):
         collator([replace(pair("x"), embedding_prompt="nothing")])
     assert set(PROMPTS) == {"compress", "official", "none"}

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cafe.media import open_image
-from cafe.model.collate import Collator, RenderedSequence
+from cafe.model.collate import Collator
+from cafe.model.rendering import RenderedSequence
 from cafe.model.rows import Rows
 from cafe.model.trie import TokenSequence, build_row, stack_rows
 from cafe.model.vlm import CAFe
@@ -75,8 +76,8 @@ def alone(model: CAFe, sequence: RenderedSequence) -> tuple[Tensor, Tensor]:
 def sequences_of(collator: Collator, example: Example) -> list[RenderedSequence]:
     sides = [s for s in (example.query, example.target) if s is not None]
     return [
-        *(collator.render_embedding(s, "compress") for s in (*sides, *example.negatives)),
-        *(s for d in example.dialogues for s in collator.render_answers(d)),
+        *(collator.render.embedding(s, "compress") for s in (*sides, *example.negatives)),
+        *(s for d in example.dialogues for s in collator.render.answers(d)),
     ]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cafe.media import open_image
-from cafe.model.collate import RenderedSequence
+from cafe.model.rendering import RenderedSequence
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
 from cafe.train.contrast import Contrast
@@ -55,9 +55,9 @@ def _answer(text: str) -> Message:
 def three_passes(model: CAFe, examples: list[Example], objective: Objective) -> tuple[Any, Any]:
     """(contrastive, language) losses of the batch; the joint loss is backpropagated."""
     collator = model.collator
-    queries = [collator.render_embedding(e.query, "compress") for e in examples]
-    targets = [collator.render_embedding(e.target, "compress") for e in examples]
-    answers = [s for e in examples for d in e.dialogues for s in collator.render_answers(d)]
+    queries = [collator.render.embedding(e.query, "compress") for e in examples]
+    targets = [collator.render.embedding(e.target, "compress") for e in examples]
+    answers = [s for e in examples for d in e.dialogues for s in collator.render.answers(d)]
 
     query, target = _last_states(model, queries), _last_states(model, targets)
     scores = functional.normalize(query) @ functional.normalize(target).T / objective.temperature

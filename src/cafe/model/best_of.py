@@ -1,10 +1,16 @@
 """Several answers, of which the model itself chooses the most faithful.
 
-One set of weights writes, embeds and judges: an answer that names what is not in the picture lies
-farther from the picture than one that does not, and gets less of a "yes" to the question whether
-the picture shows it, as far as the model has learnt either. Both are added as in reranking
-(`cafe.model.rerank`). The question is about one picture: beside several, or a video, the embedding
-decides alone.
+One set of weights writes, embeds and judges, so an answer has three witnesses: the probability with
+which the model writes it, how near it lies to the picture as an embedding, and the model's "yes" to
+the question whether the picture shows it. By Bayes' rule, with what was written as the prior,
+
+    P(answer i is the right one) = softmax_i( log p_i + (cosine_i / temperature + log-odds_i) / 2 )
+
+The two that look at picture and text see much the same, so they are averaged and not added as if
+they knew nothing of each other. Without the prior an unlikely sample can win by their noise: it is
+what makes the choice better than the greedy answer (docs/benchmarks.md).
+
+The question is about one picture: beside several, or a video, the embedding decides alone.
 """
 
 from __future__ import annotations
@@ -20,10 +26,12 @@ from cafe.errors import DataError
 from cafe.model import inference
 from cafe.model.inference import match_question
 from cafe.model.prompts import DEFAULT_PROMPT
-from cafe.model.rerank import reranked, trained_temperature
+from cafe.model.rerank import trained_temperature
 from cafe.types import Conversation, Image, Message, Video, user
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from cafe.model.vlm import CAFe
 
 
@@ -37,11 +45,13 @@ chosen descriptions of 200 scenes name: 0.85 at 0.3 (too much alike), 0.90 at 0.
 class Candidate:
     """An answer.
 
+    log_p       of all its tokens, as the model writes them without sampling settings, in nats
     similarity  cosine of its embedding to that of the conversation's pictures
-    posterior   the probability that it is the one about these pictures, if one of the answers is
+    posterior   the probability that it is the right one, if one of the answers is
     """
 
     text: str
+    log_p: float
     similarity: float
     posterior: float
 
@@ -90,6 +100,7 @@ def candidates(
         dim=1,
     )
     pictures, answers = embeddings[: len(shown)], embeddings[len(shown) :]
+    log_p = _log_p(model, conversations, texts, batch_size)
     odds = _log_odds(model, shown, texts, batch_size)
     temperature = trained_temperature(model.model.config)
     ranked, begin = [], 0
@@ -97,10 +108,46 @@ def candidates(
         part = slice(begin, begin + len(own))
         begin += len(own)
         cosines = (answers[part] @ picture).numpy()
-        posterior = reranked(cosines, odds[part], temperature).posterior
-        found = map(Candidate, own, cosines.tolist(), posterior.tolist())
+        posterior = posterior_of(log_p[part], cosines / temperature, odds[part])
+        found = map(Candidate, own, log_p[part].tolist(), cosines.tolist(), posterior.tolist())
         ranked.append(sorted(found, key=lambda c: (c.text == "", -c.posterior)))
     return ranked
+
+
+def posterior_of(
+    log_p: Float[np.ndarray, " n"], evidence: Float[np.ndarray, " n"], odds: Float[np.ndarray, " n"]
+) -> np.ndarray:
+    """How probable each of n answers is, float64 [n] with sum 1.
+
+    log_p      of each as it is written; -inf for an empty answer, which is never right
+    evidence   its cosine over the temperature
+    odds       log-odds that the picture shows it; NaN where nothing was asked
+    """
+    witnesses = np.stack([evidence, odds]).astype(np.float64)
+    total = log_p + np.nanmean(witnesses, axis=0)
+    said = np.isfinite(log_p)
+    if not said.any():
+        return np.full(len(log_p), 1 / len(log_p))
+    weights = np.where(said, np.exp(total - total[said].max()), 0)
+    return weights / weights.sum()
+
+
+def _log_p(
+    model: CAFe,
+    conversations: Sequence[Conversation],
+    texts: Sequence[Sequence[str]],
+    batch_size: int,
+) -> np.ndarray:
+    """Log P of every answer, float32, answer by answer; -inf for an empty one."""
+    answered = [
+        (*conversation, Message("assistant", (text,))) if text else None
+        for conversation, own in zip(conversations, texts, strict=True)
+        for text in own
+    ]
+    found = np.full(len(answered), -np.inf, dtype=np.float32)
+    said = [i for i, conversation in enumerate(answered) if conversation is not None]
+    found[said] = inference.log_likelihood(model, [c for c in answered if c], batch_size).numpy()
+    return found
 
 
 def _log_odds(
@@ -108,7 +155,7 @@ def _log_odds(
 ) -> np.ndarray:
     """That its picture shows what an answer says, float32, answer by answer.
 
-    0 (even odds) where there is nothing to ask: several pictures, a video, an empty answer.
+    NaN where there is nothing to ask: several pictures, a video, an empty answer.
     """
     questions = [
         match_question(pictures, user(text)) if text and _one_picture(pictures) else None
@@ -116,7 +163,7 @@ def _log_odds(
         for text in own
     ]
     asked = [i for i, question in enumerate(questions) if question is not None]
-    odds = np.zeros(len(questions), dtype=np.float32)
+    odds = np.full(len(questions), np.nan, dtype=np.float32)
     odds[asked] = inference.log_odds(model, [q for q in questions if q], batch_size).numpy()
     return odds
 

@@ -208,7 +208,7 @@ def save_processor(processor: Any, collator: Collator, directory: Path) -> None:
     named = processor.chat_template
     processor.chat_template = {
         "default": default_chat_template(processor),
-        EMBEDDING_TEMPLATE: collator.template(DEFAULT_PROMPT),
+        EMBEDDING_TEMPLATE: collator.render.template(DEFAULT_PROMPT),
     }
     try:
         processor.save_pretrained(directory)

@@ -1,15 +1,14 @@
-"""Examples -> chunks of rows: the only place that knows templates, pictures' tokens and padding.
+"""Examples -> chunks of rows: the only place that knows pictures' tokens, labels and padding.
 
-Training, evaluation and serving all come through here, so a prompt cannot be formatted in two
-ways. A `Collator` holds nothing but facts (processor, family, settings), so a data loader's
-workers can carry it.
+A `Collator` holds nothing but facts (processor, family, settings), so a data loader's workers can
+carry it. How a conversation becomes text is `cafe.model.rendering`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,20 +17,11 @@ from torch import Tensor
 from cafe.errors import DataError
 from cafe.model.families import Family
 from cafe.model.identity import hashes, identity
-from cafe.model.official import official_labels, with_system_turn
+from cafe.model.official import official_labels
 from cafe.model.packing import shared_rows
-from cafe.model.pictures import Pictures, frames_as_pictures, named
-from cafe.model.prompts import (
-    DEFAULT_PROMPT,
-    OFFICIAL_PROMPT,
-    PROMPTS,
-    default_chat_template,
-    disarm,
-    embedding_template,
-    longest_text,
-    pictures_of,
-    template_messages,
-)
+from cafe.model.pictures import Pictures, named
+from cafe.model.prompts import DEFAULT_PROMPT
+from cafe.model.rendering import RenderedSequence, Renderer
 from cafe.model.rows import Chunk, Rows
 from cafe.model.trie import (
     Row,
@@ -42,31 +32,7 @@ from cafe.model.trie import (
     sight_ends,
     stack_rows,
 )
-from cafe.types import Conversation, Example, Image, Message, Video
-
-
-@dataclass(frozen=True, slots=True)
-class RenderedSequence:
-    """Text on its way to tokens.
-
-    images    its pictures and videos, in the order of their markers
-    longest   the longest piece of text that somebody wrote: what is cut when it does not fit
-    labelled  so many characters at the end carry the language loss
-    pooled    whether its last token is read out
-    """
-
-    text: str
-    images: tuple[Image | Video, ...]
-    longest: str = ""
-    labelled: int = 0
-    pooled: bool = False
-
-    @classmethod
-    def of(
-        cls, text: str, conversation: Conversation, labelled: int = 0, pooled: bool = False
-    ) -> Self:
-        """`text` is what a template made of `conversation`."""
-        return cls(text, pictures_of(conversation), longest_text(conversation), labelled, pooled)
+from cafe.types import Conversation, Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +88,12 @@ class Collator:
         try:
             sides = [] if example.query is None else [example.query, example.target]
             rendered = [
-                self.render_embedding(side, example.embedding_prompt)
+                self.render.embedding(side, example.embedding_prompt)
                 for side in (*sides, *example.negatives)
                 if side is not None
             ]
             for dialogue in example.dialogues:
-                rendered.extend(self.render_answers(dialogue))
+                rendered.extend(self.render.answers(dialogue))
         except DataError as error:
             raise DataError(f"example {example.id!r}: {error}") from error
         return rendered
@@ -193,8 +159,8 @@ class Collator:
         numbers      what errors call the conversations; None: 0, 1, …
         token_cost   share rows where that is cheaper (`shared_rows`); None: one row for each
         """
-        rendered = [self.render_embedding(c, prompt) for c in conversations]
-        return self._plain_rows(rendered, numbers, token_cost)
+        rendered = [self.render.embedding(c, prompt) for c in conversations]
+        return self._read_rows(rendered, numbers, token_cost)[:2]
 
     def prompt_rows(
         self,
@@ -203,26 +169,47 @@ class Collator:
         token_cost: float | None = None,
     ) -> tuple[Rows, dict[str, Tensor]]:
         """The same for conversations that wait for an answer; `pooled` is their last token."""
-        prompts = [replace(self.render_prompt(c), pooled=True) for c in conversations]
-        return self._plain_rows(prompts, numbers, token_cost)
+        prompts = [replace(self.render.prompt(c), pooled=True) for c in conversations]
+        return self._read_rows(prompts, numbers, token_cost)[:2]
 
-    def _plain_rows(
+    def answer_rows(
+        self,
+        conversations: Sequence[Conversation],
+        numbers: Sequence[int] | None = None,
+        token_cost: float | None = None,
+    ) -> tuple[Rows, dict[str, Tensor], Tensor]:
+        """The same for conversations that end with an answer, whose tokens are labelled.
+
+        Third comes which conversation each labelled token is of, int64 [l].
+        Raises DataError for an answer that is empty.
+        """
+        rendered = [self.render.answers(c)[-1] for c in conversations]
+        return self._read_rows(rendered, numbers, token_cost)
+
+    def _read_rows(
         self,
         rendered: Sequence[RenderedSequence],
         numbers: Sequence[int] | None,
         token_cost: float | None,
-    ) -> tuple[Rows, dict[str, Tensor]]:
+    ) -> tuple[Rows, dict[str, Tensor], Tensor]:
         numbers = range(len(rendered)) if numbers is None else numbers
         sequences = [_Sequence(f"input {n}", r) for n, r in zip(numbers, rendered, strict=True)]
         pictures = self._tokenize(sequences)
         groups = [_Roles(queries=[s], targets=[], negatives=[]) for s in sequences]
-        rows = [[s] for s in sequences]
+        rows = [[i] for i in range(len(sequences))]
         if token_cost is not None and self.sharing == "trie":
-            shared = shared_rows([s.tokens.keys for s in sequences], token_cost)
-            rows = [[sequences[i] for i in row] for row in shared]
-        return self._rows(rows, groups, pictures), pictures.inputs
+            rows = shared_rows([s.tokens.keys for s in sequences], token_cost)
+        read = self._rows([[sequences[i] for i in row] for row in rows], groups, pictures)
+        whose = [np.full(len(sequences[i].label_at), i) for row in rows for i in row]
+        return read, pictures.inputs, _concatenated(whose)
 
-    # ------------------------------------------------------------------ rendering
+    # ------------------------------------------------------------------ tokens
+
+    @property
+    def render(self) -> Renderer:
+        return Renderer(
+            self.processor, self.family, self.pooled_token, self.max_frames, self.official
+        )
 
     @property
     def _tokenizer(self) -> Any:
@@ -232,78 +219,6 @@ class Collator:
     def pad_id(self) -> int:
         pad = self._tokenizer.pad_token_id
         return int(self._tokenizer.eos_token_id if pad is None else pad)
-
-    def template(self, prompt: str) -> str:
-        """The Jinja text of the embedding template of a named prompt.
-
-        Raises DataError when no prompt has that name.
-        """
-        if prompt not in PROMPTS:
-            raise DataError(f"embedding prompt {prompt!r}: use one of {', '.join(PROMPTS)}")
-        return embedding_template(
-            default_chat_template(self.processor), PROMPTS[prompt], self.pooled_token
-        )
-
-    def _apply(self, conversation: Conversation, **kwargs: Any) -> str:
-        return self.processor.apply_chat_template(
-            template_messages(conversation), tokenize=False, **kwargs
-        )
-
-    def _readable(self, conversation: Conversation) -> Conversation:
-        """What somebody wrote is text only, and a family without videos gets their frames."""
-        family, processor = self.family, self.processor
-        if family.video_marker(processor) is None:
-            conversation = frames_as_pictures(conversation, self.max_frames)
-        added = self._tokenizer.added_tokens_decoder.values()
-        special = {str(token) for token in added if token.special}
-        ids = [family.placeholder_id(processor), family.video_placeholder_id(processor)]
-        markers = {family.marker(processor), *self._tokenizer.convert_ids_to_tokens(ids)}
-        return disarm(conversation, special | markers)
-
-    def render_embedding(self, conversation: Conversation, prompt: str) -> RenderedSequence:
-        conversation = self._readable(conversation)
-        if self.official or prompt == OFFICIAL_PROMPT:
-            conversation = with_system_turn(conversation)
-        text = self._apply(conversation, chat_template=self.template(prompt))
-        return RenderedSequence.of(text, conversation, pooled=True)
-
-    def render_prompt(self, conversation: Conversation) -> RenderedSequence:
-        conversation = self._readable(conversation)
-        text = self._apply(conversation, add_generation_prompt=True)
-        return RenderedSequence.of(text, conversation)
-
-    def render_answers(self, dialogue: Conversation) -> list[RenderedSequence]:
-        """Each assistant turn after what the model is given when it must write that turn.
-
-        The trie merges the turns of a dialogue again wherever the template renders a past turn
-        as it was generated; where it does not, each turn is trained as it will be asked for.
-        """
-        if self.official:
-            return [self._render_whole(with_system_turn(self._readable(dialogue)))]
-        rendered = []
-        history: Conversation = ()
-        for message in self._readable(dialogue):
-            if message.role == "assistant":
-                message = Message("assistant", (_answer(message),))
-                prompt = self._apply(history, add_generation_prompt=True)
-                whole = self._apply((*history, Message("assistant", (_STAND_IN,))))
-                at = whole.rindex(_STAND_IN)
-                # What the template writes between its prompt and an answer: "Assistant:", " cat".
-                between = whole[len(prompt) : at] if whole.startswith(prompt) else ""
-                target = between + message.text + whole[at + 1 :].rstrip()
-                said = (*history, message)
-                rendered.append(RenderedSequence.of(prompt + target, said, labelled=len(target)))
-            history = (*history, message)
-        if not rendered:
-            raise DataError("a dialogue without an assistant turn has nothing to learn")
-        return rendered
-
-    def _render_whole(self, dialogue: Conversation) -> RenderedSequence:
-        """One sequence of all turns, as the published code trains a dialogue."""
-        text = self._apply(dialogue)
-        return RenderedSequence.of(text, dialogue, labelled=len(text))
-
-    # ------------------------------------------------------------------ tokens
 
     def _tokenize(self, sequences: Sequence[_Sequence]) -> Pictures:
         """Fill in the tokens of `sequences`; returns the pictures they show."""
@@ -380,19 +295,6 @@ class _Roles:
 def _by_role(group: Sequence[_Sequence]) -> _Roles:
     pooled = [s for s in group if s.rendered.pooled]
     return _Roles(queries=pooled[:1], targets=pooled[1:2], negatives=pooled[2:])
-
-
-_STAND_IN = "\ue000"
-"""Where an answer goes in a rendered turn, to see what the template writes after it."""
-
-
-def _answer(message: Message) -> str:
-    answer = message.text.strip()
-    if not answer:
-        raise DataError("an assistant turn is empty; remove it or write its text")
-    if not all(isinstance(part, str) for part in message.content):
-        raise DataError("an assistant turn holds a picture; answers are text")
-    return answer
 
 
 def _concatenated(arrays: Sequence[np.ndarray]) -> Tensor:

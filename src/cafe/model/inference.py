@@ -82,9 +82,41 @@ def log_odds(model: CAFe, questions: Sequence[Conversation], batch_size: int) ->
 
     collated = ahead(collate, batches, _threads(model))
     for batch, (rows, vision) in zip(batches, collated, strict=True):
-        log_p = model.lm_head(model.read(rows, vision)).float().log_softmax(-1)
+        log_p = _log_probabilities(model, model.read(rows, vision))
         found[batch] = (log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)).cpu()
     return found
+
+
+@torch.inference_mode()
+def log_likelihood(model: CAFe, conversations: Sequence[Conversation], batch_size: int) -> Tensor:
+    """Log P of the answer that ends each conversation, given what comes before it: float32 [n].
+
+    In nats, over all tokens of the answer and the one that ends it, on the CPU. Answers in one
+    conversation share it, and its picture. Raises DataError for an answer that is empty.
+    """
+    found = torch.zeros(len(conversations))
+    for batch in buckets(conversations, batch_size):
+        chosen = [conversations[i] for i in batch]
+        rows, vision, whose = model.collator.answer_rows(chosen, batch, model.token_cost)
+        rows = rows.to(model.device)
+        vision = {name: tensor.to(model.device) for name, tensor in vision.items()}
+        states = model(rows, vision).flatten(0, 1)[rows.label_source]
+        blocks = zip(states.split(_AT_ONCE), rows.label_ids.split(_AT_ONCE), strict=True)
+        log_p = [_log_probabilities(model, s).gather(1, ids[:, None])[:, 0] for s, ids in blocks]
+        found[batch] = torch.zeros(len(batch)).index_add(0, whose, torch.cat(log_p).cpu())
+    return found
+
+
+_AT_ONCE = 512
+"""Tokens whose probabilities are held at once: a vocabulary is 150,000 numbers for each."""
+
+
+def _log_probabilities(model: CAFe, states: Tensor) -> Tensor:
+    """Of every token to come after these states [n, hidden]: float32 [n, vocabulary]."""
+    logits = model.lm_head(states).float()
+    if (cap := model.logit_softcap) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.log_softmax(-1)
 
 
 def match_question(a: Conversation, b: Conversation) -> Conversation:

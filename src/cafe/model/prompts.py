@@ -170,15 +170,3 @@ def _template_part(part: str | Image | Video) -> dict[str, str]:
 
 MATCH_QUESTION = 'Does the picture show "{statement}"? Answer yes or no.'
 """What `score` asks. The bundled world trains this question, near misses included."""
-
-
-def pictures_of(conversation: Conversation) -> tuple[Image | Video, ...]:
-    """Pictures and videos, in the order of their markers."""
-    parts = [part for message in conversation for part in message.content]
-    return tuple(part for part in parts if not isinstance(part, str))
-
-
-def longest_text(conversation: Conversation) -> str:
-    """The longest piece of text, as templates write it."""
-    parts = [part for message in conversation for part in message.content]
-    return max((part.strip() for part in parts if isinstance(part, str)), key=len, default="")

@@ -342,7 +342,7 @@ class CAFe(nn.Module):
         contract: dict[str, str] = {}
         for kind, example in {"text": "a red mug", "image": PIL.Image.new("RGB", size)}.items():
             conversation = as_conversation(example)
-            rendered = self.collator.render_embedding(conversation, DEFAULT_PROMPT)
+            rendered = self.collator.render.embedding(conversation, DEFAULT_PROMPT)
             rows, _ = self.collator.embedding_rows([conversation])
             pooled = rows.input_ids.flatten()[rows.pooled]
             contract |= {

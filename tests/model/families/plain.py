@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cafe.media import open_image
-from cafe.model.collate import RenderedSequence
+from cafe.model.rendering import RenderedSequence
 from cafe.model.rows import Rows
 from cafe.model.vlm import CAFe
 from cafe.types import Example, Image, Video
@@ -90,11 +90,11 @@ def sequences_of(
     order = [s for part in (slice(1), slice(1, 2), slice(2, None)) for g in sides for s in g[part]]
     for side, last in zip(order, rows.pooled.tolist(), strict=True):
         assert side is not None
-        yield collator.render_embedding(side, "compress"), last, 0
+        yield collator.render.embedding(side, "compress"), last, 0
     begin = 0
     for example in examples:
         for dialogue in example.dialogues:
-            for sequence in collator.render_answers(dialogue):
+            for sequence in collator.render.answers(dialogue):
                 tail = sequence.text[-sequence.labelled :]
                 ids = model.processor.tokenizer(tail, add_special_tokens=False)["input_ids"]
                 end = begin + len(ids)

@@ -250,7 +250,7 @@ def test_generated_tokens_are_those_of_the_plain_model(family_model: CAFe):
     from cafe.model.inputs import as_conversation
 
     for asked, answer in zip(ASKED, answers, strict=True):
-        rendered = family_model.collator.render_prompt(as_conversation(asked))
+        rendered = family_model.collator.render.prompt(as_conversation(asked))
         inputs = plain.plain_inputs(family_model, rendered)
         with torch.inference_mode():
             tokens = family_model.model.generate(**inputs, **settings)

@@ -214,7 +214,7 @@ def test_a_pictures_line_ends_join_with_the_words_around_it(tmp_path: Path):
 
 def test_an_answer_begins_as_the_template_writes_it_and_turns_end_where_it_says(tmp_path: Path):
     model = CAFe.from_pretrained(builders.build("idefics3", tmp_path / "idefics3"))
-    (answer,) = model.collator.render_answers(turn(A, "Is it?", "yes"))
+    (answer,) = model.collator.render.answers(turn(A, "Is it?", "yes"))
     assert answer.text.endswith("Is it?<end_of_utterance>\nAssistant: yes<end_of_utterance>")
     assert answer.text[-answer.labelled :] == " yes<end_of_utterance>"
     # The vocabulary holds <|im_end|> too.
