@@ -26,7 +26,7 @@ token of the chat template `embedding`, at unit length.
 ```python
 from pathlib import Path
 
-from cafe.model.vlm import CAFe
+from cafe import CAFe
 
 model = CAFe.from_pretrained("{name}")
 model.encode(["a red mug", Path("a.png")])  # float32 [2, {dimension}]
