@@ -46,7 +46,7 @@ SURFACE = {
         "--model",
         "--json",
     ],
-    "generate": ["MODEL", "PROMPT", "--image", "--max-new-tokens"],
+    "generate": ["MODEL", "PROMPT", "--image", "--max-new-tokens", "--temperature", "--best-of"],
     "mine": [
         "MODEL",
         "DATA",

@@ -75,9 +75,9 @@ class FakeModel:
         model.name = name  # type: ignore[attr-defined]
         return model
 
-    def generate(self, messages: Any, *, max_new_tokens: int, stream: bool):
-        FakeModel.asked = (messages, max_new_tokens, stream)
-        yield from ["A red", " mug."]
+    def generate(self, messages: Any, *, stream: bool, **settings: Any) -> Any:
+        FakeModel.asked = (messages, stream, settings)
+        return iter(["A red", " mug."]) if stream else "A red mug."
 
 
 @pytest.fixture
@@ -145,9 +145,18 @@ def test_generate_streams_the_answer(cafe, fake_model, tmp_path):
     PIL.Image.new("RGB", (4, 3), "red").save(picture)
     code, out, _ = cafe("generate", "tiny", "--image", str(picture), "What is it?")
     assert (code, out) == (0, "A red mug.\n")
-    (message,), length, stream = FakeModel.asked
-    assert (message.role, message.text, length, stream) == ("user", "What is it?", 256, True)
+    (message,), stream, settings = FakeModel.asked
+    assert (message.role, message.text, stream) == ("user", "What is it?", True)
+    assert settings == {"max_new_tokens": 256, "best_of": None}, "greedy"
     assert message.content[0].source.size == (4, 3)
+
+
+def test_generate_gives_the_best_of_several_answers(cafe, fake_model):
+    code, out, _ = cafe("generate", "tiny", "What is it?", "--best-of", "8", "--temperature", "0.9")
+    assert (code, out) == (0, "A red mug.\n")
+    _, stream, settings = FakeModel.asked
+    assert not stream
+    assert settings == {"max_new_tokens": 256, "best_of": 8, "temperature": 0.9}
 
 
 def test_generate_names_a_broken_picture_before_the_model_loads(cafe, monkeypatch, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,15 @@ def command(
         list[Path] | None, typer.Option("--image", help="A picture; may be given several times.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.01, help="Sample at this temperature; greedy without.")
+    ] = None,
+    best_of: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Sample so many answers, and give the most faithful to the picture."
+        ),
+    ] = None,
 ) -> None:
     """Ask the model, with or without pictures."""
     from cafe.media import open_image
@@ -27,9 +36,14 @@ def command(
 
     from cafe.model.vlm import CAFe
 
-    pieces = CAFe.from_pretrained(model).generate(
-        user(*pictures, prompt), max_new_tokens=max_new_tokens, stream=True
+    sampling: dict[str, Any] = {} if temperature is None else {"temperature": temperature}
+    answers = CAFe.from_pretrained(model).generate(
+        user(*pictures, prompt),
+        max_new_tokens=max_new_tokens,
+        stream=best_of is None,
+        best_of=best_of,
+        **sampling,
     )
-    for piece in pieces:
+    for piece in answers:
         print(piece, end="", flush=True)
     print()

@@ -300,9 +300,7 @@ class CAFe(nn.Module):
         about one picture share its features and its tokens. To order what a search found, use
         `rerank`, which also weighs the embeddings.
         """
-        asked = as_conversation(query)
-        questions = [match_question(asked, found) for found in as_messages(candidates)]
-        return inference.log_odds(self, questions, batch_size).sigmoid().numpy()
+        return self._match_odds(query, candidates, batch_size).sigmoid().numpy()
 
     def rerank(
         self,
@@ -318,13 +316,17 @@ class CAFe(nn.Module):
         Returns `match` (as `score`) and `posterior`, which orders best (`cafe.model.rerank`).
         Raises DataError as `score` does; ValueError for so many cosines and so many candidates.
         """
-        asked, found = as_conversation(query), as_messages(candidates)
-        questions = [match_question(asked, candidate) for candidate in found]
-        odds = inference.log_odds(self, questions, batch_size).numpy()
+        odds = self._match_odds(query, candidates, batch_size).numpy()
         if cosines is None:
-            near = self.encode([asked, *found], batch_size=batch_size)
+            both = [as_conversation(query), *as_messages(candidates)]
+            near = self.encode(both, batch_size=batch_size)
             cosines = near[1:] @ near[0]
         return reranked(np.asarray(cosines), odds, trained_temperature(self.model.config))
+
+    def _match_odds(self, query: Input, candidates: Sequence[Input], batch_size: int) -> Tensor:
+        asked = as_conversation(query)
+        questions = [match_question(asked, found) for found in as_messages(candidates)]
+        return inference.log_odds(self, questions, batch_size)
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
