@@ -1,8 +1,8 @@
 """Does the model choose more faithful descriptions of its own? CHAIR of `best_of` against greedy.
 
-    python benchmarks/best_of.py MODEL [--scenes 300] [--best-of 8] [--temperature T] [--seed 0]
+    python benchmarks/best_of.py MODEL [--scenes 500] [--best-of 8] [--temperature T] [--seed 0]
 
-The held-out scenes of `cafe evaluate` are described greedily, by one sample, and by
+The held-out scenes of `cafe evaluate`, and beyond these 500 others drawn alike, are described greedily, by one sample, and by
 `generate(best_of=…)`, which chooses among the greedy description and samples.
 CHAIR counts the mentions of things that are not there (i), or the descriptions with one (s). It
 does not see things left out, and a thing named twice counts as two right mentions. So beside it:
@@ -30,10 +30,11 @@ import torch
 from cafe.data.scenes import PROMPT_CAPTION
 from cafe.evaluate.caption import MAX_NEW_TOKENS
 from cafe.evaluate.chair import Shown, chair_result
-from cafe.evaluate.scene_set import SceneItem, scene_items
+from cafe.evaluate.scene_set import HELD_OUT_COUNT, HELD_OUT_SEED, SceneItem, scene_items
 from cafe.evaluate.scenes_words import SCENE_WORDS
 from cafe.evaluate.scoring import Ratio, score_samples
 from cafe.evaluate.task import Result
+from cafe.memory import keep_memory
 from cafe.metrics import Interval, percentile_interval
 from cafe.model.best_of import SAMPLING_TEMPERATURE
 from cafe.model.vlm import CAFe
@@ -56,6 +57,16 @@ def judged(texts: Sequence[str], scenes: Sequence[SceneItem]) -> Result:
     return replace(result, items=result.items | items, ratios=result.ratios | ratios)
 
 
+def unseen_scenes(count: int) -> list[SceneItem]:
+    """The held-out ones first; the further ones are of seeds that nothing else uses."""
+    scenes: list[SceneItem] = []
+    for block, first in enumerate(range(0, count, HELD_OUT_COUNT)):
+        size = min(count - first, HELD_OUT_COUNT)
+        drawn = scene_items(None, size, HELD_OUT_SEED + block * 1_000_000)
+        scenes += [replace(item, id=f"{block}-{item.id}") for item in drawn]
+    return scenes
+
+
 def shown(value: Interval, sign: str = "") -> str:
     low, high = (format(v, f"{sign}.3f") for v in (value.low, value.high))
     return f"{format(value.estimate, f'{sign}.3f')} [{low}, {high}]"
@@ -64,13 +75,14 @@ def shown(value: Interval, sign: str = "") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="a fine-tuned model's directory: demo/model")
-    parser.add_argument("--scenes", type=int, default=300, help="at most 500")
+    parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--best-of", type=int, default=8)
     parser.add_argument("--temperature", type=float, help="of the samples; default: best_of's own")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     given = parser.parse_args()
 
-    scenes = scene_items(None, given.scenes)
+    scenes = unseen_scenes(given.scenes)
+    keep_memory()
     model = CAFe.from_pretrained(given.model)
     asked = [user(item.image, PROMPT_CAPTION) for item in scenes]
     torch.manual_seed(given.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -77,3 +78,22 @@ def in_float64(model: Any) -> Any:
     for norm in norms:
         norm.forward = types.MethodType(exact, norm)
     return model
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `cafe` with these arguments, in this process: (exit code, stdout, stderr)."""
+    from cafe.cli import main
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cafe", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    monkeypatch.setenv("CAFE_DEBUG", "0")
+    return run

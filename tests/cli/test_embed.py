@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import cafe.cli.inputs
-from cafe.cli import main
 from cafe.cli.inputs import open_source
 from cafe.errors import DataError
 
@@ -40,21 +39,14 @@ class FakeModel:
 
 
 @pytest.fixture
-def embed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def embed(monkeypatch: pytest.MonkeyPatch, command_line: Any):
     fake = ModuleType("cafe.model.vlm")
     fake.CAFe = FakeModel  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cafe.model.vlm", fake)
-    monkeypatch.setenv("CAFE_DEBUG", "0")
 
     def run(source: Path, out: Path) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(sys, "argv", ["cafe", "embed", "tiny", str(source), "--out", str(out)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        output = capsys.readouterr()
-        return code, output.out, output.err.splitlines()
+        code, out_text, err = command_line("embed", "tiny", source, "--out", out)
+        return code, out_text, err.splitlines()
 
     return run
 

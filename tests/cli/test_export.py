@@ -15,7 +15,6 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import cafe.cli.verify as verify_module
-from cafe.cli import main
 from cafe.model.adapter import merge_adapter
 from cafe.model.export import probe_inputs
 from cafe.model.vlm import CAFe
@@ -27,18 +26,8 @@ PROBES = probe_inputs()
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*argv: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cafe", *map(str, argv)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return call
+def run(command_line: Any) -> Any:
+    return command_line
 
 
 def make_adapter(folder: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -13,7 +13,6 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from cafe.cli import main
 from cafe.errors import CafeError
 from cafe.recipes import Recipe, load_recipe
 
@@ -28,21 +27,8 @@ schedule: {steps: 2}
 
 
 @pytest.fixture
-def cafe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a command line: (exit code, stdout, stderr)."""
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cafe", *argv])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    monkeypatch.setenv("CAFE_DEBUG", "0")
-    return run
+def cafe(command_line: Any):
+    return command_line
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ import layouts
 from layouts import TEXTS, picture_bytes
 
 import cafe.model.vlm
-from cafe.cli import main
 from cafe.cli.preview import half_blocks, preview, row_tokens, sequence_views
 from cafe.data.read import read_examples
 from cafe.data.records import Reading
@@ -29,23 +28,10 @@ from cafe.types import Example
 
 
 @pytest.fixture
-def inspect(
-    small_model: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Any:
+def inspect(small_model: Any, monkeypatch: pytest.MonkeyPatch, command_line: Any) -> Any:
     """Runs `cafe data inspect`: (exit code, stdout, stderr)."""
     monkeypatch.setattr(cafe.model.vlm.CAFe, "from_pretrained", lambda name: small_model)
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cafe", "data", "inspect", *map(str, argv)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
+    return lambda *arguments: command_line("data", "inspect", *arguments)
 
 
 def test_it_shows_format_counts_rejected_and_prompts(inspect: Any, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch.multiprocessing as multiprocessing
 
 import cafe.evaluate.tasks as tasks
-from cafe.cli import main
 from cafe.errors import DataError
 from cafe.evaluate.journal import Journal
 from cafe.evaluate.remember import RememberingCalls
@@ -173,26 +172,14 @@ def test_ranks_share_every_call_and_an_error_reaches_all_of_them(tmp_path):
 
 
 @pytest.fixture
-def cafe(monkeypatch, capsys, small_model):
+def cafe(monkeypatch, command_line, small_model):
     import cafe.model.vlm
 
     def load(name: str, **_: Any) -> Any:
         return small_model
 
     monkeypatch.setattr(cafe.model.vlm.CAFe, "from_pretrained", load)
-    monkeypatch.setenv("CAFE_DEBUG", "0")
-
-    def run_verb(*argv: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cafe", *argv])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run_verb
+    return command_line
 
 
 def test_evaluate_and_compare_from_the_command_line(cafe, tmp_path):

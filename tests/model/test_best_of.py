@@ -77,7 +77,8 @@ def test_candidates_are_ranked_by_what_three_witnesses_say(model: CAFe):
         near = cosines[: len(said)] / DEFAULT_TEMPERATURE
         if not isinstance(shown, dict):  # of several pictures nothing is asked
             near = (near + logit(model.score(shown, [c.text for c in said]))) / 2
-        weights = np.exp(log_p + near - (log_p + near).max())
+        total = log_p + near / 2
+        weights = np.exp(total - total.max())
         want = weights / weights.sum()
         np.testing.assert_allclose([c.posterior for c in said], want, rtol=1e-3, atol=1e-9)
     greedy = model.generate(ASKED, max_new_tokens=6)
@@ -89,12 +90,12 @@ def logit(probability: np.ndarray) -> np.ndarray:
 
 
 def test_a_choice_that_a_person_can_check():
-    """log 8, plus the mean of log 1 and log 4; log 2 plus that of log 16 and log 4; and silence."""
+    """8 times the fourth root of 1 x 16, 2 times that of 64 x 4, and silence: 16, 8, 0."""
     log_p = np.array([np.log(8), np.log(2), -np.inf])
-    evidence, odds = np.log([1.0, 16.0, 1e9]), np.array([np.log(4), np.log(4), np.nan])
-    assert posterior_of(log_p, evidence, odds).tolist() == pytest.approx([0.5, 0.5, 0])
+    evidence, odds = np.log([1.0, 64.0, 1e9]), np.array([np.log(16), np.log(4), np.nan])
+    assert posterior_of(log_p, evidence, odds).tolist() == pytest.approx([16 / 24, 8 / 24, 0])
     nothing_asked = posterior_of(log_p, evidence, np.full(3, np.nan))
-    assert nothing_asked.tolist() == pytest.approx([0.2, 0.8, 0])
+    assert nothing_asked.tolist() == pytest.approx([8 / 24, 16 / 24, 0])
     assert posterior_of(log_p[2:], evidence[2:], odds[2:]).tolist() == [1]
 
 

@@ -18,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from runs import make_world
 
-from cafe.cli import main
-
 Records = list[dict[str, Any]]
 BROKEN = 3  # the record that a case spoils
 
@@ -54,17 +52,12 @@ def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def cafe_train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def cafe_train(command_line: Any):
     """Runs `cafe train run.yaml …`: (exit code, stderr)."""
 
     def run(*overrides: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["cafe", "train", "run.yaml", *overrides])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, capsys.readouterr().err
+        code, _, err = command_line("train", "run.yaml", *overrides)
+        return code, err
 
     return run
 

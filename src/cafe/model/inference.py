@@ -263,7 +263,10 @@ def _generation_inputs(
 
 
 def buckets(conversations: Sequence[Conversation], batch_size: int) -> list[list[int]]:
-    """Indices in batches of like length, longest first (memory runs out early or never)."""
+    """Indices in batches of like length, longest first (memory runs out early or never).
+
+    Conversations about the same pictures stay together, for they share them.
+    """
 
     def length(i: int) -> tuple[int, int]:
         parts = [p for message in conversations[i] for p in message.content]
@@ -271,7 +274,14 @@ def buckets(conversations: Sequence[Conversation], batch_size: int) -> list[list
             len(p) for p in parts if isinstance(p, str)
         )
 
-    order = sorted(range(len(conversations)), key=length, reverse=True)
+    groups: dict[object, list[int]] = {}
+    for i, conversation in enumerate(conversations):
+        shown = tuple(p.key for m in conversation for p in m.content if not isinstance(p, str))
+        groups.setdefault(shown or i, []).append(i)
+    for group in groups.values():
+        group.sort(key=length, reverse=True)
+    longest_first = sorted(groups.values(), key=lambda group: length(group[0]), reverse=True)
+    order = [i for group in longest_first for i in group]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
