@@ -2,8 +2,9 @@
 
     python benchmarks/best_of.py MODEL [--scenes 500] [--best-of 8] [--temperature T] [--seed 0]
 
-The held-out scenes of `cafe evaluate`, and beyond these 500 others drawn alike, are described greedily, by one sample, and by
-`generate(best_of=…)`, which chooses among the greedy description and samples.
+The held-out scenes of `cafe evaluate`, and beyond these 500 others drawn alike, are described
+greedily, by one sample, and by `generate(best_of=…)`, which chooses among the greedy description
+and samples.
 CHAIR counts the mentions of things that are not there (i), or the descriptions with one (s). It
 does not see things left out, and a thing named twice counts as two right mentions. So beside it:
 
