@@ -8,7 +8,7 @@ files inside the measured time: ours by path, theirs as `PIL.Image.open(path)`, 
 Both have their default batch size of 32. Embeddings must be equal to 1e-5 in fp32.
 
 Each side has a process of its own and runs as its users run it: `cafe` keeps the memory it has
-freed (`cafe.memory`), as every `cafe` command does. How much of the gain that is, a third process
+freed (`cafe.memory`), as `cafe embed` does. How much of the gain that is, a third process
 shows: sentence-transformers with kept memory (`ratio_same_memory`). Sides take turns, the order
 of a turn changes, and the medians are compared. The last line is `ratio: X`: their time for the
 pictures and the texts together, over ours.

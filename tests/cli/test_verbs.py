@@ -207,3 +207,15 @@ def test_a_shipped_recipe_is_copied_first(cafe, tmp_path: Path, monkeypatch: pyt
     code, _, err = cafe("train", "gone.yaml")
     assert code == 2
     assert "gone.yaml: cannot be read" in err
+
+
+@pytest.mark.parametrize(
+    ("verb", "kept"), [("doctor", 1), ("generate", 1), ("serve", 0), ("ui", 0)]
+)
+def test_a_server_gives_memory_back_and_other_verbs_keep_it(
+    cafe, monkeypatch, verb: str, kept: int
+):
+    calls: list[int] = []
+    monkeypatch.setattr("cafe.cli.keep_memory", lambda: calls.append(1))
+    code, _, _ = cafe(verb, "--no-such-option")  # begun, and no more
+    assert (code, len(calls)) == (2, kept)

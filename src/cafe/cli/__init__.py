@@ -34,6 +34,9 @@ __all__ = ["app", "main"]
 _SIGNALS = 128
 INTERRUPTED = _SIGNALS + 2
 
+_SERVERS = frozenset({"serve", "ui"})
+"""They live long and give memory back; every other verb is faster for keeping it, and ends."""
+
 # Plain help: rich's boxes would double the time that `cafe --help` takes.
 app = typer.Typer(
     name="cafe",
@@ -46,6 +49,7 @@ app = typer.Typer(
 
 @app.callback()
 def root(
+    context: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (or CAFE_DEBUG=1).")
     ] = False,
@@ -53,6 +57,8 @@ def root(
     """One vision-language model that retrieves, reranks and answers."""
     if debug:
         os.environ["CAFE_DEBUG"] = "1"
+    if context.invoked_subcommand not in _SERVERS:
+        keep_memory()
 
 
 app.command("demo")(demo.command)
@@ -75,7 +81,6 @@ app.command("doctor")(doctor.command)
 
 def main() -> None:
     """Run `cafe`. An expected error is one line on stderr and exit code 2; Ctrl-C is 130."""
-    keep_memory()
     try:
         app()
     except CafeError as error:

@@ -72,7 +72,6 @@ def log_odds(model: CAFe, questions: Sequence[Conversation], batch_size: int) ->
     log P("yes") - log P("no"). Questions about one picture share it: its features are computed once
     for a batch, and its tokens once for a row.
     """
-    yes, no = _answer_ids(model, "yes"), _answer_ids(model, "no")
     found = torch.zeros(len(questions))
     batches = buckets(questions, batch_size)
 
@@ -82,9 +81,15 @@ def log_odds(model: CAFe, questions: Sequence[Conversation], batch_size: int) ->
 
     collated = ahead(collate, batches, _threads(model))
     for batch, (rows, vision) in zip(batches, collated, strict=True):
-        log_p = _log_probabilities(model, model.read(rows, vision))
-        found[batch] = (log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)).cpu()
+        found[batch] = yes_over_no(model, model.read(rows, vision)).cpu()
     return found
+
+
+def yes_over_no(model: CAFe, states: Tensor) -> Tensor:
+    """Log P("yes") - log P("no") as what comes after these states [n, hidden]: float32 [n]."""
+    log_p = _log_probabilities(model, states)
+    yes, no = _answer_ids(model, "yes"), _answer_ids(model, "no")
+    return log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)
 
 
 @torch.inference_mode()
@@ -149,8 +154,8 @@ def generate(
     """Answers in input order."""
     answers = [""] * len(conversations)
     for batch in buckets(conversations, batch_size):
-        inputs = _generation_inputs(model, [conversations[i] for i in batch], batch)
-        tokens = model.decode(**inputs, **_settings(model, max_new_tokens, sampling))
+        inputs = generation_inputs(model, [conversations[i] for i in batch], batch)
+        tokens = model.decode(**inputs, **generation_settings(model, max_new_tokens, sampling))
         texts = model.processor.tokenizer.batch_decode(
             tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
@@ -169,7 +174,7 @@ def stream(
     """
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-    inputs = _generation_inputs(model, [conversation], [0])
+    inputs = generation_inputs(model, [conversation], [0])
     streamer = TextIteratorStreamer(
         model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
     )
@@ -184,7 +189,7 @@ def stream(
             with torch.inference_mode():
                 model.decode(
                     **inputs,
-                    **_settings(model, max_new_tokens, sampling),
+                    **generation_settings(model, max_new_tokens, sampling),
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([nobody_reads]),
                 )
@@ -220,7 +225,10 @@ _SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p", "typical_p"})
 """Who gives one of these wants samples; transformers would warn, and not sample."""
 
 
-def _settings(model: CAFe, max_new_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
+def generation_settings(
+    model: CAFe, max_new_tokens: int, sampling: dict[str, Any]
+) -> dict[str, Any]:
+    """Greedy unless `sampling` asks for something that samples; ends where a turn ends."""
     end = model.processor.tokenizer.convert_tokens_to_ids(model.collator.pooled_token)
     return {
         "max_new_tokens": max_new_tokens,
@@ -231,7 +239,7 @@ def _settings(model: CAFe, max_new_tokens: int, sampling: dict[str, Any]) -> dic
     }
 
 
-def _generation_inputs(
+def generation_inputs(
     model: CAFe, conversations: Sequence[Conversation], numbers: Sequence[int]
 ) -> dict[str, Any]:
     """Prompts padded on the left, as transformers' `generate` wants them."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cafe.errors import DataError
-from cafe.model.inference import _answer_ids
+from cafe.model.inference import yes_over_no
 from cafe.model.vlm import CAFe
 from cafe.serve.decoding import Generation
 from cafe.serve.work import Embedding, Item, Score
@@ -28,7 +28,6 @@ class CafeCalls:
     def __init__(self, model: CAFe) -> None:
         self._model = model
         self._collator = replace(model.collator, max_tokens=sys.maxsize)
-        self._yes, self._no = _answer_ids(model, "yes"), _answer_ids(model, "no")
         self.dimension = model.embedding_dimension
         self.max_tokens = model.collator.max_tokens
 
@@ -44,9 +43,7 @@ class CafeCalls:
     def score(self, items: list[Item]) -> list[Score]:
         """Each item is a `cafe.model.inference.match_question`. Raises as `embed` does."""
         pooled, counts = self._states(items, self._collator.prompt_rows)
-        log_p = self._model.lm_head(pooled).float().log_softmax(-1)
-        odds = log_p[:, self._yes].logsumexp(-1) - log_p[:, self._no].logsumexp(-1)
-        scores = odds.sigmoid().tolist()
+        scores = yes_over_no(self._model, pooled).sigmoid().tolist()
         return [Score(s, count) for s, count in zip(scores, counts, strict=True)]
 
     def generate(self, items: list[Item]) -> Generation:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cafe.errors import DataError
-from cafe.model.inference import _generation_inputs, _settings
+from cafe.model.inference import generation_inputs, generation_settings
 from cafe.model.vlm import CAFe
 from cafe.serve.transcript import Transcript
 from cafe.serve.work import Event, Item, Prompt
@@ -94,8 +94,8 @@ class Generation:
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
         model, prompts = self._model, self._prompts
-        inputs = _generation_inputs(model, [p.conversation for p in prompts], self._numbers)
-        settings = _settings(model, 1, {})
+        inputs = generation_inputs(model, [p.conversation for p in prompts], self._numbers)
+        settings = generation_settings(model, 1, {})
         limits = self._limits(inputs["attention_mask"])
         self._transcripts = [
             Transcript(
