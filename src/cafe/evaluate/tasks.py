@@ -297,8 +297,9 @@ def suite_data(name: str, root: Path | None) -> Source | None:
     if folder is not None and folder.is_dir():
         return folder
     if task.needs_folder:
+        missing = "it needs a folder" if folder is None else f"{folder} is not there"
         raise DataError(
-            f"{name}: {folder or 'no folder'} is not there; download the data set in its published "
-            "layout and name the folder above it with --data"
+            f"{name}: {missing}; download the data set in its published layout and name the folder "
+            f"above {task.folder or name} with --data"
         )
     return task.hub
