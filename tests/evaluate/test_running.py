@@ -14,7 +14,7 @@ import pytest
 import torch.multiprocessing as multiprocessing
 
 import cafe.evaluate.tasks as tasks
-from cafe.errors import DataError
+from cafe.errors import CheckpointError, DataError
 from cafe.evaluate.journal import Journal
 from cafe.evaluate.remember import RememberingCalls
 from cafe.evaluate.run import Options, Outcome, run_tasks
@@ -91,6 +91,16 @@ def test_a_task_that_fails_stops_no_other(small_model, tmp_path, counted):
     assert [str(s.data) for s in counted] == [str(tmp_path / "broken" / "one"), "hub/two"]
 
 
+def test_a_model_that_cannot_be_loaded_is_one_error_not_one_of_each_task(tmp_path, counted):
+    def load() -> Any:
+        raise CheckpointError("model 'nope': no such directory")
+
+    tasks = run_tasks(load, "tiny", ["one", "two"], Options(out=tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="no such directory"):
+        next(tasks)
+    assert not counted
+
+
 def test_a_suite_finds_each_tasks_folder_or_says_which_is_missing(tmp_path):
     (tmp_path / "coco-5k").mkdir()
     assert suite_data("captioning", tmp_path) == tmp_path / "coco-5k"
@@ -98,6 +108,8 @@ def test_a_suite_finds_each_tasks_folder_or_says_which_is_missing(tmp_path):
     assert suite_data("scenes-pope", None) is None
     with pytest.raises(DataError, match=r"mmeb: .*mmeb is not there; download"):
         suite_data("mmeb", tmp_path)
+    with pytest.raises(DataError, match=r"mmeb: it needs a folder; download .* above mmeb with"):
+        suite_data("mmeb", None)
     assert {name for own in SUITES.values() for name in own} <= set(TASKS)
 
 

@@ -112,6 +112,7 @@ def run_tasks(
 
     Raises:
         DataError: a result of another model, or of other settings, is in the way.
+        CafeError: the model cannot be loaded.
     """
     rank = rank or Rank()
     identity = model_identity(name)
@@ -125,17 +126,18 @@ def run_tasks(
         if kept is not None:
             yield Outcome(task, kept, "kept")
             continue
-        journal = Journal(_journal_folder(options, task, wanted), rank.number)
         try:
             data = _data_of(task, options, suite)
-            if not loaded:
-                model = load()
-                plain: Calls = ModelCalls(model)
-                plain = plain if rank.size == 1 else SpreadCalls(plain, rank)
-                loaded.append((model, plain, RememberingCalls(plain, "compress")))
-            model, plain, remembering = loaded[0]
-            # Generated scenes are few, and shared by tasks; a data set may not fit in memory.
-            calls: Calls = remembering if data is None else plain
+        except CafeError as error:
+            yield Outcome(task, None, "failed", str(error))
+            continue
+        if not loaded:
+            loaded.append(_loaded(load(), rank))  # without it no task can be measured
+        model, plain, remembering = loaded[0]
+        # Generated scenes are few, and shared by tasks; a data set may not fit in memory.
+        calls: Calls = remembering if data is None else plain
+        journal = Journal(_journal_folder(options, task, wanted), rank.number)
+        try:
             setup = Setup(calls, data, limit, options.judges, journal, rank)
             record = {"model": name, "model_files": identity} | _measure(
                 model, task, setup, options.seed
@@ -150,6 +152,13 @@ def run_tasks(
             _write_report(options.out, name, model)
             _forget(_journal_folder(options, task, wanted))
         yield Outcome(task, record, "measured")
+
+
+def _loaded(model: CAFe, rank: Rank) -> tuple[CAFe, Calls, Calls]:
+    """The model, what it does, and the same with a memory."""
+    plain: Calls = ModelCalls(model)
+    plain = plain if rank.size == 1 else SpreadCalls(plain, rank)
+    return model, plain, RememberingCalls(plain, "compress")
 
 
 def result_file(out: Path, task: str) -> Path:
