@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+SMALL = {"vision_layers": 1, "vision_width": 64, "language_layers": 2, "language_width": 64}
+
 
 def build_small_model(**sizes: Any) -> Any:
     """A random LLaVA-OneVision of about 0.2M parameters, in evaluation mode."""
@@ -27,8 +29,7 @@ def build_small_model(**sizes: Any) -> Any:
         ["Describe this image.", "a big red cat at the top left", "yes no", "Compress this in one"],
         patch_pixels=16,  # a picture alone takes 78 tokens, beside others 37
     )
-    shape = {"vision_layers": 1, "vision_width": 64, "language_layers": 2, "language_width": 64}
-    return CAFe(tiny_model(processor, **{**shape, **sizes}), processor).eval()
+    return CAFe(tiny_model(processor, **{**SMALL, **sizes}), processor).eval()
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +47,7 @@ def babbling_model(small_model: Any) -> Any:
     from cafe.model.vlm import CAFe
 
     torch.manual_seed(2)
-    shape = {"vision_layers": 1, "vision_width": 64, "language_layers": 2, "language_width": 64}
-    inner = tiny_model(small_model.processor, **shape)
+    inner = tiny_model(small_model.processor, **SMALL)
     inner.config.tie_word_embeddings = inner.config.text_config.tie_word_embeddings = False
     inner.lm_head.weight = torch.nn.Parameter(torch.randn_like(inner.lm_head.weight) / 4)
     return CAFe(inner, small_model.processor).eval()

@@ -17,7 +17,7 @@ looks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +28,20 @@ from cafe.errors import DataError
 from cafe.model import inference
 from cafe.model.inference import match_question
 from cafe.model.prompts import DEFAULT_PROMPT
-from cafe.model.rerank import trained_temperature
+from cafe.model.rerank import softmax, trained_temperature
 from cafe.types import Conversation, Image, Message, Video, user
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+    from torch import Tensor
 
     from cafe.model.vlm import CAFe
 
 
 SAMPLING_TEMPERATURE = 0.6
-"""Where neither the caller nor the model's generation settings say one. F1 of the things that the
-chosen descriptions of 200 scenes name: 0.85 at 0.3 (too much alike), 0.90 at 0.6, 0.89 at 1.
+"""Where neither the caller nor the model's generation settings say one. CHAIR-i of the chosen
+descriptions of 600 scenes, minus that of greedy ones: -0.020 at 0.4 and at 0.6, -0.022 at 0.8,
+-0.009 at 1.
 """
 
 
@@ -126,12 +128,9 @@ def posterior_of(
     odds       log-odds that the picture shows it; NaN where nothing was asked
     """
     witnesses = np.stack([evidence, odds]).astype(np.float64)
-    total = log_p + np.nanmean(witnesses, axis=0) / 2
-    said = np.isfinite(log_p)
-    if not said.any():
+    if np.isneginf(log_p).all():
         return np.full(len(log_p), 1 / len(log_p))
-    weights = np.where(said, np.exp(total - total[said].max()), 0)
-    return weights / weights.sum()
+    return softmax(log_p + np.nanmean(witnesses, axis=0) / 2)
 
 
 def _log_p(
@@ -146,10 +145,7 @@ def _log_p(
         for conversation, own in zip(conversations, texts, strict=True)
         for text in own
     ]
-    found = np.full(len(answered), -np.inf, dtype=np.float32)
-    said = [i for i, conversation in enumerate(answered) if conversation is not None]
-    found[said] = inference.log_likelihood(model, [c for c in answered if c], batch_size).numpy()
-    return found
+    return _filled(answered, -np.inf, lambda c: inference.log_likelihood(model, c, batch_size))
 
 
 def _log_odds(
@@ -164,10 +160,19 @@ def _log_odds(
         for pictures, own in zip(shown, texts, strict=True)
         for text in own
     ]
-    asked = [i for i, question in enumerate(questions) if question is not None]
-    odds = np.full(len(questions), np.nan, dtype=np.float32)
-    odds[asked] = inference.log_odds(model, [q for q in questions if q], batch_size).numpy()
-    return odds
+    return _filled(questions, np.nan, lambda q: inference.log_odds(model, q, batch_size))
+
+
+def _filled(
+    asked: Sequence[Conversation | None],
+    nothing: float,
+    function: Callable[[list[Conversation]], Tensor],
+) -> np.ndarray:
+    """The function's float32 for each conversation, and `nothing` where there is none."""
+    found = np.full(len(asked), nothing, dtype=np.float32)
+    there = [i for i, conversation in enumerate(asked) if conversation is not None]
+    found[there] = function([c for c in asked if c is not None]).numpy()
+    return found
 
 
 def _one_picture(shown: Conversation) -> bool:

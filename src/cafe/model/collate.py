@@ -61,6 +61,21 @@ class Collator:
     max_frames: int = 16
     official: bool = False
 
+    @property
+    def render(self) -> Renderer:
+        return Renderer(
+            self.processor, self.family, self.pooled_token, self.max_frames, self.official
+        )
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        pad = self._tokenizer.pad_token_id
+        return int(self._tokenizer.eos_token_id if pad is None else pad)
+
     # ------------------------------------------------------------------ training
 
     def __call__(self, examples: Sequence[Example]) -> Chunk:
@@ -204,21 +219,6 @@ class Collator:
         return read, pictures.inputs, _concatenated(whose)
 
     # ------------------------------------------------------------------ tokens
-
-    @property
-    def render(self) -> Renderer:
-        return Renderer(
-            self.processor, self.family, self.pooled_token, self.max_frames, self.official
-        )
-
-    @property
-    def _tokenizer(self) -> Any:
-        return self.processor.tokenizer
-
-    @property
-    def pad_id(self) -> int:
-        pad = self._tokenizer.pad_token_id
-        return int(self._tokenizer.eos_token_id if pad is None else pad)
 
     def _tokenize(self, sequences: Sequence[_Sequence]) -> Pictures:
         """Fill in the tokens of `sequences`; returns the pictures they show."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ from cafe.types import Conversation, Image, Message
 if TYPE_CHECKING:
     from cafe.model.rows import Rows
     from cafe.model.vlm import CAFe
+
+    Vision = dict[str, Tensor]
+    Collated = tuple[Rows, Vision]
+
+T = TypeVar("T")
 
 
 def encode(
@@ -40,20 +45,32 @@ def encode(
     numbers   what errors call the inputs; None: 0, 1, …
     """
     embeddings = torch.zeros(len(conversations), model.embedding_dimension, device=device)
-    batches = buckets(conversations, batch_size)
 
-    def collate(batch: list[int]) -> tuple[Rows, dict[str, Tensor]]:
+    def collate(chosen: list[Conversation], batch: list[int]) -> Collated:
         names = batch if numbers is None else [numbers[i] for i in batch]
-        chosen = [conversations[i] for i in batch]
         return model.collator.embedding_rows(chosen, prompt, names, model.token_cost)
 
     with torch.inference_mode():
-        collated = ahead(collate, batches, _threads(model))
-        for batch, (rows, vision) in zip(batches, collated, strict=True):
+        for batch, (rows, vision) in _batches(model, conversations, batch_size, collate):
             embeddings[batch] = model.read(rows, vision).to(embeddings)
             if done is not None:
                 done(len(batch))
     return embeddings
+
+
+def _batches(
+    model: CAFe,
+    conversations: Sequence[Conversation],
+    batch_size: int,
+    collate: Callable[[list[Conversation], list[int]], T],
+) -> Iterator[tuple[list[int], T]]:
+    """Indices of each batch (`buckets`), and what `collate` makes of its conversations."""
+    batches = buckets(conversations, batch_size)
+
+    def collated(batch: list[int]) -> T:
+        return collate([conversations[i] for i in batch], batch)
+
+    return zip(batches, ahead(collated, batches, _threads(model)), strict=True)
 
 
 def _threads(model: CAFe) -> int:
@@ -72,24 +89,25 @@ def log_odds(model: CAFe, questions: Sequence[Conversation], batch_size: int) ->
     log P("yes") - log P("no"). Questions about one picture share it: its features are computed once
     for a batch, and its tokens once for a row.
     """
-    found = torch.zeros(len(questions))
-    batches = buckets(questions, batch_size)
+    found, odds = torch.zeros(len(questions)), yes_over_no(model)
 
-    def collate(batch: list[int]) -> tuple[Rows, dict[str, Tensor]]:
-        chosen = [questions[i] for i in batch]
+    def collate(chosen: list[Conversation], batch: list[int]) -> Collated:
         return model.collator.prompt_rows(chosen, batch, model.token_cost)
 
-    collated = ahead(collate, batches, _threads(model))
-    for batch, (rows, vision) in zip(batches, collated, strict=True):
-        found[batch] = yes_over_no(model, model.read(rows, vision)).cpu()
+    for batch, (rows, vision) in _batches(model, questions, batch_size, collate):
+        found[batch] = odds(model.read(rows, vision)).cpu()
     return found
 
 
-def yes_over_no(model: CAFe, states: Tensor) -> Tensor:
-    """Log P("yes") - log P("no") as what comes after these states [n, hidden]: float32 [n]."""
-    log_p = _log_probabilities(model, states)
+def yes_over_no(model: CAFe) -> Callable[[Tensor], Tensor]:
+    """A function: states [n, hidden] -> log P("yes") - log P("no") of what comes next, [n]."""
     yes, no = _answer_ids(model, "yes"), _answer_ids(model, "no")
-    return log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)
+
+    def odds(states: Tensor) -> Tensor:
+        log_p = _log_probabilities(model, states)
+        return log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)
+
+    return odds
 
 
 @torch.inference_mode()
@@ -100,14 +118,15 @@ def log_likelihood(model: CAFe, conversations: Sequence[Conversation], batch_siz
     conversation share it, and its picture. Raises DataError for an answer that is empty.
     """
     found = torch.zeros(len(conversations))
-    for batch in buckets(conversations, batch_size):
-        chosen = [conversations[i] for i in batch]
-        rows, vision, whose = model.collator.answer_rows(chosen, batch, model.token_cost)
-        rows = rows.to(model.device)
-        vision = {name: tensor.to(model.device) for name, tensor in vision.items()}
-        states = model(rows, vision).flatten(0, 1)[rows.label_source]
-        blocks = zip(states.split(_AT_ONCE), rows.label_ids.split(_AT_ONCE), strict=True)
-        log_p = [_log_probabilities(model, s).gather(1, ids[:, None])[:, 0] for s, ids in blocks]
+
+    def collate(chosen: list[Conversation], batch: list[int]) -> tuple[Rows, Vision, Tensor]:
+        return model.collator.answer_rows(chosen, batch, model.token_cost)
+
+    for batch, (rows, vision, whose) in _batches(model, conversations, batch_size, collate):
+        states = model.read(rows, vision, rows.label_source)
+        ids = rows.label_ids.to(states.device)
+        blocks = zip(states.split(_AT_ONCE), ids.split(_AT_ONCE), strict=True)
+        log_p = [_log_probabilities(model, s).gather(1, i[:, None])[:, 0] for s, i in blocks]
         found[batch] = torch.zeros(len(batch)).index_add(0, whose, torch.cat(log_p).cpu())
     return found
 
@@ -283,13 +302,11 @@ def buckets(conversations: Sequence[Conversation], batch_size: int) -> list[list
         )
 
     groups: dict[object, list[int]] = {}
-    for i, conversation in enumerate(conversations):
-        shown = tuple(p.key for m in conversation for p in m.content if not isinstance(p, str))
+    for i in sorted(range(len(conversations)), key=length, reverse=True):
+        parts = [p for message in conversations[i] for p in message.content]
+        shown = tuple(part.key for part in parts if not isinstance(part, str))
         groups.setdefault(shown or i, []).append(i)
-    for group in groups.values():
-        group.sort(key=length, reverse=True)
-    longest_first = sorted(groups.values(), key=lambda group: length(group[0]), reverse=True)
-    order = [i for group in longest_first for i in group]
+    order = [i for group in groups.values() for i in group]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 

@@ -56,9 +56,13 @@ def reranked(
     match = (0.5 * (1 + np.tanh(odds / 2))).astype(np.float32)  # the sigmoid, without overflow
     if len(odds) == 0:
         return Reranked(match, odds)
-    evidence = cosines.astype(np.float64) / temperature + odds
+    return Reranked(match, softmax(cosines.astype(np.float64) / temperature + odds))
+
+
+def softmax(evidence: Float[np.ndarray, " n"]) -> np.ndarray:
+    """exp(evidence), to sum 1. Some of it may be -inf, not all."""
     weights = np.exp(evidence - evidence.max())
-    return Reranked(match, weights / weights.sum())
+    return weights / weights.sum()
 
 
 def trained_temperature(config: Any) -> float:

@@ -130,13 +130,17 @@ class CAFe(nn.Module):
         """Gemma bounds its logits; others do not."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
-    def read(self, rows: Rows, vision: dict[str, Tensor]) -> Tensor:
-        """States at the pooled places, [n, hidden]; the last layer computes no others."""
+    def read(self, rows: Rows, vision: dict[str, Tensor], places: Tensor | None = None) -> Tensor:
+        """States at some places, [n, hidden]; the last layer computes no others.
+
+        places   int64 [n], flat indices row * t + token; None: the pooled ones
+        """
         device = self.device
         rows = rows.to(device)
-        with read_only_at(rows.pooled, rows.input_ids.shape):
+        places = rows.pooled if places is None else places.to(device)
+        with read_only_at(places, rows.input_ids.shape):
             hidden = self(rows, {name: tensor.to(device) for name, tensor in vision.items()})
-        return hidden.flatten(0, 1)[rows.pooled]
+        return hidden.flatten(0, 1)[places]
 
     def forward(self, rows: Rows, vision: dict[str, Tensor]) -> Tensor:
         """Rows and their pictures -> hidden states after the final norm.

@@ -28,6 +28,7 @@ class CafeCalls:
     def __init__(self, model: CAFe) -> None:
         self._model = model
         self._collator = replace(model.collator, max_tokens=sys.maxsize)
+        self._odds = yes_over_no(model)
         self.dimension = model.embedding_dimension
         self.max_tokens = model.collator.max_tokens
 
@@ -43,7 +44,7 @@ class CafeCalls:
     def score(self, items: list[Item]) -> list[Score]:
         """Each item is a `cafe.model.inference.match_question`. Raises as `embed` does."""
         pooled, counts = self._states(items, self._collator.prompt_rows)
-        scores = yes_over_no(self._model, pooled).sigmoid().tolist()
+        scores = self._odds(pooled).sigmoid().tolist()
         return [Score(s, count) for s, count in zip(scores, counts, strict=True)]
 
     def generate(self, items: list[Item]) -> Generation:
