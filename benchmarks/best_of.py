@@ -1,20 +1,21 @@
-"""Does the model choose more faithful descriptions of its own? CHAIR of `best_of` against greedy.
+"""Does the model choose its more faithful descriptions? CHAIR of `best_of` against greedy.
 
     python benchmarks/best_of.py MODEL [--scenes 500] [--best-of 8] [--temperature T] [--seed 0]
 
-The held-out scenes of `cafe evaluate`, and beyond these 500 others drawn alike, are described
-greedily, by one sample, and by `generate(best_of=…)`, which chooses among the greedy description
-and samples.
-CHAIR counts the mentions of things that are not there (i), or the descriptions with one (s). It
-does not see things left out, and a thing named twice counts as two right mentions. So beside it:
+The held-out scenes of `cafe evaluate` (and, beyond the first 500, further scenes sampled in the
+same way) are described greedily, by one sample, and by `generate(best_of=…)`, which chooses among
+the greedy description and samples. CHAIR is the share of mentioned objects that are not in the
+image (i), or of descriptions with such a mention (s). It ignores omitted objects, and an object
+mentioned twice counts as two correct mentions. The benchmark therefore reports in addition:
 
-    recall       different things named and there, of those there
-    unfounded    mentions without a thing of their own, of all: not there, or named more often
-                 than it is there
-    all_right    descriptions that name what is there, each as often as it is there, and no more
+    recall       share of the present object classes that are mentioned
+    unfounded    share of mentions without an object of their own: the class is absent, or mentioned
+                 more often than it is present
+    all_right    share of descriptions that mention every object, as often as it is present, and
+                 nothing else
 
-Intervals are bootstrap ones over pictures, 95 %; the differences are paired. Last line:
-`chair_change: X [low, high]`, CHAIR-i of best_of minus that of greedy: better below 0.
+Intervals are 95 % bootstrap intervals over images; the differences are paired. The last line is
+`chair_change: X [low, high]`, CHAIR-i of best_of minus that of greedy; below 0 is better.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ import numpy as np
 import torch
 
 from cafe.data.scenes import PROMPT_CAPTION
-from cafe.evaluate.caption import MAX_NEW_TOKENS
-from cafe.evaluate.chair import Shown, chair_result
-from cafe.evaluate.scene_set import HELD_OUT_COUNT, HELD_OUT_SEED, SceneItem, scene_items
-from cafe.evaluate.scenes_words import SCENE_WORDS
-from cafe.evaluate.scoring import Ratio, score_samples
-from cafe.evaluate.task import Result
+from cafe.evaluation.scenes.hallucination import SCENE_WORDS
+from cafe.evaluation.scenes.held_out import HELD_OUT_COUNT, HELD_OUT_SEED, SceneItem, scene_items
+from cafe.evaluation.scoring import Ratio, score_samples
+from cafe.evaluation.task import TaskResult
+from cafe.evaluation.tasks.caption import MAX_NEW_TOKENS
+from cafe.evaluation.tasks.chair import AnnotatedImage, chair_result
 from cafe.memory import keep_memory
 from cafe.metrics import Interval, percentile_interval
 from cafe.model.best_of import SAMPLING_TEMPERATURE
@@ -44,22 +45,22 @@ from cafe.types import user
 SCORES = ("chair_i", "chair_s", "recall", "unfounded", "all_right", "mean_mentions")
 
 
-def judged(texts: Sequence[str], scenes: Sequence[SceneItem]) -> Result:
-    """CHAIR's scores, and the two that count."""
-    pictures = [Shown(item.id, item.image, frozenset(item.scene.kinds)) for item in scenes]
-    result = chair_result(texts, pictures, SCENE_WORDS.mentions)
-    named = [Counter(SCENE_WORDS.mentions(text)) for text in texts]
-    there = [Counter(thing.kind for thing in item.scene.objects) for item in scenes]
+def chair_and_counts(texts: Sequence[str], scenes: Sequence[SceneItem]) -> TaskResult:
+    """CHAIR's scores, and the two that count objects."""
+    images = [AnnotatedImage(item.id, item.image, frozenset(item.scene.classes)) for item in scenes]
+    result = chair_result(texts, images, SCENE_WORDS.mentions)
+    mentioned = [Counter(SCENE_WORDS.mentions(text)) for text in texts]
+    present = [Counter(shown.kind for shown in item.scene.objects) for item in scenes]
     items = {
-        "unfounded": np.array([(n - t).total() for n, t in zip(named, there, strict=True)]),
-        "all_right": np.array([int(n == t) for n, t in zip(named, there, strict=True)]),
+        "unfounded": np.array([(m - p).total() for m, p in zip(mentioned, present, strict=True)]),
+        "all_right": np.array([int(m == p) for m, p in zip(mentioned, present, strict=True)]),
     }
     ratios = {"unfounded": Ratio("unfounded", "mentions"), "all_right": Ratio("all_right")}
     return replace(result, items=result.items | items, ratios=result.ratios | ratios)
 
 
 def unseen_scenes(count: int) -> list[SceneItem]:
-    """The held-out ones first; the further ones are of seeds that nothing else uses."""
+    """The held-out scenes first; the further ones have seeds that nothing else uses."""
     scenes: list[SceneItem] = []
     for block, first in enumerate(range(0, count, HELD_OUT_COUNT)):
         size = min(count - first, HELD_OUT_COUNT)
@@ -68,47 +69,48 @@ def unseen_scenes(count: int) -> list[SceneItem]:
     return scenes
 
 
-def shown(value: Interval, sign: str = "") -> str:
+def formatted(value: Interval, sign: str = "") -> str:
     low, high = (format(v, f"{sign}.3f") for v in (value.low, value.high))
     return f"{format(value.estimate, f'{sign}.3f')} [{low}, {high}]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("model", help="a fine-tuned model's directory: demo/model")
+    parser.add_argument("model", help="directory of a fine-tuned model, such as demo/model")
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--best-of", type=int, default=8)
-    parser.add_argument("--temperature", type=float, help="of the samples; default: best_of's own")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    given = parser.parse_args()
+    parser.add_argument("--temperature", type=float, help="default: that of best_of")
+    parser.add_argument("--seed", type=int, default=0, help="sampling seed")
+    arguments = parser.parse_args()
 
-    scenes = unseen_scenes(given.scenes)
+    scenes = unseen_scenes(arguments.scenes)
     keep_memory()
-    model = CAFe.from_pretrained(given.model)
-    asked = [user(item.image, PROMPT_CAPTION) for item in scenes]
-    torch.manual_seed(given.seed)
-    warmth = given.temperature or SAMPLING_TEMPERATURE
-    ways: dict[str, dict[str, Any]] = {
+    model = CAFe.from_pretrained(arguments.model)
+    prompts = [user(item.image, PROMPT_CAPTION) for item in scenes]
+    torch.manual_seed(arguments.seed)
+    temperature = arguments.temperature or SAMPLING_TEMPERATURE
+    methods: dict[str, dict[str, Any]] = {
         "greedy": {},
-        "one sample": {"temperature": warmth},
-        f"best_of={given.best_of}": {"temperature": warmth, "best_of": given.best_of},
+        "one sample": {"temperature": temperature},
+        f"best_of={arguments.best_of}": {"temperature": temperature, "best_of": arguments.best_of},
     }
-    found = []
-    for options in ways.values():
-        texts = model.generate(asked, max_new_tokens=MAX_NEW_TOKENS, **options)
-        found.append(score_samples(judged(list(texts), scenes)))
-    greedy, _, best = found
-    heads = [*ways, "best_of - greedy"]
-    print(f"{len(scenes)} scenes, temperature {warmth}\n")
+    samples = []
+    for options in methods.values():
+        texts = model.generate(prompts, max_new_tokens=MAX_NEW_TOKENS, **options)
+        samples.append(score_samples(chair_and_counts(list(texts), scenes)))
+    greedy, _, best = samples
+    heads = [*methods, "best_of - greedy"]
+    print(f"{len(scenes)} scenes, temperature {temperature}\n")
     print((f"{'':<14}" + "".join(f"{head:<23}" for head in heads)).rstrip())
     for name in SCORES:
-        cells = [shown(percentile_interval(scores[name])) for scores in found]
+        cells = [formatted(percentile_interval(scores[name])) for scores in samples]
         change = percentile_interval(best[name] - greedy[name])
         print(
-            f"{name:<14}" + "".join(f"{cell:<23}" for cell in [*cells, shown(change, "+")]).rstrip()
+            f"{name:<14}"
+            + "".join(f"{cell:<23}" for cell in [*cells, formatted(change, "+")]).rstrip()
         )
     change = percentile_interval(best["chair_i"] - greedy["chair_i"])
-    print(f"\nchair_change: {shown(change, '+')}")
+    print(f"\nchair_change: {formatted(change, '+')}")
 
 
 if __name__ == "__main__":

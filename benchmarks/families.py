@@ -2,11 +2,11 @@
 
     python benchmarks/families.py [--family qwen3_vl] [--batch 4] [--repeats 3] [--pixels 256]
 
-Each family is transformers' own class with its own attention rule, positions and tiles, and some
-hundred picture tokens. The separate passes (query, target, answer) are those of a user of
-transformers: processor, padding, `model(**inputs)`, one pass each; the passes over texts run no
-tower. Both sides are checked to have equal losses. Per family, the last line is
-`family ratio: X`, the time of three passes over the time of the trie step.
+Each family is the class of transformers with its own attention rule, positions and tiles, and a few
+hundred image tokens. The separate passes (query, target, answer) are written as a user of
+transformers would: processor, padding, `model(**inputs)`, one pass each; the passes over texts run
+no vision tower. Both sides must have equal losses. The last line of each family is
+`family ratio: X`, the time of the three passes divided by the time of the trie step.
 """
 
 from __future__ import annotations
@@ -22,20 +22,18 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "model" / "families"))
-
-import builders
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from cafe.memory import keep_memory
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
-from cafe.train.contrast import Contrast
-from cafe.train.step import TrainingStep
+from cafe.training.contrastive import ContrastiveLoss
+from cafe.training.step import TrainingStep
+from helpers import builders
 from three_passes import ThreePasses, make_examples
 
-SIZES = builders.Sizes(width=256, layers=4, heads=4, view=128, picture=256, window=512)
-# These show a picture as a whole and as four views, each with all its patches.
+SIZES = builders.Sizes(width=256, layers=4, heads=4, view=128, image=256, window=512)
+# These show an image as an overview and four tiles, each with all its patches.
 SMALLER_VIEWS = {"llava_onevision", "llava_next"}
 
 
@@ -46,7 +44,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def compare(name: str, batch: int, repeats: int, pixels: int) -> float:
-    """Print one family's losses and times; returns the ratio of the times."""
+    """Print the losses and times of one family, and return the ratio of the times."""
     sizes = replace(SIZES, view=SIZES.view // 2) if name in SMALLER_VIEWS else SIZES
     with tempfile.TemporaryDirectory() as directory:
         saved = builders.build(name, Path(directory), sizes)
@@ -54,8 +52,8 @@ def compare(name: str, batch: int, repeats: int, pixels: int) -> float:
     examples = make_examples(batch, pixels)
     objective = Objective(temperature=0.05)
     chunk = model.collator(examples)
-    passes = ThreePasses(model, examples, zero_pictures=False)
-    step = TrainingStep(model, model, Contrast(objective), objective)
+    passes = ThreePasses(model, examples, zero_images=False)
+    step = TrainingStep(model, model, ContrastiveLoss(objective), objective)
 
     def trie() -> tuple[float, float]:
         numbers = step([chunk])
@@ -71,13 +69,14 @@ def compare(name: str, batch: int, repeats: int, pixels: int) -> float:
     difference = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
     assert difference < 2e-4, f"{name}: losses differ by {difference}"
     placeholder = model.family.placeholder_id(model.processor)
-    shown = int((chunk.rows.input_ids[0] == placeholder).sum())
+    image_tokens = int((chunk.rows.input_ids[0] == placeholder).sum())
     median = {side: statistics.median(values) for side, values in times.items()}
     print(
         f"{name:16s} {sum(p.numel() for p in model.parameters()) / 1e6:5.1f}M parameters, "
-        f"{shown} of {chunk.rows.input_ids.shape[1]} tokens of a row show a picture, "
-        f"losses {losses['trie'][0]:.4f} and {losses['trie'][1]:.4f} (apart {difference:.0e}), "
-        f"passes {median['passes']:.2f} s, trie {median['trie']:.2f} s"
+        f"{image_tokens} of {chunk.rows.input_ids.shape[1]} tokens of a row are image tokens, "
+        f"losses {losses['trie'][0]:.4f} and {losses['trie'][1]:.4f} "
+        f"(difference {difference:.0e}), passes {median['passes']:.2f} s, "
+        f"trie {median['trie']:.2f} s"
     )
     return median["passes"] / median["trie"]
 

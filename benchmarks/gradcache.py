@@ -2,13 +2,13 @@
 
     python benchmarks/gradcache.py [--large 512] [--chunk 32]
 
-`memory_ratio`: peak memory of one step on batch 512 in chunks of 32, over that of batch 32 in one
-piece (both above what the process held before the step). `time_ratio`: batch 512 in chunks of 32,
-over batch 512 in one piece. Each case runs in a process of its own.
+`memory_ratio`: peak memory of one step on batch 512 in chunks of 32, divided by that of batch 32 in
+one chunk (both above the memory that the process held before the step). `time_ratio`: batch 512 in
+chunks of 32, divided by batch 512 in one chunk. Each case runs in its own process.
 
-Memory is what the process holds in RAM, measured where glibc gives every freed block above 64 KiB
-back at once, and oneDNN keeps no compiled kernels: else one would measure the holes between blocks
-of different sizes, and the kernels for every length of a row, which a long run has in any case.
+Memory is the resident set, measured with glibc returning every freed block above 64 KiB immediately
+and with oneDNN caching no compiled kernels. Otherwise it would include the holes between blocks of
+different sizes, and the kernels for every row length, which a long run has in any case.
 Time is measured as `cafe train` runs, with freed memory kept.
 """
 
@@ -25,13 +25,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
 from cafe.memory import keep_memory
 from cafe.model.tiny import tiny_model, tiny_processor
 from cafe.model.vlm import CAFe
+from cafe.precision import resolved_precision
 from cafe.recipes import Objective
-from cafe.train.contrast import Contrast
-from cafe.train.step import TrainingStep
+from cafe.training.contrastive import ContrastiveLoss
+from cafe.training.step import TrainingStep
 from three_passes import CAPTION, make_examples
 
 NOTHING_KEPT = {"MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
@@ -43,7 +43,7 @@ def resident_bytes() -> int:
 
 
 def one_case(batch: int, chunk: int) -> dict[str, float]:
-    """Two steps: the first to warm up, the second measured in time; memory over both."""
+    """Two steps: the first warms up, the second is timed; peak memory is taken over both."""
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         keep_memory()
     torch.manual_seed(0)
@@ -52,12 +52,13 @@ def one_case(batch: int, chunk: int) -> dict[str, float]:
     examples = make_examples(batch, 96)
     chunks = [model.collator(examples[i : i + chunk]) for i in range(0, batch, chunk)]
     objective = Objective()
+    bf16 = resolved_precision("auto", "cpu") == "bf16"
     step = TrainingStep(
         model,
         model,
-        Contrast(objective),
+        ContrastiveLoss(objective),
         objective,
-        autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     )
     before, peak, stop = resident_bytes(), [0], threading.Event()
 
@@ -86,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--large", type=int, default=512)
     parser.add_argument("--chunk", type=int, default=32)
-    parser.add_argument("--case", type=int, nargs=2, help="batch and chunk: one case, as JSON")
+    parser.add_argument("--case", type=int, nargs=2, help="batch and chunk: only this, as JSON")
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(one_case(*arguments.case)))
@@ -103,21 +104,21 @@ def main() -> None:
         print(f"batch {batch:4d} in chunks of {chunk:4d}: {number}, loss {loss:.4f}", flush=True)
 
     large, chunk = arguments.large, arguments.chunk
-    held = []
+    peaks = []
     for batch in (chunk, large):
-        found = case(batch, chunk, **NOTHING_KEPT)
-        held.append(found["bytes"])
-        show(batch, chunk, f"{found['bytes'] / 2**20:7.0f} MiB above the start", found["loss"])
-    took = []
+        result = case(batch, chunk, **NOTHING_KEPT)
+        peaks.append(result["bytes"])
+        show(batch, chunk, f"{result['bytes'] / 2**20:7.0f} MiB above the start", result["loss"])
+    seconds = []
     losses = []
     for size in (chunk, large):
-        found = case(large, size)
-        took.append(found["seconds"])
-        losses.append(found["loss"])
-        show(large, size, f"{found['seconds']:7.2f} s", found["loss"])
-    assert abs(losses[0] - losses[1]) < 0.05, "the cached step has another loss"
-    print(f"memory_ratio: {held[1] / held[0]:.2f}")
-    print(f"time_ratio: {took[0] / took[1]:.2f}")
+        result = case(large, size)
+        seconds.append(result["seconds"])
+        losses.append(result["loss"])
+        show(large, size, f"{result['seconds']:7.2f} s", result["loss"])
+    assert abs(losses[0] - losses[1]) < 0.05, "the loss of the cached step differs"
+    print(f"memory_ratio: {peaks[1] / peaks[0]:.2f}")
+    print(f"time_ratio: {seconds[0] / seconds[1]:.2f}")
 
 
 if __name__ == "__main__":

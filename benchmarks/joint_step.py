@@ -1,44 +1,42 @@
 """The trie step against the three passes of the published code: same model, same data, one run.
 
-    python benchmarks/joint_step.py [--pixels 288] [--batch 8] [--repeats 9] [--precision bf16]
+    python benchmarks/joint_step.py [--pixels 288] [--batch 8] [--repeats 9] [--precision auto]
 
-Published (arXiv 2503.19900, its code's `forward`): a pass over the answers, one over the picture
-embeddings, one over the text embeddings; each runs the vision tower, the last one on zeros that no
-token shows. `ratio_lean` is against three passes without that wasted tower run.
-Both sides are checked to have equal losses. The last line is `ratio: X`.
+Published (arXiv 2503.19900, `forward` of its code): one pass over the answers, one over the image
+inputs and one over the text inputs; each runs the vision tower, the last one on zeros whose
+features no token uses. `ratio_lean` compares with three passes without that wasted tower run. All
+sides must have equal losses. The last line is `ratio: X`.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from cafe.memory import keep_memory
 from cafe.model.tiny import tiny_model, tiny_processor
 from cafe.model.vlm import CAFe
+from cafe.precision import resolved_precision
 from cafe.recipes import Objective
-from cafe.train.contrast import Contrast
-from cafe.train.step import TrainingStep
+from cafe.training.contrastive import ContrastiveLoss
+from cafe.training.step import TrainingStep
 from three_passes import CAPTION, ThreePasses, make_examples
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pixels", type=int, default=288, help="288: 300 picture tokens")
+    parser.add_argument("--pixels", type=int, default=288, help="288 gives 300 image tokens")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     arguments = parser.parse_args()
+    precision = resolved_precision(arguments.precision, "cpu")
 
     keep_memory()
     torch.manual_seed(0)
@@ -48,20 +46,20 @@ def main() -> None:
     model = CAFe(tiny_model(processor), processor).train()
     examples = make_examples(arguments.batch, arguments.pixels)
     chunk = model.collator(examples)
-    picture_tokens = int((chunk.rows.input_ids[0] == processor.image_token_id).sum())
+    image_tokens = int((chunk.rows.input_ids[0] == processor.image_token_id).sum())
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{parameters / 1e6:.1f}M parameters, batch {arguments.batch}, "
-        f"{picture_tokens} picture tokens, row of {chunk.rows.input_ids.shape[1]} tokens, "
-        f"{arguments.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{image_tokens} image tokens, row of {chunk.rows.input_ids.shape[1]} tokens, "
+        f"{precision}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
 
     def autocast() -> Any:
         return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
 
-    bf16 = arguments.precision == "bf16"
+    bf16 = precision == "bf16"
     objective = Objective()
-    step = TrainingStep(model, model, Contrast(objective), objective, autocast=autocast)
+    step = TrainingStep(model, model, ContrastiveLoss(objective), objective, autocast=autocast)
 
     def trie() -> tuple[float, float]:
         numbers = step([chunk])
@@ -75,8 +73,8 @@ def main() -> None:
         return run
 
     sides = {
-        "three passes (published)": in_autocast(ThreePasses(model, examples, zero_pictures=True)),
-        "three passes (lean)": in_autocast(ThreePasses(model, examples, zero_pictures=False)),
+        "three passes (published)": in_autocast(ThreePasses(model, examples, zero_images=True)),
+        "three passes (lean)": in_autocast(ThreePasses(model, examples, zero_images=False)),
         "trie step": trie,
     }
     losses = {name: run() for name, run in sides.items()}  # also the warm-up
@@ -89,12 +87,12 @@ def main() -> None:
             times[name].append(time.perf_counter() - began)
     tolerance = 0.05 if bf16 else 1e-4
     reference = losses["three passes (published)"]
-    for name, found in losses.items():
+    for name, pair in losses.items():
         print(
-            f"{name:26s} contrastive {found[0]:.5f}  language {found[1]:.5f}  "
+            f"{name:26s} contrastive {pair[0]:.5f}  language {pair[1]:.5f}  "
             f"median {statistics.median(times[name]):.3f} s"
         )
-        difference = max(abs(a - b) for a, b in zip(found, reference, strict=True))
+        difference = max(abs(a - b) for a, b in zip(pair, reference, strict=True))
         assert difference < tolerance, f"{name}: losses differ by {difference}"
     median = {name: statistics.median(values) for name, values in times.items()}
     print(f"ratio_lean: {median['three passes (lean)'] / median['trie step']:.2f}")

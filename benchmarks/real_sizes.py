@@ -4,16 +4,16 @@
     python benchmarks/real_sizes.py --model 7b --batch 8 --checkpointing
     python benchmarks/real_sizes.py --model 0.5b --batch 8 --cached 64
 
-The published configurations with a picture of 384 x 384: an overview and one tile, 1,485 picture
-tokens. Each side is forward and backward of the whole joint loss, without an optimizer. The three
+The published configurations with an image of 384 x 384: an overview and one tile, 1,485 image
+tokens. Each side runs forward and backward of the whole joint loss, without an optimizer. The three
 passes run on SDPA without a mask (their fastest case), the trie step on SDPA with its mask and on
-FlexAttention. Losses are checked to be equal.
+FlexAttention. All sides must have equal losses.
 
-tokens/s is of the trie's row. MFU counts what the trie step must compute (no padding, nothing
-twice): 6 multiplications per matrix weight and token, and the pairs of tokens that see each other,
-over 989 TFLOP/s, the dense bf16 peak of an H100 SXM. The three passes do the same job, so their
-MFU is of the same count.
-`--cached N` instead compares a batch of N in chunks of `--batch` with one chunk: memory and time.
+tokens/s refers to the rows of the trie. MFU counts the floating-point operations that the trie step
+cannot avoid (no padding, nothing twice): 6 per matrix weight and token, and those of the token
+pairs that attend to each other, over 989 TFLOP/s, the dense bf16 peak of an H100 SXM. The three
+passes solve the same task, so their MFU uses the same count. `--cached N` instead compares a batch
+of N in chunks of `--batch` with one chunk: memory and time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,15 +30,13 @@ import torch
 import transformers
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from cafe.model.checkpoint import kernels
-from cafe.model.rows import Chunk
+from cafe.model.checkpoint.directory import kernels
+from cafe.model.rows.rows import Chunk
 from cafe.model.tiny import tiny_processor
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
-from cafe.train.contrast import Contrast
-from cafe.train.step import TrainingStep
+from cafe.training.contrastive import ContrastiveLoss
+from cafe.training.step import TrainingStep
 from three_passes import CAPTION, ThreePasses, make_examples
 
 PIXELS, PATCH = 384, 14
@@ -77,7 +74,7 @@ TOWER = {  # google/siglip-so400m-patch14-384 without its last layer
 
 
 def build(size: str, device: torch.device) -> CAFe:
-    """The configuration's model with random bf16 weights; a tokenizer of few pieces serves it."""
+    """The model of that configuration with random bf16 weights, and a small tokenizer."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
     processor = tiny_processor(
@@ -109,7 +106,7 @@ def build(size: str, device: torch.device) -> CAFe:
 
 
 def step_flops(model: CAFe, chunk: Chunk) -> float:
-    """Floating-point operations of forward and backward that no implementation can leave out."""
+    """Floating-point operations of forward and backward that no implementation can avoid."""
 
     def matrices(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if p.ndim == 2)
@@ -132,7 +129,7 @@ def step_flops(model: CAFe, chunk: Chunk) -> float:
 
 
 def measured(run: Callable[[], tuple[float, float]], model: CAFe, repeats: int) -> dict[str, Any]:
-    """Median seconds over `repeats` after a warm-up, and peak bytes over all of them."""
+    """Median seconds over `repeats` after two warm-ups, and peak bytes over the repeats."""
     losses = run()
     model.zero_grad(set_to_none=True)
     run()
@@ -160,8 +157,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--cached", type=int, help="batch, in chunks of --batch")
-    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    parser.add_argument("--cached", type=int, help="batch size, in chunks of --batch")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     device = torch.device("cuda")
 
@@ -170,13 +167,13 @@ def main() -> None:
     if arguments.checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     objective = Objective()
-    step = TrainingStep(model, model, Contrast(objective), objective)
+    step = TrainingStep(model, model, ContrastiveLoss(objective), objective)
     examples = make_examples(arguments.cached or arguments.batch, PIXELS)
     size = arguments.batch
     chunks = [model.collator(examples[i : i + size]) for i in range(0, len(examples), size)]
     chunk: Chunk = chunks[0].to(device)
     flops = step_flops(model, chunk)
-    shown = int((chunk.rows.input_ids[0] == model.processor.image_token_id).sum())
+    image_tokens = int((chunk.rows.input_ids[0] == model.processor.image_token_id).sum())
     weights = sum(p.numel() for p in model.parameters())
     facts = {
         "device": torch.cuda.get_device_name(),
@@ -185,25 +182,25 @@ def main() -> None:
         "parameters": weights,
         "batch": arguments.batch,
         "checkpointing": arguments.checkpointing,
-        "picture_tokens": shown,
+        "image_tokens": image_tokens,
         "row_tokens": chunk.rows.input_ids.shape[1],
         "teraflop": flops / 1e12,
     }
     print(facts, flush=True)
 
-    def trie(attention: str, given: list[Chunk]) -> Callable[[], tuple[float, float]]:
+    def trie(attention: str, chunks: list[Chunk]) -> Callable[[], tuple[float, float]]:
         def run() -> tuple[float, float]:
-            numbers = step(given)
+            numbers = step(chunks)
             return float(numbers.contrastive), float(numbers.language)
 
         model.model.set_attn_implementation(kernels(attention))
         return run
 
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
 
     def side(name: str, run: Callable[[], tuple[float, float]], examples: int) -> None:
         try:
-            found[name] = one = measured(run, model, arguments.repeats)
+            results[name] = one = measured(run, model, arguments.repeats)
         except torch.OutOfMemoryError:
             print(f"{name:28s} out of memory", flush=True)
             return
@@ -223,24 +220,24 @@ def main() -> None:
     if arguments.cached:
         side("one chunk", trie("flex_attention", chunks[:1]), size)
         side(f"batch {arguments.cached} in chunks", trie("flex_attention", chunks), len(examples))
-        one, many = found.values()
+        one, many = results.values()
         print(f"memory_ratio: {many['bytes'] / one['bytes']:.2f}")
         per_chunk = many["seconds"] / len(chunks)
         print(f"time_ratio (per example): {per_chunk / one['seconds']:.2f}")
     else:
-        side("three passes (published)", ThreePasses(model, examples, zero_pictures=True), size)
-        side("three passes (lean)", ThreePasses(model, examples, zero_pictures=False), size)
+        side("three passes (published)", ThreePasses(model, examples, zero_images=True), size)
+        side("three passes (lean)", ThreePasses(model, examples, zero_images=False), size)
         side("trie step, sdpa", trie("sdpa", [chunk]), size)
         side("trie step, flex_attention", trie("flex_attention", [chunk]), size)
-        losses = [Tensor(one["losses"]) for one in found.values()]
-        apart = max(float((a - losses[0]).abs().max()) for a in losses)
-        print(f"losses differ by at most {apart:.4f}")
-        assert apart < 0.1, "the sides have other losses"
-        trie_seconds = min(v["seconds"] for k, v in found.items() if k.startswith("trie"))
-        for name, one in found.items():
+        losses = [Tensor(one["losses"]) for one in results.values()]
+        difference = max(float((a - losses[0]).abs().max()) for a in losses)
+        print(f"losses differ by at most {difference:.4f}")
+        assert difference < 0.1, "the losses of the sides differ"
+        trie_seconds = min(v["seconds"] for k, v in results.items() if k.startswith("trie"))
+        for name, one in results.items():
             print(f"{name} over the faster trie step: {one['seconds'] / trie_seconds:.2f}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"facts": facts, "sides": found}, indent=2))
+        arguments.json.write_text(json.dumps({"facts": facts, "sides": results}, indent=2))
 
 
 if __name__ == "__main__":

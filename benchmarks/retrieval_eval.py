@@ -3,11 +3,12 @@
     python benchmarks/retrieval_eval.py                  5,000 images x 25,000 captions, 1,024-d
     python benchmarks/retrieval_eval.py --images 500     a quick look
 
-`blockwise` is `cafe.evaluate.retrieval.retrieval_scores`. `dense` is what scripts for COCO do: all
-scores as one matrix, the first k of each row and column, and a boolean matrix of positives (in
-CAFe's own script also an n x k x n one-hot tensor, which at this size would not fit: left out).
-Each runs in a process of its own. Memory is the growth of the peak resident set over the
-embeddings, which both need. Recalls must agree.
+`blockwise` is `cafe.evaluation.tasks.retrieval.retrieval_scores`. `dense` is what scripts for COCO
+do: all scores as one matrix, the top k of each row and column, and a boolean matrix of positives
+(CAFe's published script also builds an n x k x n one-hot tensor, which is omitted: at this size it
+would not fit in memory).
+Each runs in its own process. Memory is the growth of the peak resident set over the embeddings,
+which both need. Recalls must agree.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ KS = (1, 5, 10)
 
 
 def embeddings(images: int, captions: int, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Captions near their pictures, so that recall is neither 0 nor 1; unit length, float32."""
+    """Captions near their images, so that recall is neither 0 nor 1; unit length, float32."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((images, dimensions), dtype=np.float32)
     y = np.repeat(x, captions, axis=0)
@@ -36,7 +37,7 @@ def embeddings(images: int, captions: int, dimensions: int) -> tuple[np.ndarray,
 
 
 def blockwise(x: np.ndarray, y: np.ndarray, captions: int) -> dict[str, float]:
-    from cafe.evaluate.retrieval import ranges, retrieval_scores
+    from cafe.evaluation.tasks.retrieval import ranges, retrieval_scores
 
     return retrieval_scores(x, y, ranges([captions] * len(x))).scores
 
@@ -46,20 +47,20 @@ def dense(x: np.ndarray, y: np.ndarray, captions: int) -> dict[str, float]:
     own = np.arange(len(y)) // captions
     positive = np.zeros(scores.shape, dtype=bool)
     positive[own, np.arange(len(y))] = True
-    found = {}
-    for name, table, right in (
+    recalls = {}
+    for name, table, relevant in (
         ("image_to_text", scores, positive),
         ("text_to_image", scores.T, positive.T),
     ):
         for k in KS:
             best = np.argpartition(-table, k - 1, axis=1)[:, :k]
-            hits = np.take_along_axis(right, best, axis=1).any(axis=1)
-            found[f"{name}_recall@{k}"] = float(hits.mean())
-    return found
+            hits = np.take_along_axis(relevant, best, axis=1).any(axis=1)
+            recalls[f"{name}_recall@{k}"] = float(hits.mean())
+    return recalls
 
 
 def reset_peak() -> None:
-    """Forget the peak so far (Linux): making the embeddings had one of its own."""
+    """Reset the peak (Linux): creating the embeddings had a peak of its own."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -70,7 +71,7 @@ def peak_mib() -> float:
 
 
 def measure(kind: str, images: int, captions: int, dimensions: int) -> dict[str, object]:
-    """In this process: seconds, growth of the peak in MiB, and the recalls."""
+    """Seconds, growth of the peak in MiB, and the recalls, measured in this process."""
     run = {"blockwise": blockwise, "dense": dense}[kind]
     run(*embeddings(8 * max(KS), 2, 8), 2)  # imports and first calls
     x, y = embeddings(images, captions, dimensions)
@@ -85,26 +86,27 @@ def measure(kind: str, images: int, captions: int, dimensions: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--captions", type=int, default=5, help="of each image")
+    parser.add_argument("--captions", type=int, default=5, help="per image")
     parser.add_argument("--dimensions", type=int, default=1024)
-    parser.add_argument("--kind", choices=("blockwise", "dense"), help="only this one, as JSON")
-    given = parser.parse_args()
-    sizes = (given.images, given.captions, given.dimensions)
-    if given.kind:
-        print(json.dumps(measure(given.kind, *sizes)))
+    parser.add_argument("--kind", choices=("blockwise", "dense"), help="only this, as JSON")
+    arguments = parser.parse_args()
+    sizes = (arguments.images, arguments.captions, arguments.dimensions)
+    if arguments.kind:
+        print(json.dumps(measure(arguments.kind, *sizes)))
         return
-    found = {}
+    results = {}
     for kind in ("blockwise", "dense"):
         options = [
             f"--{n}={v}" for n, v in zip(("images", "captions", "dimensions"), sizes, strict=True)
         ]
         command = [sys.executable, __file__, "--kind", kind, *options]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[kind] = json.loads(done.stdout)
+        process = subprocess.run(command, check=True, capture_output=True, text=True)
+        results[kind] = json.loads(process.stdout)
         print(
-            f"{kind:<10} {found[kind]['seconds']:8.2f} s  {found[kind]['mib']:8.0f} MiB", flush=True
+            f"{kind:<10} {results[kind]['seconds']:8.2f} s  {results[kind]['mib']:8.0f} MiB",
+            flush=True,
         )
-    a, b = found["blockwise"], found["dense"]
+    a, b = results["blockwise"], results["dense"]
     print(f"ratio (dense / blockwise)  time {b['seconds'] / a['seconds']:.2f}, ", end="")
     print(f"memory {b['mib'] / max(a['mib'], 1):.2f}")
     worst = max(abs(a["scores"][name] - value) for name, value in b["scores"].items())

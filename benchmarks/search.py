@@ -2,11 +2,11 @@
 
     python benchmarks/search.py [--rows 100000] [--dimension 256] [--queries 200]
 
-Vectors are random around random centres. Queries are drawn as the rows are, and are not among
-them. `recall@10` is the share of the exact search's ten nearest that the approximate search, with
-the settings that it chose by itself, finds; the exact search is checked against numpy. Times are of
-one search after another in one thread of Python. Last line: `ratio: X`, approximate over exact
-queries per second.
+Vectors are random around random cluster centres. Queries are sampled in the same way and are not
+among the rows. `recall@10` is the share of the ten exact nearest neighbours that the approximate
+search finds with the settings it chose automatically; the exact search is checked against numpy.
+Searches run one after another in a single Python thread. The last line is `ratio: X`, approximate
+divided by exact queries per second.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cafe.index import Index, ModelFacts, Row
+from cafe.index import Index, IndexRow, ModelFacts
 from cafe.types import Hit
 
 CENTRES_PER_ROW = 0.01
-SPREAD = 0.7  # of a cluster, where centres are at distance one from each other, per coordinate
+SPREAD = 0.7  # standard deviation of a cluster per coordinate; that of the centres is 1
 TOP = 10
 CHECKED = 20
 
@@ -37,21 +37,21 @@ def clustered(rng: np.random.Generator, centres: np.ndarray, count: int) -> np.n
 
 def filled(folder: Path, vectors: np.ndarray) -> Index:
     index = Index.create(folder, ModelFacts("random", "", "", vectors.shape[1]))
-    rows = [Row(str(i), "image", f"{i}.jpg") for i in range(len(vectors))]
+    rows = [IndexRow(str(i), "image", f"{i}.jpg") for i in range(len(vectors))]
     index.add(rows, vectors, new=True)
     return index
 
 
 def timed(search: Callable[[np.ndarray], list[Hit]], queries: np.ndarray) -> tuple[list, float]:
-    """Ids found for each query, and queries per second; the first query warms up, uncounted."""
+    """The ids returned for each query, and queries per second; one uncounted query warms up."""
     search(queries[0])
     start = time.perf_counter()
-    found = [[hit.id for hit in search(query)] for query in queries]
-    return found, len(queries) / (time.perf_counter() - start)
+    ids = [[hit.id for hit in search(query)] for query in queries]
+    return ids, len(queries) / (time.perf_counter() - start)
 
 
-def recall(found: list[list[str]], true: list[list[str]]) -> float:
-    return float(np.mean([len({*f} & {*t}) / len(t) for f, t in zip(found, true, strict=True)]))
+def recall(ids: list[list[str]], exact: list[list[str]]) -> float:
+    return float(np.mean([len({*i} & {*e}) / len(e) for i, e in zip(ids, exact, strict=True)]))
 
 
 def main() -> None:
@@ -77,11 +77,11 @@ def main() -> None:
     dense = np.argsort(-(queries[:CHECKED] @ vectors.T), axis=1)[:, :TOP]
     same = recall(exact[:CHECKED], [[str(i) for i in row] for row in dense])
     print(f"{options.rows:,} vectors of {options.dimension}, {options.queries} queries")
-    print(f"exact search against numpy: {same:.3f} of {CHECKED} x {TOP} nearest are the same")
+    print(f"exact search against numpy: {same:.3f} of {CHECKED} x {TOP} nearest neighbours agree")
     print(
         f"index built and measured in {seconds:.1f} s: {measured.partitions} partitions, "
-        f"{measured.probes} looked into, refine {measured.refine}; it measured recall@{TOP} "
-        f"{measured.recall:.3f} by itself"
+        f"{measured.probes} probed, refine {measured.refine}; recall@{TOP} measured by the index: "
+        f"{measured.recall:.3f}"
     )
     print(f"recall@{TOP}: {recall(near, exact):.3f}")
     print(f"exact: {exact_speed:.1f} queries/s")

@@ -1,11 +1,11 @@
-"""Throughput of one server for many clients at once, against the same clients one at a time.
+"""Throughput of one server for many concurrent clients, against a single client.
 
     python benchmarks/serve.py [--model tiny] [--clients 32] [--seconds 20]
 
-Each client sends the same mixture, a request when the last one is answered: embeddings of two texts
-and of one picture, then a question about a picture. The server, `cafe serve`, is a process of its
-own. First there is one client, then there are `--clients`; `ratio` is embeddings per second, many
-clients over one. An error of any request makes the exit code 1.
+Each client sends the same mixture, the next request once the last one is answered: embeddings of
+two texts and of one image, then a question about an image. The server, `cafe serve`, runs in its
+own process. First there is one client, then there are `--clients`; `ratio` is embeddings per second
+of many clients divided by that of one. If any request fails, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import PIL.Image
 
 
 @dataclass
-class Seen:
-    """What the clients of one run saw: seconds of every request by kind, and errors."""
+class Measurements:
+    """What the clients of one run measured: seconds of every request by kind, and errors."""
 
     embedding: list[float] = field(default_factory=list)
     chat: list[float] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Seen:
 
 
 def messages(seed: int, text: str | None) -> list[Any]:
-    """A chat that shows a picture."""
+    """A user message with an image, and a text if there is one."""
     noise = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     PIL.Image.fromarray(noise).resize((96, 96)).save(buffer, "png")
@@ -58,42 +58,44 @@ def messages(seed: int, text: str | None) -> list[Any]:
     return [{"role": "user", "content": parts + ([{"type": "text", "text": text}] if text else [])}]
 
 
-def work(client: openai.OpenAI, model: str, number: int, until: float, seen: Seen) -> None:
-    """One client: a request after the other until the time is over."""
-    turn = number  # clients begin at different places of the mixture
+def work(
+    client: openai.OpenAI, model: str, number: int, until: float, measured: Measurements
+) -> None:
+    """One client: sends one request after another until the time is over."""
+    turn = number  # clients start at different points of the mixture
     while time.perf_counter() < until:
         turn += 1
         seed = number * 10_000 + turn
         kind = turn % 4
-        shown = messages(seed, None if kind else "Describe this image.") if kind < 2 else []
-        begin = time.perf_counter()  # making a picture is the client's own time
+        conversation = messages(seed, None if kind else "Describe this image.") if kind < 2 else []
+        begin = time.perf_counter()  # without the time to create the image
         try:
             if kind == 0:
-                client.chat.completions.create(model=model, messages=shown, max_tokens=32)
+                client.chat.completions.create(model=model, messages=conversation, max_tokens=32)
             elif kind == 1:
-                body = {"messages": shown, "encoding_format": "base64"}
+                body = {"messages": conversation, "encoding_format": "base64"}
                 client.post("/embeddings", body=body, cast_to=dict[str, Any])
             else:
                 client.embeddings.create(model=model, input=f"{seed} red cats at the top left")
         except openai.OpenAIError as error:
-            seen.errors.append(str(error))
+            measured.errors.append(str(error))
         else:
-            (seen.embedding if kind else seen.chat).append(time.perf_counter() - begin)
+            (measured.embedding if kind else measured.chat).append(time.perf_counter() - begin)
 
 
-def run(client: openai.OpenAI, model: str, clients: int, seconds: float) -> Seen:
-    seen = Seen()
+def run(client: openai.OpenAI, model: str, clients: int, seconds: float) -> Measurements:
+    measured = Measurements()
     begin = time.perf_counter()
     threads = [
-        threading.Thread(target=work, args=(client, model, n, begin + seconds, seen))
+        threading.Thread(target=work, args=(client, model, n, begin + seconds, measured))
         for n in range(clients)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    seen.seconds = time.perf_counter() - begin
-    return seen
+    measured.seconds = time.perf_counter() - begin
+    return measured
 
 
 def main() -> None:

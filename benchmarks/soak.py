@@ -1,18 +1,19 @@
-"""A server and an index under faults, for some minutes: nothing crashes, leaks, or is lost.
+"""A server and an index under faults for several minutes: nothing crashes, leaks or gets lost.
 
     python benchmarks/soak.py [--minutes 10] [--model tiny] [--seed 0]
 
-One `cafe serve --index DIR` is asked by good clients and by bad ones, side by side: clients that
-vanish, malformed JSON, bodies of 50 MB, broken pictures. Meanwhile the folder that the index is of
-changes, and runs of `cafe index` over it are killed (SIGKILL) and begun again. Violations, with
-exit code 1:
+Well-behaved and faulty clients send requests to one `cafe serve --index DIR` concurrently: clients
+that disconnect, malformed JSON, bodies of 50 MB, broken images. Meanwhile the indexed folder
+changes, and runs of `cafe index` on it are killed (SIGKILL) and restarted. Violations, with exit
+code 1:
 
-    an answer that the request does not deserve (any 500; a right request refused, but for 429/503)
-    a server that ends, writes a traceback, keeps work when all clients are gone, or does not drain
-    resident memory at the end more than 5 % above that after the warm-up (medians of a tenth)
-    a row lost, duplicated, stale, or with another vector than its picture's
+    a wrong response (any 500; a valid request that is refused, other than with 429 or 503)
+    a server that exits, writes a traceback, keeps work after all clients left, or does not drain
+    resident memory at the end more than 5 % above that after the warm-up (medians over a tenth of
+    the time)
+    a row that is lost, duplicated or stale, or whose vector is not that of its image
 
-Everything stays on loopback and in a temporary folder.
+All traffic stays on loopback, and all files in a temporary folder.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ CLIENTS: list[tuple[clients.Client, int, float]] = [
     (clients.good, 4, 0.05),
     (clients.vanishes, 1, 0.3),
     (clients.malformed, 1, 0.3),
-    (clients.broken_picture, 1, 0.3),
+    (clients.broken_image, 1, 0.3),
     (clients.large, 1, 5.0),
 ]
-"""Kind, how many of it, and seconds between two requests of one."""
+"""Function, number of clients, and seconds between two requests of one client."""
 
 
 @dataclass
-class Seen:
-    """What happened: requests by kind, violations, and (seconds, bytes) of resident memory."""
+class Observations:
+    """What was observed: requests by kind, violations, and (seconds, bytes) of resident memory."""
 
     requests: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
@@ -64,19 +65,24 @@ class Seen:
                 self.violations.append(f"{kind}: {problem}")
 
 
-def keep_asking(
-    client: clients.Client, host: str, pause: float, seed: int, stop: threading.Event, seen: Seen
+def keep_requesting(
+    client: clients.Client,
+    host: str,
+    pause: float,
+    seed: int,
+    stop: threading.Event,
+    observed: Observations,
 ) -> None:
     chance = random.Random(seed)
     while not stop.wait(pause * (0.5 + chance.random())):
         try:
             problem = client(host, chance)
-        except Exception as error:  # whatever it is, the server did not answer
+        except Exception as error:  # whatever it is, the server did not respond properly
             problem = f"{type(error).__name__}: {error}"
-        seen.note(client.__name__, problem)
+        observed.note(client.__name__, problem)
 
 
-def watch(pid: int, begin: float, stop: threading.Event, seen: Seen) -> None:
+def watch(pid: int, begin: float, stop: threading.Event, observed: Observations) -> None:
     """The server's resident memory, twice a second."""
     while not stop.wait(0.5):
         try:
@@ -85,12 +91,12 @@ def watch(pid: int, begin: float, stop: threading.Event, seen: Seen) -> None:
             return
         line = next((x for x in status.splitlines() if x.startswith("VmRSS")), None)
         if line is not None:
-            seen.memory.append((time.monotonic() - begin, int(line.split()[1]) * 1024))
+            observed.memory.append((time.monotonic() - begin, int(line.split()[1]) * 1024))
 
 
 @contextmanager
 def serving(model: str, index: Path, log: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server and its host:port."""
+    """A running server, and its host:port."""
     arguments = [model, "--index", str(index), "--port", "0"]
     command = [sys.executable, "-m", "cafe", "serve", *arguments]
     with (
@@ -108,7 +114,7 @@ def serving(model: str, index: Path, log: Path) -> Iterator[tuple[subprocess.Pop
 
 
 def growth(memory: list[tuple[float, int]], seconds: float) -> tuple[float, float, float]:
-    """Median bytes in the window after the warm-up and in the last one, and their ratio less 1."""
+    """Median bytes in the window after the warm-up and in the last one, and the relative growth."""
 
     def median(begin: float) -> float:
         inside = [b for t, b in memory if begin * seconds <= t < (begin + WINDOW) * seconds]
@@ -119,7 +125,7 @@ def growth(memory: list[tuple[float, int]], seconds: float) -> tuple[float, floa
 
 
 def idle(host: str) -> str | None:
-    """Whether the server has let go of all work; what it still holds otherwise."""
+    """None once the server has no work left, otherwise what it still holds."""
     deadline = time.monotonic() + SETTLE_SECONDS
     held: list[str] = []
     while time.monotonic() < deadline:
@@ -133,39 +139,39 @@ def idle(host: str) -> str | None:
 
 
 def ended(server: subprocess.Popen[str], log: Path) -> list[str]:
-    """SIGTERM; what is wrong with how the server ends, and what it wrote meanwhile."""
+    """Send SIGTERM; the problems with how the server ends and with its log."""
     server.terminate()
     try:
         code = server.wait(SETTLE_SECONDS)
     except subprocess.TimeoutExpired:
-        return ["it does not end after SIGTERM"]
-    wrong = [] if code == 0 else [f"its exit code is {code}"]
+        return ["it does not exit after SIGTERM"]
+    problems = [] if code == 0 else [f"its exit code is {code}"]
     text = log.read_text()
-    return wrong + ([f"it wrote a traceback: …{text[-600:]}"] if "Traceback" in text else [])
+    return problems + ([f"it wrote a traceback: …{text[-600:]}"] if "Traceback" in text else [])
 
 
 def soak(model: str, seconds: float, seed: int, folder: Path) -> bool:
-    """Run it all in `folder`; prints a summary and returns whether there was no violation."""
+    """Run everything in `folder`, print a summary, and return whether there was no violation."""
     photos = Folder(folder / "photos", random.Random(seed))
     photos.fill()
     uri, log = folder / "index", folder / "server.log"
     begin = time.monotonic()
-    code, told = index_once(model, photos.path, uri)
+    code, message = index_once(model, photos.path, uri)
     if code:
-        raise SystemExit(f"the first cafe index failed: {told}")
+        raise SystemExit(f"the first cafe index failed: {message}")
     run_seconds = time.monotonic() - begin
-    seen, runs, stop = Seen(), Runs(), threading.Event()
+    observed, runs, stop = Observations(), Runs(), threading.Event()
     with serving(model, uri, log) as (server, host):
         begin = time.monotonic()
         churning = (model, photos, uri, run_seconds, stop, runs)
         threads = [
-            threading.Thread(target=watch, args=(server.pid, begin, stop, seen)),
+            threading.Thread(target=watch, args=(server.pid, begin, stop, observed)),
             threading.Thread(target=churn, args=churning),
         ]
         for kind, (client, count, pause) in enumerate(CLIENTS):
             for n in range(count):
-                arguments = (client, host, pause, 1000 * seed + 10 * kind + n, stop, seen)
-                threads.append(threading.Thread(target=keep_asking, args=arguments))
+                arguments = (client, host, pause, 1000 * seed + 10 * kind + n, stop, observed)
+                threads.append(threading.Thread(target=keep_requesting, args=arguments))
         for thread in threads:
             thread.start()
         while time.monotonic() - begin < seconds and server.poll() is None:
@@ -174,32 +180,32 @@ def soak(model: str, seconds: float, seed: int, folder: Path) -> bool:
         for thread in threads:
             thread.join()
         if server.poll() is not None:
-            seen.violations.append(f"server: it ended by itself: {log.read_text()[-600:]}")
+            observed.violations.append(f"server: it exited on its own: {log.read_text()[-600:]}")
         else:
             held = idle(host)
-            seen.violations += [] if held is None else [f"server: {held}"]
-            seen.violations += [f"server: {x}" for x in ended(server, log)]
-    code, told = index_once(model, photos.path, uri)
-    seen.violations += [f"index: {problem}" for problem in runs.problems]
+            observed.violations += [] if held is None else [f"server: {held}"]
+            observed.violations += [f"server: {x}" for x in ended(server, log)]
+    code, message = index_once(model, photos.path, uri)
+    observed.violations += [f"index: {problem}" for problem in runs.problems]
     if code:
-        seen.violations.append(f"index: the last run failed: {told}")
+        observed.violations.append(f"index: the last run failed: {message}")
     else:
-        seen.violations += [f"index: {problem}" for problem in differences(model, photos, uri)]
-    return summary(seen, runs, seconds, len(photos.good()))
+        observed.violations += [f"index: {problem}" for problem in differences(model, photos, uri)]
+    return summary(observed, runs, seconds, len(photos.good()))
 
 
-def summary(seen: Seen, runs: Runs, seconds: float, rows: int) -> bool:
-    first, last, grown = growth(seen.memory, seconds)
-    if not grown <= GROWTH:  # not measured is too much, too
-        seen.violations.append(f"memory: {grown:+.1%} after the warm-up, allowed {GROWTH:+.0%}")
-    asked = ", ".join(f"{count} {kind}" for kind, count in sorted(seen.requests.items()))
-    print(f"{seconds / 60:.1f} minutes; requests: {asked}")
+def summary(observed: Observations, runs: Runs, seconds: float, rows: int) -> bool:
+    first, last, grown = growth(observed.memory, seconds)
+    if not grown <= GROWTH:  # "not", so that nan (not measured) is a violation as well
+        observed.violations.append(f"memory: {grown:+.1%} after the warm-up, allowed {GROWTH:+.0%}")
+    requests = ", ".join(f"{count} {kind}" for kind, count in sorted(observed.requests.items()))
+    print(f"{seconds / 60:.1f} minutes; requests: {requests}")
     print(f"cafe index: {runs.killed} runs killed, {runs.finished} finished; {rows} rows compared")
     print(f"resident memory: {first / 2**20:.0f} MiB, then {last / 2**20:.0f} MiB ({grown:+.2%})")
-    for violation in seen.violations[:20]:
+    for violation in observed.violations[:20]:
         print(f"VIOLATION {violation}")
-    print(f"violations: {len(seen.violations)}")
-    return not seen.violations
+    print(f"violations: {len(observed.violations)}")
+    return not observed.violations
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""Clients of the soak (`soak.py`): good ones, and four kinds of bad ones, over loopback.
+"""Clients of the soak test (`soak.py`), over loopback: well-behaved ones and four faulty kinds.
 
-Each is a function that makes one request and returns what was wrong with the answer, or None.
+Each is a function that makes one request and returns the problem with the response, or None.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SECONDS = 120
 LARGE_BYTES = 50_000_000
 PATHS = ("/v1/embeddings", "/v1/chat/completions", "/v1/rerank", "/search")
 LATER = {429, 503}
-"""The queue is full; both come with Retry-After."""
+"""Statuses of a full queue; both come with Retry-After."""
 
 
 def ask(host: str, path: str, body: Any) -> tuple[int, Any, dict[str, str]]:
-    """Status, JSON or text, and headers. `body`: a value, raw bytes, or None for GET."""
+    """Status, body (JSON or text) and headers. `body`: a value, raw bytes, or None for GET."""
     connection = http.client.HTTPConnection(host, timeout=SECONDS)
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     try:
@@ -44,8 +44,8 @@ def ask(host: str, path: str, body: Any) -> tuple[int, Any, dict[str, str]]:
         connection.close()
 
 
-def picture(seed: int) -> bytes:
-    """A PNG of 96 x 96 that no other seed has."""
+def image(seed: int) -> bytes:
+    """A PNG of 96 x 96, different for every seed."""
     noise = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     PIL.Image.fromarray(noise).resize((96, 96)).save(buffer, "png")
@@ -57,8 +57,8 @@ def uri(content: bytes) -> str:
 
 
 def chat(url: str | None, **fields: Any) -> dict[str, Any]:
-    shown = [] if url is None else [{"type": "image_url", "image_url": {"url": url}}]
-    parts = [*shown, {"type": "text", "text": "Describe this image."}]
+    image_parts = [] if url is None else [{"type": "image_url", "image_url": {"url": url}}]
+    parts = [*image_parts, {"type": "text", "text": "Describe this image."}]
     return {"messages": [{"role": "user", "content": parts}], "max_tokens": 12} | fields
 
 
@@ -66,8 +66,8 @@ def chat(url: str | None, **fields: Any) -> dict[str, Any]:
 
 
 def good(host: str, chance: random.Random) -> str | None:
-    """A right request of a random kind: it must be answered, or put off."""
-    url = uri(picture(chance.randrange(10**6)))
+    """A valid request of a random kind: it must be answered, or deferred with Retry-After."""
+    url = uri(image(chance.randrange(10**6)))
     path, body = chance.choice(
         [
             ("/v1/embeddings", {"input": [f"{chance.random()} red cats", "a dog"]}),
@@ -93,9 +93,9 @@ def good(host: str, chance: random.Random) -> str | None:
 
 
 def vanishes(host: str, chance: random.Random) -> str | None:
-    """Leaves while it sends, while it waits, or in the middle of a stream."""
+    """Disconnects while sending, while waiting, or in the middle of a stream."""
     stream = chance.random() < 0.5
-    body = json.dumps(chat(uri(picture(1)), stream=stream, max_tokens=200)).encode()
+    body = json.dumps(chat(uri(image(1)), stream=stream, max_tokens=200)).encode()
     name, _, port = host.rpartition(":")
     with socket.create_connection((name, int(port)), timeout=SECONDS) as connection:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
@@ -117,15 +117,15 @@ def malformed(host: str, chance: random.Random) -> str | None:
 
 
 def large(host: str, chance: random.Random) -> str | None:
-    """50 MB: refused, or the server hangs up in the middle of it."""
+    """A body of 50 MB: refused, or the server closes the connection while receiving it."""
     try:
         return refused(host, "/v1/embeddings", b'{"input": "' + b"a" * LARGE_BYTES, 413)
     except ConnectionError:
         return None
 
 
-def broken_picture(host: str, chance: random.Random) -> str | None:
-    whole = picture(chance.randrange(10**6))
+def broken_image(host: str, chance: random.Random) -> str | None:
+    whole = image(chance.randrange(10**6))
     content = chance.choice(
         [whole[: chance.randrange(8, 60)], chance.randbytes(300), b"", bomb(60_000), bomb(9_000)]
     )
@@ -136,11 +136,11 @@ def refused(host: str, path: str, body: Any, wanted: int) -> str | None:
     status, reply, _ = ask(host, path, body)
     if status not in {wanted, *LATER}:
         return f"{path}: {status} instead of {wanted}: {str(reply)[:200]}"
-    return None if set(reply) == {"error"} else f"{path}: an error of another shape: {reply}"
+    return None if set(reply) == {"error"} else f"{path}: an error of another format: {reply}"
 
 
 def bomb(pixels: int) -> bytes:
-    """A PNG of some bytes that says it is `pixels` wide and high."""
+    """A PNG of a few bytes whose header claims `pixels` in width and height."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + content))

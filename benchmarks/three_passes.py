@@ -1,7 +1,7 @@
-"""What the trie step is measured against: the three passes of the published code.
+"""The baseline of the trie step: the three passes of the published code.
 
-Each of an example's sequences (answer, query, target) in a pass of its own, as a user of
-transformers would run it: processor, right padding, `model(**inputs)`.
+Each sequence of an example (answer, query, target) is run in its own pass, as a user of
+transformers would: processor, right padding, `model(**inputs)`.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from cafe.model.vlm import CAFe
 from cafe.objective import info_nce
 from cafe.types import Example, Image, Message, user
 
-CAPTION = "a big red cat at the top left and a small green car in the centre of the picture"
+CAPTION = "a big red cat at the top left and a small green car in the centre of the image"
 
 
 def make_examples(count: int, pixels: int) -> list[Example]:
-    """Pictures of noise with captions that differ, and have equally many tokens.
+    """Noise images with different captions of the same number of tokens.
 
-    So no pass pads: then transformers gives SDPA no mask, its fastest case.
+    No pass needs padding, so transformers gives SDPA no mask, its fastest case.
     """
     rng = np.random.default_rng(0)
     examples = []
     for i in range(count):
         noise = rng.integers(0, 255, (pixels, pixels, 3), dtype=np.uint8)
-        picture, text = Image(PIL.Image.fromarray(noise)), f"{CAPTION} number {i:04d}"
+        image, text = Image(PIL.Image.fromarray(noise)), f"{CAPTION} number {i:04d}"
         turns = (
-            Message("user", (picture, "Describe this image.")),
+            Message("user", (image, "Describe this image.")),
             Message("assistant", (text,)),
         )
         examples.append(
-            Example(id=str(i), query=user(picture), target=user(text), dialogues=(turns,))
+            Example(id=str(i), query=user(image), target=user(text), dialogues=(turns,))
         )
     return examples
 
 
 class ThreePasses:
-    """The published step: three sequences per example, each in a pass of its own."""
+    """The published step: three sequences per example, each in its own pass."""
 
-    def __init__(self, model: CAFe, examples: list[Example], *, zero_pictures: bool) -> None:
+    def __init__(self, model: CAFe, examples: list[Example], *, zero_images: bool) -> None:
         collator, self.model = model.collator, model
         queries = [collator.render.embedding(e.query, "compress") for e in examples if e.query]
         targets = [collator.render.embedding(e.target, "compress") for e in examples if e.target]
@@ -58,7 +58,7 @@ class ThreePasses:
             end = int(self.answer["attention_mask"][row].sum())
             self.labels[row, end - n : end] = self.answer["input_ids"][row, end - n : end]
         self.zeros = None
-        if zero_pictures:
+        if zero_images:
             self.zeros = {
                 k: torch.zeros_like(v) if v.is_floating_point() else v
                 for k, v in self.query.items()
@@ -94,7 +94,7 @@ class ThreePasses:
         )
         query, target = self._last(self.query), self._last(self.target)
         if self.zeros is not None:
-            # Its features meet no placeholder: a zero-length slice, kept for the graph's sake.
+            # No token uses its features: a zero-length slice keeps them in the graph.
             features = self.model.family.image_features(self.model.model.model, self.zeros)
             target = target + torch.cat(features)[:0].sum()
         contrastive = info_nce(query, target)

@@ -1,12 +1,13 @@
-"""Make the tiny base: a small real LLaVA-OneVision that talks, and cannot retrieve.
+"""Pretrain the tiny base: a small real LLaVA-OneVision that answers but cannot retrieve.
 
     python scripts/pretrain_tiny.py --out runs/tiny-base
 
-From random weights, with the language loss only: captions and questions about endless scenes
-(`cafe.data.scenes`, train split), every example one row: the picture's tokens once, then one
-branch per caption and question. Everything learns; AdamW, bf16 autocast. The loss stands near 0.85
-nats for some hundred steps (it writes, and does not look) and falls from there on.
-`final/` is copied to `src/cafe/model/tiny_base` by hand, with its card.
+Training starts from random weights and uses the language loss only, on captions and questions about
+an endless stream of scenes (`cafe.data.scenes`, train split). Every example is one row: the image
+tokens once, then one branch per caption and question. All parameters train, with AdamW and bf16
+autocast. The loss stays near 0.85 nats for a few hundred steps (the model writes without using the
+image) and falls afterwards. `final/` is copied to `src/cafe/model/tiny_base` by hand, with its
+card.
 """
 
 from __future__ import annotations
@@ -30,23 +31,23 @@ from cafe.data.scenes import (
 )
 from cafe.data.scenes.world import random_stream, scene_seed
 from cafe.memory import keep_memory
-from cafe.model.checkpoint import save_checkpoint
-from cafe.model.collate import Collator
-from cafe.model.rows import Chunk
+from cafe.model.checkpoint.directory import save_checkpoint
+from cafe.model.rows.collate import Collator
+from cafe.model.rows.rows import Chunk
 from cafe.model.tiny import tiny_model, tiny_processor
 from cafe.model.vlm import CAFe
 from cafe.objective import next_token_nll
 from cafe.types import Example, Image, Message
 
-PICTURES = 64
-CAPTIONS, QUESTIONS = 3, 6  # per picture: branches cost little
+IMAGES = 64
+CAPTIONS, QUESTIONS = 3, 6  # per image; branches are cheap
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.98), 0.01
 WARMUP_STEPS = 30
-LEVEL_SHARE = 0.4  # of the steps, before the learning rate goes down
+LEVEL_SHARE = 0.4  # share of the steps before the learning rate decays
 
 
 class Batches(IterableDataset[list[Chunk]]):
-    """Endless batches of fresh scenes, each collated in chunks of like length."""
+    """Endless batches of new scenes, each collated in chunks of similar length."""
 
     def __init__(self, collator: Collator, seed: int, chunk: int) -> None:
         self.collator = collator
@@ -58,10 +59,10 @@ class Batches(IterableDataset[list[Chunk]]):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in itertools.count(number, workers):
-            examples = [example(self.seed, batch * PICTURES + i) for i in range(PICTURES)]
+            examples = [example(self.seed, batch * IMAGES + i) for i in range(IMAGES)]
             examples.sort(key=lambda e: sum(len(m.text) for d in e.dialogues for m in d))
             yield [
-                self.collator(examples[i : i + self.chunk]) for i in range(0, PICTURES, self.chunk)
+                self.collator(examples[i : i + self.chunk]) for i in range(0, IMAGES, self.chunk)
             ]
 
 
@@ -70,20 +71,20 @@ def example(seed: int, index: int) -> Example:
     scene = sample_scene(scene_seed(seed, index), "train")
     rng = random_stream(scene.seed, "train", "language")
     captions = dict.fromkeys(caption(scene, rng) for _ in range(CAPTIONS))
-    asked = [(PROMPT_CAPTION, told) for told in captions]
-    asked += [(q.text, q.answer) for q in questions(scene, rng, QUESTIONS)]
-    picture = Image(draw(scene))
+    turns = [(PROMPT_CAPTION, text) for text in captions]
+    turns += [(q.text, q.answer) for q in questions(scene, rng, QUESTIONS)]
+    image = Image(draw(scene))
     return Example(
         id=str(scene.seed),
         dialogues=tuple(
-            (Message("user", (picture, prompt)), Message("assistant", (answer,)))
-            for prompt, answer in asked
+            (Message("user", (image, prompt)), Message("assistant", (answer,)))
+            for prompt, answer in turns
         ),
     )
 
 
 def corpus(seed: int, scenes: int = 4000) -> Iterator[str]:
-    """What the tokenizer learns its pieces from."""
+    """The corpus that the tokenizer is trained on."""
     for index in range(scenes):
         for dialogue in example(seed, index).dialogues:
             for message in dialogue:
@@ -94,22 +95,22 @@ def corpus(seed: int, scenes: int = 4000) -> Iterator[str]:
         yield "You are a helpful assistant."
 
 
-def pace(step: int, steps: int) -> float:
-    """Share of the peak learning rate: a short warm-up, level, then down to zero at the end."""
-    left = 1 - step / steps
-    return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, 0.02 + left / (1 - LEVEL_SHARE))
+def rate_factor(step: int, steps: int) -> float:
+    """Factor of the peak learning rate: a short warm-up, constant, then linear decay."""
+    remaining = 1 - step / steps
+    return min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, 0.02 + remaining / (1 - LEVEL_SHARE))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4090)
-    parser.add_argument("--seed", type=int, default=7, help="of scenes and weights")
+    parser.add_argument("--seed", type=int, default=7, help="random seed for scenes and weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--chunk", type=int, default=64, help="pictures at a time")
+    parser.add_argument("--chunk", type=int, default=64, help="images per chunk")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw; 4 for a GPU")
-    parser.add_argument("--save-every", type=int, default=500, help="steps")
+    parser.add_argument("--workers", type=int, default=1, help="data loader processes; 4 for a GPU")
+    parser.add_argument("--save-every", type=int, default=500, help="in steps")
     arguments = parser.parse_args()
 
     keep_memory()
@@ -135,7 +136,7 @@ def main() -> None:
     log = (arguments.out / "log.jsonl").open("a")
     start = time.monotonic()
     for step, chunks in enumerate(itertools.islice(loader, arguments.steps)):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * pace(step, arguments.steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate_factor(step, arguments.steps)
         count = sum(chunk.label_count for chunk in chunks)
         total = torch.zeros((), device=device)
         for chunk in chunks:
@@ -165,7 +166,7 @@ def main() -> None:
 
 
 def save(model: CAFe, directory: Path) -> None:
-    """bfloat16 weights: half the size, and what the model was trained with."""
+    """Save bfloat16 weights: half the size, and the precision of the training."""
     state = {k: v.clone() for k, v in model.model.state_dict().items()}
     model.model.to(torch.bfloat16)
     save_checkpoint(model.model, model.processor, model.collator, directory)

@@ -14,22 +14,7 @@ from typing import Any
 
 import pytest
 
-SMALL = {"vision_layers": 1, "vision_width": 64, "language_layers": 2, "language_width": 64}
-
-
-def build_small_model(**sizes: Any) -> Any:
-    """A random LLaVA-OneVision of about 0.2M parameters, in evaluation mode."""
-    import torch
-
-    from cafe.model.tiny import tiny_model, tiny_processor
-    from cafe.model.vlm import CAFe
-
-    torch.manual_seed(0)
-    processor = tiny_processor(
-        ["Describe this image.", "a big red cat at the top left", "yes no", "Compress this in one"],
-        patch_pixels=16,  # a picture alone takes 78 tokens, beside others 37
-    )
-    return CAFe(tiny_model(processor, **{**SMALL, **sizes}), processor).eval()
+from helpers.models import SMALL, build_small_model
 
 
 @pytest.fixture(scope="session")
@@ -59,25 +44,6 @@ def small_dir(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     directory = tmp_path_factory.mktemp("small") / "model"
     small_model.save_pretrained(directory)
     return directory
-
-
-def in_float64(model: Any) -> Any:
-    """The model in float64 throughout: its RMS norms compute in float32 whatever they are given."""
-    import types
-
-    import torch
-
-    def exact(norm: Any, hidden: Any) -> Any:
-        return torch.nn.functional.rms_norm(
-            hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon
-        )
-
-    model = model.double()
-    norms = [m for m in model.modules() if hasattr(m, "variance_epsilon")]
-    assert norms
-    for norm in norms:
-        norm.forward = types.MethodType(exact, norm)
-    return model
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The demo from end to end, with a small random model: every file, every number, every word."""
+"""The demo from end to end, with a small random model: its files, numbers and printed texts."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ import PIL.Image
 import pytest
 from rich.console import Console
 
-from cafe.demo import Settings, example_search, faster_precision, run_demo
+from cafe.demo.measure import SCORES, SceneScores
+from cafe.demo.run import DemoSettings, example_search, run_demo
 from cafe.errors import DataError
-from cafe.evaluate.data import Picture
-from cafe.evaluate.scenes import SCORES, SceneScores
+from cafe.evaluation.datasets.captioned import CaptionedImage
 from cafe.model.vlm import CAFe
+from cafe.precision import resolved_precision
 from cafe.recipes import load_recipe
+from cafe.training.build import training_device
 from cafe.types import Image
 
 
 @pytest.fixture(scope="module")
 def demo(small_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a finished demo, in a folder with a space in its name, and what it said."""
+    """The folder of a finished demo, in a folder with a space in its name, and what it printed."""
     out = tmp_path_factory.mktemp("a folder") / "demo"
-    said = io.StringIO()
-    settings = Settings(
+    printed = io.StringIO()
+    settings = DemoSettings(
         train_scenes=24,
         train_questions=2,
         test_scenes=6,
         overrides=(f"model={small_dir}", "batch.examples=8", "batch.chunk=4", "batch.workers=0"),
     )
-    run_demo(out, 2, 5, settings=settings, console=Console(file=said, width=100))
-    return out, said.getvalue()
+    run_demo(out, 2, 5, settings=settings, console=Console(file=printed, width=100))
+    return out, printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,7 @@ def test_results_hold_every_score_before_and_after(results):
     assert results["before"]["caption_loss"] > results["after"]["caption_loss"]  # it was trained
     assert results["seconds"] == pytest.approx(sum(results["stages_seconds"].values()), abs=0.1)
     assert (results["settings"]["steps"], results["settings"]["seed"]) == (2, 5)
+    assert results["settings"]["precision"] == resolved_precision("auto", training_device())
 
 
 def test_the_run_is_the_recipe_of_the_package_on_the_written_scenes(demo):
@@ -64,24 +67,24 @@ def test_the_run_is_the_recipe_of_the_package_on_the_written_scenes(demo):
     with as_file(files("cafe.recipes") / "demo.yaml") as shipped:
         assert recipe.objective == load_recipe(shipped).objective
     assert min(recipe.objective.contrastive_weight, recipe.objective.language_weight) > 0
-    assert recipe.precision == faster_precision()
+    assert recipe.precision == "auto"
     assert len((out / "log.jsonl").read_text().splitlines()) == 2
     assert len(json.loads((out / "train" / "captions.json").read_text())) == 24
     assert len(json.loads((out / "test" / "captions.json").read_text())) == 6
 
 
-def test_the_model_and_the_picture_can_be_used(demo):
+def test_the_model_and_the_image_can_be_used(demo):
     out, _ = demo
     assert CAFe.from_pretrained(out / "model").encode("a red cat").shape == (64,)
-    with PIL.Image.open(out / "demo.png") as picture:
-        picture.load()
+    with PIL.Image.open(out / "demo.png") as image:
+        image.load()
 
 
-def test_it_says_the_table_and_three_commands_whose_paths_exist(demo):
-    out, said = demo
+def test_it_prints_the_table_and_three_commands_whose_paths_exist(demo):
+    out, printed = demo
     for name in SCORES:
-        assert name.replace("_", " ") in said
-    commands = [shlex.split(line) for line in said.splitlines() if line.startswith("  cafe ")]
+        assert name.replace("_", " ") in printed
+    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  cafe ")]
     assert [command[1] for command in commands] == ["generate", "embed", "evaluate"]
     for command in commands:
         paths = [Path(word) for word in command if word.startswith(str(out))]
@@ -91,22 +94,22 @@ def test_it_says_the_table_and_three_commands_whose_paths_exist(demo):
         assert all(path.parent.exists() for path in written)
 
 
-def test_the_search_shows_the_nearest_pictures_and_says_where_the_right_one_is():
-    def made(kinds: str) -> Picture:
+def test_the_search_shows_the_nearest_images_and_the_rank_of_the_correct_one():
+    def made(kinds: str) -> CaptionedImage:
         image = Image(PIL.Image.new("RGB", (8, 8)))
-        return Picture(kinds, image, (kinds,), (), kinds=frozenset(kinds.split()))
+        return CaptionedImage(kinds, image, (kinds,), (), kinds=frozenset(kinds.split()))
 
-    pictures = tuple(made(k) for k in ("cat", "cat bus key", "cat bus egg", "b", "c", "d", "e"))
-    # The text of number 1 is nearest to 3, then to 1: the first picture of three kinds.
+    scenes = tuple(made(k) for k in ("cat", "cat bus key", "cat bus egg", "b", "c", "d", "e"))
+    # The caption of scene 1, the first with three classes, is nearest to image 3, then to 1.
     cosines = np.array([0.1, 0.8, 0.2, 0.9, 0.3, 0.4, 0.5])
     images = np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1)
     captions = np.tile([1.0, 0.0], (7, 1))
 
-    search = example_search(pictures, SceneScores({}, {}, images, captions))
+    search = example_search(scenes, SceneScores({}, {}, images, captions))
 
     assert (search.text, search.rank, search.candidates) == ("cat bus key", 2, 7)
-    assert [round(found.score, 6) for found in search.found] == [0.9, 0.8, 0.5, 0.4, 0.3]
-    assert [found.right for found in search.found] == [False, True, False, False, False]
+    assert [round(hit.score, 6) for hit in search.hits] == [0.9, 0.8, 0.5, 0.4, 0.3]
+    assert [hit.correct for hit in search.hits] == [False, True, False, False, False]
 
 
 def test_a_folder_in_use_is_left_alone(demo):

@@ -114,3 +114,58 @@ def test_every_module_that_a_page_names_is_there() -> None:
             inside = owner.exists() and path.name in owner.read_text("utf-8")
             there = path.is_dir() or path.with_suffix(".py").exists() or inside
             assert there or path.name in cafe.__all__, f"{page}: {name}"
+
+
+def test_every_file_that_a_page_names_is_there() -> None:
+    """A path starts anywhere; what the architecture lists is checked in full below."""
+    folders = (PACKAGE, ROOT / "tests", ROOT / "benchmarks", ROOT / "scripts")
+    there = [f"/{path.relative_to(ROOT)}" for one in folders for path in one.rglob("*.py")]
+    found = 0
+    for page, text in DOCS.items():
+        for name in set(re.findall(r"(?<=[` ])[\w-]+/[\w/-]+\.py\b", text)):
+            known = name.endswith("/NAME.py") or any(path.endswith(f"/{name}") for path in there)
+            assert known, f"{page}: {name}"
+            found += 1
+    assert found > 40
+
+
+def files_of_architecture(text: str) -> set[str]:
+    """The files and folders that the lists of packages and files name, below src/cafe."""
+    named: set[str] = set()
+    packages = text.partition("    src/cafe/\n")[2].partition("\n\n")[0]
+    owner = ""
+    for line in packages.splitlines():
+        names = re.findall(r"(?<![\w./])\w+(?:\.py|/)", line)
+        if first := re.match(r" {6}(\w+/)", line):
+            owner, names = first[1], names[1:]
+            named.add(owner)
+        elif re.match(r" {6}\w", line):
+            owner = ""
+        named |= {owner + name for name in names}
+    for folder, table in re.findall(r"^\| `(\w+/)` \| \|\n((?:\|.*\n)+)", text, re.MULTILINE):
+        for row in table.splitlines():
+            inside = folder
+            for name in re.findall(r"`((?:\w+/)*(?:\w+\.py)?)`", row):
+                named.add(inside + name)
+                if row.startswith(f"| `{name}` |") and name.endswith("/"):
+                    inside += name  # the rest of the row says what is in it
+    return named
+
+
+def test_every_file_that_the_architecture_lists_is_there() -> None:
+    named = files_of_architecture(DOCS["architecture.md"])
+    expected = {"types.py", "media.py", "data/tables/", "model/vlm.py", "evaluation/mmeb/"}
+    assert named >= expected | {"model/rows/trie.py", "model/checkpoint/locate.py"}
+    assert [name for name in sorted(named) if not (PACKAGE / name).exists()] == []
+    packages = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
+    assert packages | modules <= named, "a package or module without a line"
+
+
+def test_the_python_page_shows_every_public_name_and_verb() -> None:
+    page = DOCS["python.md"]
+    _imports, *examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    used = "".join(examples)
+    assert [name for name in cafe.__all__ if not re.search(rf"\b{name}\b", used)] == []
+    command: Any = typer.main.get_command(app)
+    assert [verb for verb in command.commands if f"`cafe {verb}" not in page] == []

@@ -22,6 +22,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_that_was_freed_is_kept() -> None:
     """Below glibc's limit a freed block is not given back to the kernel: no new page faults."""
     if not sys.platform.startswith("linux"):

@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -48,3 +49,7 @@ def test_what_needs_no_torch_does_not_import_it():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_version_is_the_packages():
+    assert cafe.__version__ == metadata.version("cafe-vlm")

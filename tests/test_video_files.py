@@ -70,7 +70,7 @@ def test_a_cut_file_is_named_with_the_mend(tmp_path: Path) -> None:
         open_video(Video(path), 4)
 
 
-def test_a_file_without_pictures_is_named(tmp_path: Path) -> None:
+def test_a_file_without_images_is_named(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "sound.mkv"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")

@@ -6,22 +6,36 @@
     model.encode(["a red mug"])
 
 The names below are what most programs need. Each is imported when it is first used, so that the
-command line starts at once and what needs no torch does not wait for it. The packages inside
-(`cafe.objective`, `cafe.metrics`, `cafe.train`, `cafe.evaluate`, …) say in their docstrings what
-else they offer.
+command line starts quickly and what does not need torch does not wait for it. The packages inside
+(`cafe.objective`, `cafe.metrics`, `cafe.training`, `cafe.evaluation`, …) say in their docstrings
+what else they offer.
 """
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cafe.errors import CafeError
+    from cafe.evaluation.compare import compare
+    from cafe.evaluation.run import evaluate
     from cafe.index import Index
     from cafe.memory import keep_memory
+    from cafe.model.checkpoint.convert import convert
     from cafe.model.vlm import CAFe
     from cafe.recipes import Recipe, load_recipe
+    from cafe.release.release import export, merge_adapter
+    from cafe.release.verify import verify
+    from cafe.retrieval.embed import embed_dataset
+    from cafe.retrieval.indexing import build_index
+    from cafe.retrieval.mining import mine_hard_negatives
+    from cafe.retrieval.search import Searcher
+    from cafe.serving.run import serve
+    from cafe.training.dry_run import dry_run
+    from cafe.training.run import train
     from cafe.types import Example, Image, Message, Video, user
 
 __all__ = [
@@ -32,10 +46,23 @@ __all__ = [
     "Index",
     "Message",
     "Recipe",
+    "Searcher",
     "Video",
+    "build_index",
+    "compare",
+    "convert",
+    "dry_run",
+    "embed_dataset",
+    "evaluate",
+    "export",
     "keep_memory",
     "load_recipe",
+    "merge_adapter",
+    "mine_hard_negatives",
+    "serve",
+    "train",
     "user",
+    "verify",
 ]
 
 _HOMES = {
@@ -46,14 +73,31 @@ _HOMES = {
     "Index": "cafe.index",
     "Message": "cafe.types",
     "Recipe": "cafe.recipes",
+    "Searcher": "cafe.retrieval.search",
     "Video": "cafe.types",
+    "build_index": "cafe.retrieval.indexing",
+    "compare": "cafe.evaluation.compare",
+    "convert": "cafe.model.checkpoint.convert",
+    "dry_run": "cafe.training.dry_run",
+    "embed_dataset": "cafe.retrieval.embed",
+    "evaluate": "cafe.evaluation.run",
+    "export": "cafe.release.release",
     "keep_memory": "cafe.memory",
     "load_recipe": "cafe.recipes",
+    "merge_adapter": "cafe.release.release",
+    "mine_hard_negatives": "cafe.retrieval.mining",
+    "serve": "cafe.serving.run",
+    "train": "cafe.training.run",
     "user": "cafe.types",
+    "verify": "cafe.release.verify",
 }
+
+logging.getLogger("cafe").addHandler(logging.NullHandler())  # silent unless a program configures it
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("cafe-vlm")
     if name not in _HOMES:
         raise AttributeError(f"module 'cafe' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

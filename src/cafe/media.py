@@ -1,112 +1,256 @@
-"""Open pictures safely: decode, bound, orient, convert to RGB, fit to a pixel budget.
+"""Open images safely: decode, bound, orient, convert to RGB, fit to a pixel budget.
 
-Every picture, from a training file or a request, passes through `open_image`, so a
+Every image, from a training file or a request, passes through `open_image`, so a
 decompression bomb or a truncated file is one clear error everywhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
+import mmap
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
-from cafe.errors import ImageError
-from cafe.types import Image, Stored, Video
+from cafe.errors import ImageError, quoted
+from cafe.files import LFS_POINTER, is_lfs_pointer
+from cafe.image_cost import excess, excess_of_tags
+from cafe.types import Image, StoredImage, Video
 
 MAX_PIXELS = 89_000_000
-"""Largest picture that is decoded (width x height), just below where Pillow begins to warn."""
+"""Largest image that is decoded (width x height), just below the size at which Pillow warns."""
 
 MAX_ASPECT_RATIO = 200
 """Image processors fail in obscure ways beyond it."""
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        "jpg",
+        "jpeg",
+        "jfif",
+        "jpe",
+        "png",
+        "webp",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "avif",
+        "heic",
+        "heif",
+        "jp2",
+        "ppm",
+    ]
+)
+"""What the names of image files end with, where a name must tell images from texts."""
+
+_HEIF = re.compile(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
+_CONTENT = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II\*\0|MM\0\*|....ftypavi[fs]",
+    re.DOTALL,
+)
+_HEAD_BYTES = 16
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of files that Pillow opens, alone or with pillow-heif, with their dots."""
+    return frozenset(PIL.Image.registered_extensions()) | {".heic", ".heif"}
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether a file begins as an image of a common format does, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return False
+    return bool(_CONTENT.match(head) or _HEIF.match(head))
 
 
 def open_image(image: Image, *, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     """Decode `image` to RGB, upright (EXIF orientation applied), within its `pixel_budget`.
 
-    max_pixels   a smaller bound, if wanted; Pillow itself refuses twice `MAX_PIXELS` and more
-    Raises ImageError, naming the file, when it is missing, not a picture, truncated, empty,
-    larger than `max_pixels` or longer than `MAX_ASPECT_RATIO` times its width.
+    Args:
+        image: The image to open.
+        max_pixels: A lower limit, if needed; Pillow itself rejects twice `MAX_PIXELS` and more.
+
+    Raises:
+        ImageError: naming the file, when it is missing, not an image, truncated, empty, larger than
+            `max_pixels`, or one side is longer than `MAX_ASPECT_RATIO` times the other.
     """
+    with _opened(image, max_pixels) as opened:
+        decoded = _to_rgb(_upright(opened))
+        budget = image.pixel_budget
+        return decoded if budget is None else _smaller(decoded, budget)
+
+
+def image_size(image: Image) -> tuple[int, int]:
+    """Width and height of what `open_image` returns, without decoding it.
+
+    Raises:
+        ImageError: as `open_image`, but an image whose data are damaged has a size.
+    """
+    with _opened(image, MAX_PIXELS) as opened:
+        width, height = opened.size
+        if opened.getexif().get(PIL.ExifTags.Base.Orientation) in _LYING:
+            width, height = height, width
+        budget = image.pixel_budget
+        return (width, height) if budget is None else fitting_size(width, height, budget)
+
+
+_LYING = {5, 6, 7, 8}
+"""EXIF orientations that exchange width and height."""
+
+
+@contextlib.contextmanager
+def _opened(image: Image, max_pixels: int) -> Iterator[PIL.Image.Image]:
+    """A context with the image, its header read and checked; its errors become `ImageError`s."""
     source = image.source
     name = _name(source)
     try:
-        if isinstance(source, PIL.Image.Image):
-            picture = source
-        else:
-            content = source.read() if isinstance(source, Stored) else source
-            picture = PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
-        _check_size(name, *picture.size, max_pixels)
-        if image.pixel_budget is None:
-            return _to_rgb(_upright(picture))
-        size = fitting_size(*picture.size, image.pixel_budget)
-        if picture is not source:
-            picture.draft(None, size)  # a JPEG is decoded at a half, quarter or eighth at once
-        return _smaller(_to_rgb(_upright(picture)), image.pixel_budget)
+        # Closed here: an image that fails half way is held by its traceback, and its file with it.
+        with contextlib.ExitStack() as files:
+            if isinstance(source, PIL.Image.Image):
+                opened = source
+            else:
+                content = source.read() if isinstance(source, StoredImage) else source
+                _check_cost(name, content)
+                if isinstance(content, bytes):
+                    opened = _pillow_image(name, io.BytesIO(content))
+                else:
+                    opened = _pillow_image(name, files.enter_context(Path(content).open("rb")))
+            _check_size(name, *opened.size, max_pixels)
+            _refuse(name, excess_of_tags(opened.info.get("exif") or b""))
+            if image.pixel_budget is not None and opened is not source:
+                # A JPEG is decoded directly at 1/2, 1/4 or 1/8.
+                opened.draft(None, fitting_size(*opened.size, image.pixel_budget))
+            yield opened
     except ImageError:
         raise
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ImageError(f"{name}: no such file") from error
     except PIL.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a picture in a format that Pillow reads") from error
+        raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: far too large ({error}); make it smaller") from error
-    except Exception as error:  # decoders of broken files raise whatever they like
+    except Exception as error:  # decoders of broken files raise any exception
         raise ImageError(f"{name}: cannot be decoded ({error}); replace or remove it") from error
 
 
 def fitting_size(width: int, height: int, pixel_budget: int) -> tuple[int, int]:
-    """The largest size of the same shape with at most `pixel_budget` pixels; sides are at least 1.
+    """The largest size of the same aspect ratio within `pixel_budget` pixels; sides are at least 1.
 
-    A picture that fits keeps its size.
+    An image that fits keeps its size.
     """
     if width * height <= pixel_budget:
         return width, height
     scale = math.sqrt(pixel_budget / (width * height))
     new_width, new_height = max(1, int(width * scale)), max(1, int(height * scale))
-    # A side that was rounded up to 1 leaves less for the other.
+    # A side rounded up to 1 leaves fewer pixels for the other.
     return (
         max(1, min(new_width, pixel_budget // new_height)),
         max(1, min(new_height, pixel_budget // new_width)),
     )
 
 
-def _smaller(picture: PIL.Image.Image, pixel_budget: int) -> PIL.Image.Image:
-    size = fitting_size(*picture.size, pixel_budget)
-    return picture if size == picture.size else picture.resize(size, PIL.Image.Resampling.BICUBIC)
+def _smaller(image: PIL.Image.Image, pixel_budget: int) -> PIL.Image.Image:
+    size = fitting_size(*image.size, pixel_budget)
+    return image if size == image.size else image.resize(size, PIL.Image.Resampling.BICUBIC)
 
 
 def _name(source: object) -> str:
     match source:
         case str() | Path():
-            return f"picture {str(source)!r}"
-        case Stored():
-            return f"picture {source.name!r}"
+            return f"image {quoted(str(source))}"
+        case StoredImage():
+            return f"image {quoted(source.name)}"
         case _:
-            return "picture"
+            return "image"
 
 
-def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
-    turned = picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
-    return PIL.ImageOps.exif_transpose(picture) if turned else picture
+def _pillow_image(name: str, file: BinaryIO) -> PIL.Image.Image:
+    """The image, not decoded yet. HEIC, as phones write it, is read where pillow-heif is."""
+    try:
+        return PIL.Image.open(file)
+    except PIL.UnidentifiedImageError:
+        file.seek(0)
+        if not _HEIF.match(file.read(_HEAD_BYTES)):
+            raise
+    try:
+        from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ImageError(
+            f"{name}: reading HEIC needs pillow-heif; pip install pillow-heif"
+        ) from error
+    register_heif_opener()
+    file.seek(0)
+    return PIL.Image.open(file)
 
 
-def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Transparent pictures are laid on white, as a viewer shows them."""
-    picture.load()
-    if picture.mode.startswith("I;16"):
-        # Pillow would clip 65,535 levels at 255, which leaves white.
-        picture = picture.convert("I").point(lambda level: level / 257).convert("L")
-    if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
+def _check_cost(name: str, content: bytes | str | Path) -> None:
+    if isinstance(content, bytes):
+        reason = LFS_POINTER if is_lfs_pointer(content) else excess(content)
+    else:
+        with Path(content).open("rb") as file:
+            try:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (ValueError, OSError):  # an empty file, or no file of a disk
+                return
+            with mapped:
+                reason = LFS_POINTER if is_lfs_pointer(mapped[:64]) else excess(mapped)
+    _refuse(name, reason)
+
+
+def _refuse(name: str, reason: str | None) -> None:
+    if reason is not None:
+        fix = "" if reason == LFS_POINTER else "; save it anew"
+        raise ImageError(f"{name}: {reason}{fix}")
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
+    return PIL.ImageOps.exif_transpose(image) if turned else image
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Transparent images are composited on white, as viewers show them."""
+    image.load()
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 65,535 levels at 255, which leaves only white.
+        image = image.convert("I").point(lambda level: level / 257).convert("L")
+    if image.mode in {"I", "F"}:
+        image = _scaled(image)
+    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
+        rgba = image.convert("RGBA")
         white = PIL.Image.new("RGBA", rgba.size, "white")
         return PIL.Image.alpha_composite(white, rgba).convert("RGB")
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scaled(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A 32-bit image as 8-bit grey: what fits 8 or 16 bits by these, else by its own range.
+
+    Numbers that are not finite count as 0.
+    """
+    levels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+    low, high = float(levels.min()), float(levels.max())
+    if low >= 0 and image.mode == "F" and high <= 1:
+        high, low = 1.0, 0.0
+    elif low >= 0 and high <= 65_535:
+        high, low = (255.0 if high <= 255 else 65_535.0), 0.0
+    grey = (levels - low) * (255 / max(high - low, 1e-300))
+    return PIL.Image.fromarray(grey.round().astype(np.uint8))
 
 
 def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
@@ -122,11 +266,11 @@ def _check_size(name: str, width: int, height: int, max_pixels: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Some frames of a video.
+    """Sampled frames of a video.
 
     frames    RGB, in order
-    indices   which frames of the video they are
-    total     how many frames the video has
+    indices   their numbers among all frames of the video
+    total     number of frames of the video
     fps       of the video; None: unknown
     """
 
@@ -139,8 +283,9 @@ class Clip:
 def open_video(video: Video, max_frames: int) -> Clip:
     """At most `max_frames` frames of a video, evenly spaced: the middles of equal parts.
 
-    Raises ImageError, naming the file, when it is missing, cannot be decoded or has no frames, and
-    when PyAV, which reads video files, is not installed.
+    Raises:
+        ImageError: naming the file, when it is missing, cannot be decoded or has no frames, or when
+            PyAV, which reads video files, is not installed.
     """
     if isinstance(video.source, tuple):
         total = len(video.source)
@@ -152,19 +297,19 @@ def open_video(video: Video, max_frames: int) -> Clip:
         return Clip(frames, indices, total)
     path = Path(video.source)
     if not path.is_file():
-        raise ImageError(f"video {str(path)!r}: no such file")
+        raise ImageError(f"video {quoted(str(path))}: no such file")
     return _decoded(str(path), path.stat().st_mtime_ns, max_frames, video.pixel_budget)
 
 
 def evenly_spaced(total: int, count: int) -> tuple[int, ...]:
-    """The middles of `count` equal parts of range(total); all of it when that is no more."""
+    """The middles of `count` equal parts of range(total); all of it if total <= count."""
     count = min(total, count)
     return tuple((2 * i + 1) * total // (2 * count) for i in range(count))
 
 
 @functools.lru_cache(maxsize=4)
 def _decoded(path: str, modified_ns: int, max_frames: int, pixel_budget: int | None) -> Clip:
-    """A video that several prompts of a batch show is decoded once, and its frames are the same."""
+    """Cached: a video in several prompts of a batch is decoded once and has identical frames."""
     name = f"video {path!r}"
     try:
         import av  # type: ignore[import-not-found]
@@ -179,19 +324,19 @@ def _decoded(path: str, modified_ns: int, max_frames: int, pixel_budget: int | N
             container.seek(0)
             indices = evenly_spaced(total, max_frames)
             wanted = set(indices)
-            found = {}
+            decoded = {}
             for i, frame in enumerate(container.decode(stream)):
                 if i in wanted:
-                    found[i] = open_image(Image(frame.to_image(), pixel_budget))
-                if len(found) == len(wanted):
+                    decoded[i] = open_image(Image(frame.to_image(), pixel_budget))
+                if len(decoded) == len(wanted):
                     break
             rate = stream.average_rate
     except ImageError:
         raise
-    except Exception as error:  # decoders of broken files raise whatever they like
+    except Exception as error:  # decoders of broken files raise any exception
         raise ImageError(f"{name}: cannot be decoded ({error}); replace or remove it") from error
-    if not found:
+    if not decoded:
         raise ImageError(f"{name}: it has no frames; replace or remove it")
-    # A file may hold fewer frames than it says.
-    frames = tuple(found[i] for i in sorted(found))
-    return Clip(frames, tuple(sorted(found)), total, float(rate) if rate else None)
+    # A file may contain fewer frames than it declares.
+    frames = tuple(decoded[i] for i in sorted(decoded))
+    return Clip(frames, tuple(sorted(decoded)), total, float(rate) if rate else None)

@@ -1,7 +1,7 @@
-"""Let the process keep the memory it has freed, where taking it anew costs more than using it.
+"""Keep freed memory in the process, because reallocating it costs more than the work done in it.
 
-Every step frees and takes the same large blocks. glibc hands a freed block back to the kernel and
-the next one arrives as fresh pages, each of which costs a page fault: on our two-core machine an
+Every step frees and allocates the same large blocks. glibc returns a freed block to the kernel, and
+the next one arrives as fresh pages, each of which costs a page fault: on a two-core machine an
 elementwise product that writes 75 MB took 46 ms with fresh pages and 10 ms with kept or huge ones.
 """
 
@@ -13,15 +13,15 @@ import sys
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc takes no larger one
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # the maximum that glibc accepts
 _NEVER = 2**31 - 1
 
 
 def keep_memory() -> None:
-    """Keep freed blocks below 32 MB, and let torch ask for huge pages for those above.
+    """Keep freed blocks below 32 MB, and let torch request huge pages for larger ones.
 
-    For the whole process, and for good. glibc on Linux only; elsewhere nothing happens. Call it
-    before torch allocates: torch reads its variable once.
+    This holds for the whole process and cannot be undone. glibc on Linux only; elsewhere nothing
+    happens. Call it before torch allocates memory: torch reads its variable only once.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,12 +1,13 @@
-"""The words every module speaks: messages, examples, hits, scores.
+"""The types that all packages share: messages, examples, hits, scores.
 
-Nothing here computes. All data formats become these few frozen dataclasses, and only the
-collator (`cafe.model.collate`) knows how they turn into tokens. No torch, no transformers.
+Nothing here computes. All data formats are read into these few frozen dataclasses, and only the
+collator (`cafe.model.rows.collate`) knows how they become tokens. No torch, no transformers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant"]
 
 
-class Stored(ABC):
-    """A picture file inside something larger: an archive, a table. It can be sent to workers.
+class StoredImage(ABC):
+    """An image file inside a container such as an archive or a table. It can be pickled.
 
-    name   names it in errors, and tells it from all others
+    name   identifies it, among other images and in errors
     """
 
     __slots__ = ()
@@ -31,29 +32,29 @@ class Stored(ABC):
 
     @abstractmethod
     def read(self) -> bytes:
-        """The encoded picture. Raises ImageError when it is no longer there."""
+        """The encoded image. Raises ImageError when it no longer exists."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
-    """A picture by reference; decoded late, by `cafe.media.open_image`.
+    """An image by reference; decoded late, by `cafe.media.open_image`.
 
-    `source` is a path, the encoded bytes of a picture file, a picture stored inside something
-    larger, or a decoded PIL image. A picture of more than `pixel_budget` pixels (width x height) is
-    made smaller when it is opened.
-    Two `Image` objects are the same picture when they are the same object or share `key`.
+    `source` is a path, the encoded bytes of an image file, an image stored inside a container, or a
+    decoded PIL image. An image of more than `pixel_budget` pixels (width x height) is downscaled
+    when it is opened.
+    Two `Image` objects are the same image when they are the same object or share `key`.
     """
 
-    source: str | Path | bytes | PIL.Image.Image | Stored
+    source: str | Path | bytes | PIL.Image.Image | StoredImage
     pixel_budget: int | None = None
 
     @property
     def key(self) -> object:
-        """What tells pictures apart when branches are merged: path and size, or identity."""
+        """Identity of the image when prefixes are merged: path and pixel budget, or the object."""
         match self.source:
             case str() | Path():
                 name: object = str(self.source)
-            case Stored():
+            case StoredImage():
                 name = self.source.name
             case _:
                 name = id(self.source)
@@ -62,9 +63,9 @@ class Image:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Video:
-    """A video by reference: a path, or its frames in order (PIL images, or paths of pictures).
+    """A video by reference: a path, or its frames in order (PIL images, or paths of images).
 
-    A frame of more than `pixel_budget` pixels is made smaller, as a picture is.
+    A frame of more than `pixel_budget` pixels is downscaled, as an image is.
     """
 
     source: str | Path | tuple[PIL.Image.Image | Path, ...]
@@ -87,10 +88,15 @@ Part = str | Image | Video
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `content` keeps text and pictures in reading order."""
+    """One turn of a conversation. `content` holds text and images in reading order.
+
+    written   the same with every space and newline of the file, and without images that the file
+              does not place; None: no different. Only `cafe.model.rows.official` reads it
+    """
 
     role: Role
     content: tuple[Part, ...]
+    written: tuple[Part, ...] | None = field(default=None, compare=False, repr=False)
 
     @property
     def text(self) -> str:
@@ -102,15 +108,16 @@ Conversation = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training example: what contrasts, what is answered, or both.
+    """One training example: a contrastive pair, dialogues to answer, or both.
 
     query, target   the two sides of a contrastive pair; each is embedded (paper §1.3)
     negatives       explicit hard negatives of this query
     dialogues       conversations whose assistant turns carry the language loss; several
-                    dialogues about one picture are branches of one row
-    target_id       examples with equal target ids are no negatives of one another
-    task            batches are homogeneous by task
-    embedding_prompt  name of the prompt that asks for an embedding (`cafe.model.prompts`)
+                    dialogues about one image are branches of one row
+    target_id       examples with equal target ids are not negatives of one another; nor are those
+                    with the same query or the same target, whatever their ids
+    task            all examples of a batch have the same task
+    embedding_prompt  name of the prompt that asks for an embedding (`cafe.model.rows.prompts`)
     """
 
     id: str
@@ -133,7 +140,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One search result: what was found and how near it is (cosine)."""
+    """One search result with its cosine similarity."""
 
     id: str
     score: float
@@ -142,7 +149,50 @@ class Hit:
 
 Scores = dict[str, float]
 
+MATCH_QUESTION = 'Does the picture show "{statement}"? Answer yes or no.'
+"""What `CAFe.score` asks. The bundled world trains this question, including near misses."""
+
 
 def user(*content: Part) -> Conversation:
     """A conversation of one user turn."""
     return (Message("user", content),)
+
+
+def joined_turns(conversation: Conversation) -> Conversation:
+    """The conversation with neighbouring turns of one role as one, their texts on lines apart."""
+    turns: list[Message] = []
+    for message in conversation:
+        if turns and turns[-1].role == message.role:
+            before = turns[-1]
+            written = None
+            if before.written is not None or message.written is not None:
+                written = _on_lines(
+                    before.written or before.content, message.written or message.content
+                )
+            turns[-1] = Message(message.role, _on_lines(before.content, message.content), written)
+        else:
+            turns.append(message)
+    return tuple(turns)
+
+
+def _on_lines(first: tuple[Part, ...], second: tuple[Part, ...]) -> tuple[Part, ...]:
+    """The parts of both, with a newline where text meets text."""
+    match (first, second):
+        case ((*before, str(end)), (str(begin), *after)):
+            return (*before, f"{end}\n{begin}", *after)
+    return (*first, *second)
+
+
+def content_key(value: Part | Conversation) -> Hashable:
+    """What tells inputs apart: text, the image's path or identity, or what stands around them.
+
+    A user's message of one part is that part.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Image | Video):
+        return ("image", value.key)
+    match value:
+        case (message,) if message.role == "user" and len(message.content) == 1:
+            return content_key(message.content[0])
+    return tuple((m.role, tuple(content_key(part) for part in m.content)) for m in value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from cafe.cli import app
-from cafe.cli.shards_ray import shares
 from cafe.errors import CafeError, DataError
 from cafe.index import Index
 
@@ -47,10 +47,16 @@ def test_two_workers_write_what_one_process_writes_and_go_on_where_they_were(
 ) -> None:
     alone, out, table = tmp_path / "alone", tmp_path / "out", tmp_path / "table"
     run(small_dir, lines, "--out", alone, "--shard-size", SIZE)
+    shutil.copytree(alone, out)
+    kept = (out / "00000.parquet").stat().st_mtime_ns
+    for number in (1, 2, 3, 4):
+        (out / f"0000{number}.parquet").unlink()
     with_ray = ("--shard-size", SIZE, "--engine", "ray", "--workers", 2)
     done = run(small_dir, lines, "--out", out, *with_ray)
     assert done.exit_code == 0, (done.output, done.exception)
-    assert done.stdout == f"6 embeddings in 5 shards of {out}, 3 inputs skipped\n"
+    assert done.stdout == (
+        f"4 embeddings in 4 shards of {out}, 1 shards were there, 3 inputs skipped\n"
+    )
     assert [f"line {i + 1}: neither text nor image" in done.stderr for i in range(3, 6)] == [
         True
     ] * 3
@@ -61,15 +67,7 @@ def test_two_workers_write_what_one_process_writes_and_go_on_where_they_were(
     )
     for name in names[:-1]:
         same(pq.read_table(alone / name), pq.read_table(out / name))
-
-    kept = (out / "00000.parquet").stat().st_mtime_ns
-    (out / "00001.parquet").unlink()
-    done = run(small_dir, lines, "--out", out, *with_ray)
-    assert done.stdout == (
-        f"1 embeddings in 1 shards of {out}, 4 shards were there, 1 inputs skipped\n"
-    )
     assert (out / "00000.parquet").stat().st_mtime_ns == kept
-    same(pq.read_table(alone / "00001.parquet"), pq.read_table(out / "00001.parquet"))
 
     done = run(small_dir, lines, "--to", table, *with_ray)
     assert done.exit_code == 0, (done.output, done.exception)
@@ -98,37 +96,20 @@ def test_what_a_worker_raises_is_one_line_without_rays_wrapping(
 
 
 @pytest.mark.parametrize(
-    ("resources", "workers", "expected"),
-    [
-        ({"CPU": 16}, None, (1, {"num_cpus": 16})),
-        ({"CPU": 16}, 5, (5, {"num_cpus": 3})),
-        ({"CPU": 2}, 4, (4, {"num_cpus": 1})),
-        ({"CPU": 16, "GPU": 8}, None, (8, {"num_gpus": 1.0})),
-        ({"CPU": 16, "GPU": 8}, 4, (4, {"num_gpus": 1.0})),
-        ({"CPU": 16, "GPU": 1}, 2, (2, {"num_gpus": 0.5})),
-    ],
-)
-def test_each_worker_has_a_gpu_or_its_part_of_the_cpus(
-    resources: dict[str, float], workers: int | None, expected: Any
-) -> None:
-    assert shares(resources, workers) == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "ranks", "told"),
+    ("arguments", "ranks", "message"),
     [
         (("--out", "a.parquet", "--engine", "ray"), 1, "writes in shards"),
         (("--to", "a", "--workers", 2), 1, "--workers is for --engine ray"),
         (("--to", "a", "--engine", "ray"), 2, "run it without torchrun"),
     ],
 )
-def test_options_that_do_not_go_together_are_told_before_the_model_loads(
-    lines: Path, arguments: Any, ranks: int, told: str, monkeypatch: pytest.MonkeyPatch
+def test_options_that_do_not_go_together_are_reported_before_the_model_loads(
+    lines: Path, arguments: Any, ranks: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     done = run("no-such-model", lines, *arguments)
     assert isinstance(done.exception, DataError)
-    assert told in str(done.exception)
+    assert message in str(done.exception)
 
 
 def test_without_ray_the_error_names_the_extra(

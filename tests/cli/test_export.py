@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,15 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import cafe.cli.verify as verify_module
-from cafe.model.adapter import merge_adapter
-from cafe.model.export import probe_inputs
+import cafe.release.verify as verify_module
+from cafe.errors import CheckpointError
+from cafe.model.checkpoint.adapter import merge_into_base
 from cafe.model.vlm import CAFe
 from cafe.recipes import Tuning
-from cafe.train.adapt import adapt
-from conftest import build_small_model
+from cafe.release.release import export
+from cafe.release.verify import probe_inputs
+from cafe.training.tuning import adapt
+from helpers.models import build_small_model
 
 PROBES = probe_inputs()
 
@@ -54,6 +53,7 @@ def files(directory: Path) -> set[str]:
     return {p.relative_to(directory).as_posix() for p in directory.rglob("*.*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merged_adapter_is_a_whole_model_that_every_tool_reads(
     run: Any, tmp_path: Path, dtype: torch.dtype
@@ -83,11 +83,11 @@ def test_a_merge_that_changes_embeddings_fails_and_leaves_nothing(
     adapter = make_adapter(tmp_path)
 
     def forgetful(model: Any) -> None:
-        merge_adapter(model)
+        merge_into_base(model)
         with torch.no_grad():
             model.model.language_model.layers[0].mlp.up_proj.weight.mul_(1.1)
 
-    monkeypatch.setattr("cafe.model.export.merge_adapter", forgetful)
+    monkeypatch.setattr("cafe.release.release.merge_into_base", forgetful)
     code, out, err = run("export", adapter, "--to", tmp_path / "whole", "--merge")
     assert (code, out) == (2, "")
     assert "after merging it, embeddings of 7 probes are up to" in err
@@ -115,7 +115,7 @@ def test_what_cannot_be_exported_is_one_line(run: Any, small_dir: Path, tmp_path
     (tmp_path / "full" / "file").write_text("kept")
     code, _, err = run("export", small_dir, "--to", tmp_path / "full")
     assert code == 2
-    assert "is there already; name a new directory" in err
+    assert "already exists; name a new directory" in err
     assert (tmp_path / "full" / "file").read_text() == "kept"
 
 
@@ -163,13 +163,14 @@ def test_every_tool_agrees_and_the_card_says_what_was_measured(
         "| loss | 0.2500 |  |",
         "### retrieval (1,234 samples)",
         "| family | llava_onevision |",
+        "vllm serve out --runner generate",
         "vllm serve out --runner pooling",
-        "out/additional_chat_templates/embedding.jinja",
+        "out/embedding_template.jinja",
     ):
         assert told in body, told
-    template = tmp_path / "out" / "additional_chat_templates" / "embedding.jinja"
+    template = tmp_path / "out" / "embedding_template.jinja"
     assert template.is_file(), "the card sends vLLM there"
-    assert "No results were given" not in body
+    assert "No results were provided" not in body
 
 
 def test_a_card_without_results_says_how_to_get_them(
@@ -177,7 +178,7 @@ def test_a_card_without_results_says_how_to_get_them(
 ) -> None:
     assert run("export", small_dir, "--to", tmp_path / "out")[0] == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "No results were given. `cafe evaluate out --json results`" in card
+    assert "No results were provided. To add them, run `cafe evaluate out --json results`" in card
     assert "smallest cosine" not in card
 
 
@@ -208,7 +209,7 @@ def test_a_model_is_verified_where_it_is(run: Any, small_dir: Path) -> None:
 def test_what_cannot_be_verified_is_told(run: Any, small_dir: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path)
     code, _, err = run("export", adapter, "--to", tmp_path / "out", "--verify")
-    assert (code, "merge it: --merge" in err) == (2, True)
+    assert (code, "merge it (--merge)" in err) == (2, True)
     assert not (tmp_path / "out").exists()
     results = result_of(tmp_path / "base", tmp_path / "results")
     code, _, err = run("export", small_dir, "--to", tmp_path / "out", "--results", results)
@@ -216,3 +217,43 @@ def test_what_cannot_be_verified_is_told(run: Any, small_dir: Path, tmp_path: Pa
     for arguments in ((), ("--verify", "--merge")):
         code, _, err = run("export", small_dir, *arguments)
         assert (code, "--to DIR" in err) == (2, True)
+
+
+# ---------------------------------------------------------------------- from Python
+
+
+def test_export_and_verify_report_and_print_nothing(
+    small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def embed(directory: Path, probes: Any) -> np.ndarray:
+        return CAFe.from_pretrained(directory, dtype=torch.float32).encode(probes)
+
+    for tool in ("_transformers", "_sentence_transformers", "_server"):
+        monkeypatch.setattr(verify_module, tool, embed)
+    seen: list[Any] = []
+    report = export(small_dir, tmp_path / "out", verify=True, on_agreement=seen.append)
+    assert (report.directory, report.merged, report.dtype) == (
+        tmp_path / "out",
+        False,
+        torch.float32,
+    )
+    assert (report.distance, report.probes, report.family) == (0.0, 7, "llava_onevision")
+    assert len(seen) == 3
+    assert report.agreements == tuple(seen)
+    verified = verify_module.verify(tmp_path / "out")
+    assert [a.tool for a in verified.agreements] == [a.tool for a in seen]
+    assert (verified.probes, verified.tolerance) == (7, report.tolerance)
+    assert all(a.distance == 0 for a in verified.agreements)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_adapter_is_not_verified_and_no_model_is_loaded_to_find_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(tmp_path)
+    monkeypatch.setattr(CAFe, "from_pretrained", None)
+    with pytest.raises(CheckpointError, match=r"merge it \(--merge\)"):
+        export(adapter, tmp_path / "out", verify=True)
+    with pytest.raises(CheckpointError, match="only peft and cafe load"):
+        verify_module.verify(adapter)
+    assert not (tmp_path / "out").exists()

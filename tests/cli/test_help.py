@@ -6,6 +6,8 @@ import os
 import resource
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -18,11 +20,12 @@ OF_TYPER = {"pydantic"}
 
 # Another option is a decision: does it belong into the recipe instead?
 SURFACE = {
-    "": ["--debug"],
+    "": ["--debug", "--version", "--install-completion", "--show-completion"],
     "demo": ["--out", "--steps", "--seed"],
-    "train": ["RECIPE.yaml", "KEY=VALUE", "--resume"],
+    "train": ["RECIPE.yaml", "KEY=VALUE", "--resume", "--dry-run", "--json"],
     "evaluate": [
         "MODEL",
+        "KEY=VALUE",
         "--task",
         "--suite",
         "--data",
@@ -53,7 +56,7 @@ SURFACE = {
         "--out",
         "--range",
         "--margin",
-        "--relative-margin",
+        "--max-share",
         "--count",
         "--image-root",
         "--batch-size",
@@ -107,7 +110,9 @@ def test_every_option_and_every_verb_is_explained():
     walk(typer.main.get_command(app))
 
 
-@pytest.mark.parametrize("argv", [None, ["--help"], ["train", "--help"], ["embed", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [None, ["--help"], ["--version"], ["train", "--help"], ["embed", "--help"]]
+)
 def test_nothing_heavy_is_imported_before_a_verb_runs(argv):
     run = "" if argv is None else f"sys.argv[1:] = {argv}\ntry: main()\nexcept SystemExit: pass"
     code = f"import sys\nfrom cafe.cli import main\n{run}\nprint('loaded', *sys.modules)"
@@ -130,3 +135,17 @@ def test_help_answers_within_a_third_of_a_second():
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 0.3
+
+
+def test_version_is_that_of_the_distribution(command_line):
+    assert command_line("--version") == (0, f"cafe-vlm {metadata.version('cafe-vlm')}\n", "")
+
+
+@pytest.mark.slow
+def test_the_page_of_the_command_line_is_the_generated_one(tmp_path):
+    page = tmp_path / "cli.md"
+    words = ["utils", "docs", "--name", "cafe", "--title", "Command line", "--output", str(page)]
+    command = [sys.executable, "-m", "typer", "cafe.cli", *words]
+    subprocess.run(command, check=True, env=os.environ | {"COLUMNS": "100"}, timeout=120)
+    kept = Path(__file__).parents[2] / "docs" / "cli.md"
+    assert page.read_text("utf-8") == kept.read_text("utf-8"), "run make cli-page"

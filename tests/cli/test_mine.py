@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
 from cafe.cli import app
+from cafe.cli.mine import _formatted
 from cafe.data.read import read_examples
+from cafe.data.records import ReadOptions
 from cafe.errors import DataError
+from cafe.metrics.mining import HardNegatives
 from cafe.model.vlm import CAFe
+from cafe.recipes import load_recipe
+from helpers.images import noise
 
 WORDS = ["cat", "dog", "mug", "tree", "red", "blue", "big", "small", "top", "left", "yes", "no"]
 COUNT = 14
@@ -22,12 +26,11 @@ COUNT = 14
 
 @pytest.fixture
 def captions(tmp_path: Path) -> Path:
-    """Pictures of noise with captions; the last two records show the same picture."""
+    """Images of noise with captions; the last two records show the same image."""
     rng = np.random.default_rng(0)
     records = []
     for i in range(COUNT):
-        pixels = rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        noise(i).save(tmp_path / f"{i}.png")
         text = " ".join(rng.choice(WORDS, size=4)) + f" {i}"
         records.append(_record(i, f"{i}.png", text))
     records.append(_record(COUNT, f"{COUNT - 1}.png", "another text"))
@@ -53,7 +56,7 @@ def test_the_negatives_are_those_of_the_models_own_scores(
     captions: Path, small_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "mined.jsonl"
-    options = ["--range", "1-6", "--count", 3, "--relative-margin", 1, "--batch-size", 5]
+    options = ["--range", "1-6", "--count", 3, "--max-share", 1, "--batch-size", 5]
     done = run(small_dir, captions, "--out", out, *options)
     assert done.exit_code == 0, done.output
     records = [json.loads(line) for line in out.read_text().splitlines()]
@@ -61,8 +64,8 @@ def test_the_negatives_are_those_of_the_models_own_scores(
 
     model = CAFe.from_pretrained(small_dir)
     captioned = [texts(r, "positive")[0] for r in records]
-    pictures = model.encode([captions.parent / r["images"][0] for r in records])
-    scores = pictures @ model.encode(captioned).T
+    images = model.encode([captions.parent / r["images"][0] for r in records])
+    scores = images @ model.encode(captioned).T
     some = 0
     for i, record in enumerate(records):
         own = {i} | ({COUNT - 1, COUNT} if i >= COUNT - 1 else set())
@@ -79,10 +82,10 @@ def test_the_negatives_are_those_of_the_models_own_scores(
     assert f"{COUNT + 1} queries:" in done.output
 
 
-def test_a_broken_picture_is_named_and_left_out(
+def test_a_broken_image_is_named_and_left_out(
     captions: Path, small_dir: Path, tmp_path: Path
 ) -> None:
-    (captions.parent / "3.png").write_bytes(b"not a picture")
+    (captions.parent / "3.png").write_bytes(b"not an image")
     out = tmp_path / "mined.jsonl"
     done = run(small_dir, captions, "--out", out, "--range", "0-9", "--count", 2)
     assert done.exit_code == 0, done.output
@@ -93,13 +96,59 @@ def test_a_broken_picture_is_named_and_left_out(
 
 
 @pytest.mark.parametrize("window", ["50-10", "1-2", "ten", "3"])
-def test_a_range_without_room_is_told_before_the_model_loads(window: str, captions: Path) -> None:
+def test_a_range_without_room_is_refused_before_the_model_loads(
+    window: str, captions: Path
+) -> None:
     done = run("no-such-model", captions, "--out", "x.jsonl", "--range", window)
     assert isinstance(done.exception, DataError)
     assert "with room for 7 negatives" in str(done.exception)
 
 
-def test_a_missing_file_is_told_before_the_model_loads(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_before_the_model_loads(tmp_path: Path) -> None:
     done = run("no-such-model", tmp_path / "none.json", "--out", tmp_path / "x.jsonl")
     assert isinstance(done.exception, DataError)
     assert "no such file" in str(done.exception)
+
+
+def test_the_old_name_of_the_share_still_works(
+    captions: Path, small_dir: Path, tmp_path: Path
+) -> None:
+    """It was named like sentence-transformers' margin, which is one minus it."""
+    files = []
+    for option, share in (("--max-share", 0.5), ("--relative-margin", 0.5), ("--max-share", 1)):
+        files.append(tmp_path / f"{len(files)}.jsonl")
+        options = ["--range", "0-9", "--count", 2, option, share]
+        done = run(small_dir, captions, "--out", files[-1], *options)
+        assert done.exit_code == 0, done.output
+    new, old, other = (file.read_text() for file in files)
+    assert new == old != other
+
+
+@pytest.mark.parametrize("folder", [".", "elsewhere"])
+def test_what_it_prints_is_a_recipes_data_that_reads_the_file(
+    folder: str, captions: Path, small_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    out = tmp_path / folder / "mined.jsonl"
+    done = run(small_dir, captions, "--out", out, "--range", "0-9", "--count", 2)
+    assert done.exit_code == 0, done.output
+    recipe = tmp_path / "elsewhere" / "recipe.yaml"
+    rest = "model: tiny\noutput_dir: run\nbatch: {examples: 2}\nschedule: {steps: 1}\n"
+    printed = done.stdout.partition("in a recipe:\n")[2]
+    recipe.write_text(f"{rest}optimizer: {{learning_rate: 1e-3}}\n{printed}")
+    [source] = load_recipe(recipe).data
+    read = read_examples(source.path, ReadOptions(image_root=source.image_root))
+    assert (len(read.examples), read.skipped) == (COUNT + 1, [])
+    assert (source.image_root is None) == (folder == ".")
+
+
+def test_both_mean_scores_are_of_the_queries_with_negatives() -> None:
+    """The first query has none. (0.8 + 0.6) / 2 = 0.7; ((0.5 + 0.7) / 2 + 0.4) / 2 = 0.5."""
+    found = HardNegatives(
+        indices=np.array([[-1, -1], [1, 0], [0, -1]]),
+        scores=np.array([[np.nan, np.nan], [0.7, 0.5], [0.4, np.nan]], dtype=np.float32),
+        own_scores=np.array([0.1, 0.8, 0.6], dtype=np.float32),
+        removed=2,
+    )
+    last = _formatted(found, count=2).splitlines()[-1]
+    assert last.startswith("mean score of positives 0.700, of negatives 0.500 (of the 2 queries")

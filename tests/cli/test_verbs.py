@@ -1,13 +1,15 @@
 """Arguments reach the functions behind the verbs, and errors are one line.
 
-The verbs run in this process, with stand-ins for what they call.
+The verbs run in this process, with stand-ins for the functions that they call.
 """
 
 from __future__ import annotations
 
+import logging
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -33,18 +35,16 @@ def cafe(command_line: Any):
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch):
-    """Puts `function` where a verb imports it from and returns the calls it got."""
+    """Replaces a function of a module by `function` and returns the calls that it gets."""
 
-    def install(module: str, name: str, function: Any = None) -> list[tuple[tuple, dict]]:
+    def install(target: str, function: Any = None) -> list[tuple[tuple, dict]]:
         calls: list[tuple[tuple, dict]] = []
 
         def record(*args: Any, **kwargs: Any) -> Any:
             calls.append((args, kwargs))
             return function(*args, **kwargs) if function else None
 
-        fake = ModuleType(module)
-        setattr(fake, name, record)
-        monkeypatch.setitem(sys.modules, module, fake)
+        monkeypatch.setattr(target, record)
         return calls
 
     return install
@@ -68,9 +68,7 @@ class FakeModel:
 
 @pytest.fixture
 def fake_model(monkeypatch: pytest.MonkeyPatch):
-    fake = ModuleType("cafe.model.vlm")
-    fake.CAFe = FakeModel  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cafe.model.vlm", fake)
+    monkeypatch.setattr("cafe.model.vlm.CAFe", FakeModel)
 
 
 @pytest.fixture
@@ -89,7 +87,7 @@ def raising(error: BaseException):
 
 def test_demo(cafe, stand_in, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    calls = stand_in("cafe.demo", "run_demo")
+    calls = stand_in("cafe.demo.run_demo")
     assert cafe("demo")[0] == 0
     assert cafe("demo", "--out", "x", "--steps", "5", "--seed", "3")[0] == 0
     assert calls == [((Path("demo"), None, 0), {}), ((Path("x"), 5, 3), {})]
@@ -101,14 +99,14 @@ def test_a_second_demo_leaves_the_first_alone(cafe, stand_in, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     for taken in ("demo", "demo-2"):
         Path(taken).mkdir()
-    calls = stand_in("cafe.demo", "run_demo")
+    calls = stand_in("cafe.demo.run_demo")
     assert cafe("demo")[0] == 0
     assert calls == [((Path("demo-3"), None, 0), {})]
 
 
 def test_train_takes_overrides_before_and_after_options(cafe, stand_in, recipe_file):
     result = SimpleNamespace(model_dir=Path("out/model"), log_path=Path("out/log.jsonl"))
-    calls = stand_in("cafe.train.run", "train", lambda *_, **__: result)
+    calls = stand_in("cafe.training.run.train", lambda *_, **__: result)
     code, out, _ = cafe("train", recipe_file, "seed=1", "--resume", "batch.chunk=4")
     assert (code, out) == (0, "the model is in out/model, the log in out/log.jsonl\n")
     ((recipe,), keywords) = calls[0]
@@ -117,19 +115,19 @@ def test_train_takes_overrides_before_and_after_options(cafe, stand_in, recipe_f
 
 
 def test_a_misspelt_override_is_one_line_and_nothing_is_trained(cafe, stand_in, recipe_file):
-    calls = stand_in("cafe.train.run", "train")
+    calls = stand_in("cafe.training.run.train")
     code, out, err = cafe("train", recipe_file, "batch.exmples=4")
     assert (code, out, calls) == (2, "", [])
     assert err == (
-        "error: override 'batch.exmples=4': batch.exmples is no key of a recipe; "
+        "error: override 'batch.exmples=4': unknown recipe key batch.exmples; "
         "did you mean batch.examples?\n"
     )
 
 
 def test_generate_streams_the_answer(cafe, fake_model, tmp_path):
-    picture = tmp_path / "a.png"
-    PIL.Image.new("RGB", (4, 3), "red").save(picture)
-    code, out, _ = cafe("generate", "tiny", "--image", str(picture), "What is it?")
+    image = tmp_path / "a.png"
+    PIL.Image.new("RGB", (4, 3), "red").save(image)
+    code, out, _ = cafe("generate", "tiny", "--image", str(image), "What is it?")
     assert (code, out) == (0, "A red mug.\n")
     (message,), stream, settings = FakeModel.asked
     assert (message.role, message.text, stream) == ("user", "What is it?", True)
@@ -145,23 +143,22 @@ def test_generate_gives_the_best_of_several_answers(cafe, fake_model):
     assert settings == {"max_new_tokens": 256, "best_of": 8, "temperature": 0.9}
 
 
-def test_generate_names_a_broken_picture_before_the_model_loads(cafe, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "cafe.model.vlm", None)  # importing it would fail
+def test_generate_names_a_broken_image_before_the_model_loads(cafe, stand_in, tmp_path):
+    loads = stand_in("cafe.model.vlm.CAFe.from_pretrained")
     code, out, err = cafe("generate", "tiny", "--image", str(tmp_path / "no.png"), "What?")
     assert (code, out) == (2, "")
-    assert err == f"error: picture '{tmp_path / 'no.png'}': no such file\n"
+    assert err == f"error: image '{tmp_path / 'no.png'}': no such file\n"
+    assert loads == []
 
 
 def test_data_scenes(cafe, monkeypatch):
     calls: list[tuple] = []
-    fake = ModuleType("cafe.data.scenes")
 
     def write_scenes(out: Path, count: int, seed: int, split: str, progress: Any) -> None:
         calls.append((out, count, seed, split))
         progress(count)
 
-    fake.write_scenes = write_scenes  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cafe.data.scenes", fake)
+    monkeypatch.setattr("cafe.data.scenes.write_scenes", write_scenes)
     argv = ("data", "scenes", "--out", "d", "--count", "3", "--seed", "7")
     assert cafe(*argv)[:2] == (0, "3 scenes in d\n")
     assert cafe(*argv, "--split", "test")[0] == 0
@@ -170,13 +167,13 @@ def test_data_scenes(cafe, monkeypatch):
 
 
 def test_an_expected_error_is_one_line_and_exit_code_2(cafe, stand_in):
-    stand_in("cafe.demo", "run_demo", raising(CafeError("first\nsecond")))
+    stand_in("cafe.demo.run_demo", raising(CafeError("first\nsecond")))
     assert cafe("demo") == (2, "", "error: first second\n")
 
 
 @pytest.mark.parametrize("argv", [("--debug", "demo"), ("demo",)])
 def test_debug_shows_the_traceback(cafe, stand_in, monkeypatch, argv):
-    stand_in("cafe.demo", "run_demo", raising(CafeError("first")))
+    stand_in("cafe.demo.run_demo", raising(CafeError("first")))
     if "--debug" not in argv:
         monkeypatch.setenv("CAFE_DEBUG", "1")
     with pytest.raises(CafeError, match="first"):
@@ -184,13 +181,13 @@ def test_debug_shows_the_traceback(cafe, stand_in, monkeypatch, argv):
 
 
 def test_an_unexpected_error_is_never_hidden(cafe, stand_in):
-    stand_in("cafe.demo", "run_demo", raising(ZeroDivisionError("a bug")))
+    stand_in("cafe.demo.run_demo", raising(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         cafe("demo")
 
 
 def test_ctrl_c_is_exit_code_130(cafe, stand_in):
-    stand_in("cafe.demo", "run_demo", raising(KeyboardInterrupt()))
+    stand_in("cafe.demo.run_demo", raising(KeyboardInterrupt()))
     code, _, err = cafe("demo")
     assert code == 130
     assert "Traceback" not in err
@@ -207,6 +204,27 @@ def test_a_shipped_recipe_is_copied_first(cafe, tmp_path: Path, monkeypatch: pyt
     code, _, err = cafe("train", "gone.yaml")
     assert code == 2
     assert "gone.yaml: cannot be read" in err
+
+
+def test_messages_of_a_job_are_shown_on_stderr_once(cafe, stand_in):
+    job = logging.getLogger("cafe.demo.run")
+
+    def run_demo(*_: Any) -> None:
+        job.debug("a detail")
+        job.info("half of it is done")
+        job.warning("one image was skipped")
+
+    stand_in("cafe.demo.run_demo", run_demo)
+    for _ in range(2):
+        assert cafe("demo") == (0, "", "half of it is done\none image was skipped\n")
+
+
+def test_a_library_user_sees_no_message_unless_logging_is_configured():
+    warn = "import logging, cafe.errors; {}logging.getLogger('cafe.demo').warning('skipped')"
+    for configure, shown in (("", ""), ("logging.basicConfig(); ", "WARNING:cafe.demo:skipped\n")):
+        code = warn.format(configure)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", shown)
 
 
 @pytest.mark.parametrize(

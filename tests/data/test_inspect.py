@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,14 @@ import PIL.Image
 import pytest
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import layouts
-from layouts import TEXTS, picture_bytes
-
 import cafe.model.vlm
-from cafe.cli.preview import half_blocks, preview, row_tokens, sequence_views
+from cafe.cli.data import half_blocks, preview
 from cafe.data.read import read_examples
-from cafe.data.records import Reading
+from cafe.data.records import ReadOptions
+from cafe.model.rows.inspect import row_tokens, sequence_views
 from cafe.types import Example
+from helpers import layouts
+from helpers.layouts import TEXTS, image_bytes
 
 
 @pytest.fixture
@@ -42,10 +39,10 @@ def test_it_shows_format_counts_rejected_and_prompts(inspect: Any, tmp_path: Pat
     code, out, _ = inspect(path, "--count", 1, "--png", tmp_path / "png")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0] == f"{path}: format llava, 3 examples, 1 records rejected"
-    assert "record 2, id 'llava-1': picture 'images/9.png': no such file" in lines[1]
+    assert lines[0] == f"{path}: format llava, 3 examples, 1 records skipped"
+    assert "record 2, id 'llava-1': image 'images/9.png': no such file" in lines[1]
     assert "example 'llava-0'" in lines
-    assert f"  picture 40x30, {tmp_path}/png/1-1.png" in lines
+    assert f"  image 40x30, {tmp_path}/png/1-1.png" in lines
     assert PIL.Image.open(tmp_path / "png/1-1.png").getpixel((0, 0)) == (255, 0, 0)
     assert "<|im_start|>user" in out
     assert f"{TEXTS[0]}<|im_end|>" in out
@@ -58,14 +55,14 @@ def test_token_counts_are_those_of_the_collator(small_model: Any, tmp_path: Path
     collator = small_model.collator
     query, target, answer = sequence_views(collator, example)
     assert [v.name for v in (query, target, answer)] == ["query", "target", "answer"]
-    pictures = collator.embedding_rows([example.query])[0].input_ids
+    images = collator.embedding_rows([example.query])[0].input_ids
     placeholder = collator.family.placeholder_id(collator.processor)
-    assert query.image_tokens == int((pictures == placeholder).sum()) > 30
-    assert query.image_tokens + query.text_tokens == pictures.numel()
-    assert (target.image_tokens, target.learnt_tokens, query.learnt_tokens) == (0, 0, 0)
-    assert answer.learnt_tokens == collator([example]).label_count
-    bold = "".join(str(answer.text)[s.start : s.end] for s in answer.text.spans if s.style)
-    assert bold == f"{TEXTS[0]}<|im_end|>"
+    assert query.image_tokens == int((images == placeholder).sum()) > 30
+    assert query.image_tokens + query.text_tokens == images.numel()
+    assert (target.image_tokens, target.labelled_tokens, query.labelled_tokens) == (0, 0, 0)
+    assert answer.labelled_tokens == collator([example]).label_count
+    learned = "".join(run.text for run in answer.runs if run.labelled)
+    assert learned == f"{TEXTS[0]}<|im_end|>"
     whole = sum(v.image_tokens + v.text_tokens for v in (query, target, answer))
     assert row_tokens(collator, example) < whole - query.image_tokens
 
@@ -89,7 +86,7 @@ def test_an_example_that_cannot_be_collated_is_told_and_the_next_is_shown(
     inspect: Any, tmp_path: Path
 ) -> None:
     path = layouts.llava(tmp_path / "data")
-    (tmp_path / "data/images/0.png").write_bytes(picture_bytes(0)[:50])
+    (tmp_path / "data/images/0.png").write_bytes(image_bytes(0)[:50])
     code, out, _ = inspect(path)
     assert code == 0
     assert "  cannot be used: " in out
@@ -97,10 +94,10 @@ def test_an_example_that_cannot_be_collated_is_told_and_the_next_is_shown(
     assert "example 'llava-1'" in out
 
 
-def test_a_terminal_shows_pictures_in_half_blocks(small_model: Any, tmp_path: Path) -> None:
-    picture = PIL.Image.new("RGB", (40, 40), "red")
-    picture.paste("blue", (0, 20, 40, 40))
-    text = half_blocks(picture, 4)
+def test_a_terminal_shows_images_in_half_blocks(small_model: Any, tmp_path: Path) -> None:
+    image = PIL.Image.new("RGB", (40, 40), "red")
+    image.paste("blue", (0, 20, 40, 40))
+    text = half_blocks(image, 4)
     assert str(text) == "▀▀▀▀\n▀▀▀▀"
     styles = {str(span.style) for span in text.spans}
     assert styles == {"#ff0000 on #ff0000", "#0000ff on #0000ff"}
@@ -132,9 +129,44 @@ def test_a_video_is_shown_by_the_frames_that_the_model_sees(inspect: Any, tmp_pa
     assert "<video> x " in out
 
 
-def test_stored_pictures_are_shown_as_any_other(inspect: Any, tmp_path: Path) -> None:
+def test_stored_images_are_shown_as_any_other(inspect: Any, tmp_path: Path) -> None:
     code, out, _ = inspect(layouts.webdataset(tmp_path / "data"))
     assert code == 0
-    assert out.count("  picture 40x30") == 3
-    records = read_examples(layouts.mmeb(tmp_path / "mmeb"), Reading(language_loss=False))
+    assert out.count("  image 40x30") == 3
+    records = read_examples(layouts.mmeb(tmp_path / "mmeb"), ReadOptions(language_loss=False))
     assert len(records.examples) == 4
+
+
+@pytest.mark.parametrize("compat", ["none", "official"])
+def test_a_recipe_shows_what_it_trains(inspect: Any, tmp_path: Path, compat: str) -> None:
+    data = layouts.llava(tmp_path / "data")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: tiny\noutput_dir: out\nbatch: {examples: 2}\nschedule: {steps: 1}\n"
+        "optimizer: {learning_rate: 1e-3}\n"
+        f"data: [{{path: data/{data.name}}}]\n"
+    )
+    code, out, _ = inspect(path, f"objective.compat={compat}", "--count", 1)
+    assert code == 0
+    system = "<|im_start|>system\n    You are a helpful assistant.<|im_end|>"
+    assert (system in out) == (compat == "official")
+    beside = f"{TEXTS[0]}Compress this sentence in one word:"
+    assert (beside in out) == (compat == "official")
+    code, out, _ = inspect(path, f"objective.compat={compat}", "objective.language_weight=0")
+    assert code == 0
+    assert "  answer: " not in out
+    assert "  query: " in out
+
+
+def test_a_wrong_key_of_a_recipe_and_a_mixture_are_told_apart(inspect: Any, tmp_path: Path) -> None:
+    data = layouts.llava(tmp_path / "data")
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(f"datasets:\n  - json_path: {data}\n")
+    code, out, _ = inspect(mixture, "--count", 1)
+    assert code == 0
+    assert "example 'llava-0'" in out
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text("model: tiny\ndata: []\nobjectiv: {}\n")
+    code, _, err = inspect(recipe)
+    assert code == 2
+    assert "objective" in err

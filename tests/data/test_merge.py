@@ -1,38 +1,37 @@
-"""Merging by picture, and sets of several sources."""
+"""Merging by image, and sets of several sources."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
 import pytest
 
-from cafe.data.dataset import ExampleSet, Source
-from cafe.data.merge import merge_by_image
+from cafe.data.dataset import ExampleSet, ExampleSource
+from cafe.data.merge import merge_with_origin
 from cafe.data.read import read_examples
-from cafe.data.records import Reading
+from cafe.data.records import ReadOptions
 from cafe.data.scenes import write_scenes
 from cafe.errors import DataError
 from cafe.types import Conversation, Example, Image, Message, Video, user
 
 
-def dialogue(picture: Image, question: str, answer: str) -> Conversation:
-    return Message("user", (picture, question)), Message("assistant", (answer,))
+def dialogue(image: Image, question: str, answer: str) -> Conversation:
+    return Message("user", (image, question)), Message("assistant", (answer,))
 
 
 def caption(name: str, path: str, text: str) -> Example:
-    picture = Image(path)
-    return Example(
-        name, user(picture), user(text), (), (dialogue(picture, "Describe.", text),), text
-    )
+    image = Image(path)
+    return Example(name, user(image), user(text), (), (dialogue(image, "Describe.", text),), text)
 
 
 def chat(name: str, path: str, *answers: str) -> Example:
-    picture = Image(path)
-    return Example(name, dialogues=tuple(dialogue(picture, "Well?", a) for a in answers))
+    image = Image(path)
+    return Example(name, dialogues=tuple(dialogue(image, "Well?", a) for a in answers))
 
 
-def pictures(example: Example) -> list[Image]:
+def images(example: Example) -> list[Image]:
     sides = (example.query or (), example.target or (), *example.negatives, *example.dialogues)
     parts = [part for message in chain.from_iterable(sides) for part in message.content]
     return [part for part in parts if isinstance(part, Image)]
@@ -42,23 +41,29 @@ def answers(example: Example) -> list[str]:
     return [conversation[-1].text for conversation in example.dialogues]
 
 
-def test_a_scenes_folder_gives_one_example_per_picture(tmp_path: Path) -> None:
+def merge_by_image(examples: Sequence[Example]) -> list[Example]:
+    return [example for _, example in merge_with_origin(examples)]
+
+
+def test_a_scenes_folder_gives_one_example_per_image(tmp_path: Path) -> None:
     folder = tmp_path / "scenes"
     write_scenes(folder, count=12, seed=3)
-    captions = read_examples(folder / "captions.json", Reading("llava", mode="caption")).examples
+    captions = read_examples(
+        folder / "captions.json", ReadOptions("llava", mode="caption")
+    ).examples
     asked = read_examples(
-        folder / "questions.json", Reading("llava", mode="chat", turns="branches")
+        folder / "questions.json", ReadOptions("llava", mode="chat", turns="branches")
     ).examples
     merged = merge_by_image([*captions, *asked])
     assert [example.id for example in merged] == [example.id for example in captions]
     assert [len(example.dialogues) for example in merged] == [1 + 6] * 12
     for example, described in zip(merged, captions, strict=True):
         assert (example.target, example.target_id) == (described.target, described.target_id)
-        assert len(pictures(example)) == 1 + 7
-        assert len({id(picture) for picture in pictures(example)}) == 1
-    # before, each file had its own Image of a picture
-    assert {id(p) for e in captions for p in pictures(e)}.isdisjoint(
-        id(p) for e in asked for p in pictures(e)
+        assert len(images(example)) == 1 + 7
+        assert len({id(image) for image in images(example)}) == 1
+    # before, each file had its own Image of an image
+    assert {id(p) for e in captions for p in images(e)}.isdisjoint(
+        id(p) for e in asked for p in images(e)
     )
 
 
@@ -82,7 +87,7 @@ def test_dialogues_that_say_the_same_are_one() -> None:
     assert repeated.target_id == "A."
 
 
-def test_several_captions_of_a_picture_stay_apart_and_are_no_negatives() -> None:
+def test_several_captions_of_a_image_stay_apart_and_are_no_negatives() -> None:
     first, second, other = merge_by_image(
         [
             caption("c", "a.png", "A mug."),
@@ -97,10 +102,10 @@ def test_several_captions_of_a_picture_stay_apart_and_are_no_negatives() -> None
     assert answers(second) == ["A red mug."]
     assert first.target_id == second.target_id == "A mug."
     assert other.target_id == "A cat."
-    assert len({id(picture) for picture in pictures(first) + pictures(second)}) == 1
+    assert len({id(image) for image in images(first) + images(second)}) == 1
 
 
-def test_what_does_not_show_exactly_one_picture_stays_as_it_is() -> None:
+def test_what_does_not_show_exactly_one_image_stays_as_it_is() -> None:
     text = Example("t", dialogues=((Message("user", ("Hi",)), Message("assistant", ("Hey",))),))
     two = Example("2", user(Image("a.png"), Image("b.png")), user("Both."))
     film = Example("v", user(Image("a.png"), Video("a.mp4")), user("A film."))
@@ -111,7 +116,7 @@ def test_what_does_not_show_exactly_one_picture_stays_as_it_is() -> None:
     assert all(after is before for after, before in zip(merged, examples, strict=True))
 
 
-def test_pictures_without_a_path_merge_by_identity() -> None:
+def test_images_without_a_path_merge_by_identity() -> None:
     data = b"the same bytes"
     shared = Image(data)
     examples = [Example(f"{n}", dialogues=(dialogue(shared, "?", f"{n}"),)) for n in range(2)]
@@ -121,7 +126,9 @@ def test_pictures_without_a_path_merge_by_identity() -> None:
 def test_a_set_numbers_its_sources_through() -> None:
     captions = [caption(f"c{n}", f"{n}.png", f"Thing {n}.") for n in range(3)]
     asked = [chat(f"q{n}", f"{n}.png", "yes") for n in range(2, 4)]
-    joined = ExampleSet.build([Source("captions", captions), Source("questions", asked, 3.0)])
+    joined = ExampleSet.build(
+        [ExampleSource("captions", captions), ExampleSource("questions", asked, 3.0)]
+    )
     assert [joined[n].id for n in range(len(joined))] == ["c0", "c1", "c2", "q2", "q3"]
     assert [joined.source_of(n).name for n in (0, 2, 3, 4)] == [
         "captions",
@@ -136,20 +143,25 @@ def test_a_set_numbers_its_sources_through() -> None:
     assert (plan.sizes, plan.weights) == ([3, 2], [1.0, 3.0])
 
 
-def test_merging_a_set_moves_parts_to_the_first_source_that_shows_the_picture() -> None:
+def test_merging_a_set_moves_parts_to_the_first_source_that_shows_the_image() -> None:
     captions = [caption(f"c{n}", f"{n}.png", f"Thing {n}.") for n in range(3)]
     asked = [chat(f"q{n}", f"{n}.png", "yes") for n in range(2, 5)]
-    sources = [Source("captions", captions), Source("questions", asked, 3.0)]
+    sources = [ExampleSource("captions", captions), ExampleSource("questions", asked, 3.0)]
     joined = ExampleSet.build(sources, merge_by_image=True)
     assert [joined[n].id for n in range(len(joined))] == ["c0", "c1", "c2", "q3", "q4"]
     assert [(s.name, s.weight) for s in joined.sources] == [("captions", 1.0), ("questions", 3.0)]
     assert answers(joined[2]) == ["Thing 2.", "yes"]
-    absorbed = ExampleSet.build([sources[0], Source("questions", asked[:1])], merge_by_image=True)
+    absorbed = ExampleSet.build(
+        [sources[0], ExampleSource("questions", asked[:1])], merge_by_image=True
+    )
     assert [source.name for source in absorbed.sources] == ["captions"]
 
 
 def test_an_empty_source_is_an_error() -> None:
     with pytest.raises(DataError, match="questions: no record can be used"):
         ExampleSet.build(
-            [Source("captions", [caption("c", "a.png", "A.")]), Source("questions", [])]
+            [
+                ExampleSource("captions", [caption("c", "a.png", "A.")]),
+                ExampleSource("questions", []),
+            ]
         )

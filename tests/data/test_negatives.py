@@ -20,7 +20,7 @@ def test_queries_and_targets_come_once_and_right_answers_are_known() -> None:
     examples = [
         pair("0", Image("a.jpg"), "a cat"),
         pair("1", Image("b.jpg"), "a dog"),
-        pair("2", Image("a.jpg"), "a sleeping cat"),  # the same picture as 0
+        pair("2", Image("a.jpg"), "a sleeping cat"),  # the same image as 0
         pair("3", Image("c.jpg"), "a dog"),  # the same text as 1
         Example("4", dialogues=((Message("user", ("hi",)), Message("assistant", ("ho",))),)),
     ]
@@ -71,7 +71,7 @@ def test_the_record_is_ms_swifts(tmp_path: Path) -> None:
         (Image(PIL.Image.new("RGB", (2, 2))), "not a file"),
         (Image("/elsewhere/x.jpg"), "outside"),
         (Video("v.mp4"), "video"),
-        ("an <image> of words", "taken for a picture"),
+        ("an <image> of words", "read as an image"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(query: object, says: str, tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from cafe.data.quarantine import MIN_REJECTED, Quarantine, Rejected
+from cafe.data.quarantine import MIN_REJECTED, Quarantine, Skipped, summarized
+from cafe.data.read import read_examples
 from cafe.errors import DataError
 
 
-def bad(*numbers: int) -> list[Rejected]:
-    return [Rejected("data.json", f"record {n}", f"reason {n}") for n in numbers]
+def bad(*numbers: int) -> list[Skipped]:
+    return [Skipped("data.json", f"record {n}", f"reason {n}") for n in numbers]
 
 
 def test_records_are_counted_and_appended_as_json_lines(tmp_path: Path) -> None:
@@ -24,12 +25,41 @@ def test_records_are_counted_and_appended_as_json_lines(tmp_path: Path) -> None:
     quarantine.add(bad(3), seen=50)
     quarantine.add(bad(7, 9), seen=10)
     assert (quarantine.count, quarantine.seen) == (3, 110)
-    assert quarantine.rejected == bad(3, 7, 9)
+    assert quarantine.skipped == bad(3, 7, 9)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [line["record"] for line in lines] == ["record 3", "record 7", "record 9"]
     assert lines[0] == {"source": "data.json", "record": "record 3", "reason": "reason 3"}
     Quarantine(path).add(bad(11), seen=1)  # a second run
     assert len(path.read_text(encoding="utf-8").splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"image": "iVBORw0KGgo" * 9000, "caption": "a"},
+        {"image": "data:image/png;base64," + "!" * 9000, "caption": "a"},
+        {"image": "http://a/" + "b" * 9000, "caption": "a"},
+        {"image": "../" * 3000 + "a", "caption": "a"},
+        {"id": "i" * 9000, "image": "a.png", "caption": "a"},
+        {"conversations": [{"from": "x" * 9000, "value": "a"}]},
+        {"anchor": "a", "positive_image": "/" + "x/" * 9000 + "a.png"},
+        {"messages": [{"role": "user", "content": [{"type": "y" * 9000}]}]},
+    ],
+    ids=lambda record: next(iter(record)),
+)
+def test_a_reason_fits_on_a_line_whatever_the_record_holds(
+    tmp_path: Path, record: dict[str, object]
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    (skipped,) = read_examples(path).skipped
+    assert len(skipped.reason) < 700
+    assert len(skipped.record) < 400
+    assert "\n" not in str(skipped)
+    with pytest.raises(DataError) as raised:
+        Quarantine(tmp_path / "rejected.jsonl", threshold=0).add([skipped], seen=1)
+    assert len(str(raised.value)) < 1500
+    assert (tmp_path / "rejected.jsonl").stat().st_size < 1500
 
 
 def test_a_record_that_comes_back_every_epoch_is_one_record(tmp_path: Path) -> None:
@@ -97,3 +127,20 @@ def test_threads_lose_nothing(tmp_path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["record"] for line in lines} == {f"record {n}" for n in range(400)}
     assert len(lines) == 400
+
+
+def test_many_missing_images_are_said_once_with_the_remedy(tmp_path: Path) -> None:
+    lines = [json.dumps({"image": f"{n}.png", "caption": "a cat"}) for n in range(5000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(["{", *lines]))
+    records = read_examples(tmp_path / "a.jsonl")
+    assert len(records.skipped) == 5001
+    with pytest.raises(DataError) as caught:
+        Quarantine().add(records.skipped, seen=len(records))
+    message = str(caught.value)
+    assert message.count("no such file") == 0
+    assert (
+        f"5,000 of them name files that are not in {tmp_path}: image '0.png', image '1.png', "
+        "image '2.png', …; put it there, or set image_root to the folder where images are; "
+        f"{tmp_path}/a.jsonl, line 1: not JSON"
+    ) in message
+    assert summarized(records.skipped[:4]) == [str(item) for item in records.skipped[:4]]

@@ -1,4 +1,4 @@
-"""The bundled world: deterministic, exact, balanced. Answers are worked out anew from the truth."""
+"""The bundled world: deterministic, exact, balanced. Answers are recomputed from the truth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
-from itertools import combinations, islice, pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -15,27 +15,25 @@ from PIL import Image
 
 from cafe.data.scenes import (
     CATEGORIES,
-    KIND_NAMES,
-    KINDS,
+    CLASS_NAMES,
+    CLASSES,
     PLACES,
     PROMPT_CAPTION,
     QUESTION_KINDS,
-    Question,
     Scene,
+    SceneQuestion,
     caption,
     draw,
-    mentioned_kinds,
+    mentioned_classes,
     questions,
     read_truth,
     sample_scene,
-    scene_examples,
     write_scenes,
 )
-from cafe.data.scenes.glyphs import ink, sprite
-from cafe.data.scenes.kinds import plural
+from cafe.data.scenes.classes import ink, plural, sprite
 from cafe.data.scenes.world import (
+    IMAGE_PIXELS,
     MAX_HIDDEN,
-    PICTURE_PIXELS,
     SIZES,
     has_held_out_pair,
     is_held_out,
@@ -44,21 +42,21 @@ from cafe.data.scenes.world import (
 from cafe.errors import DataError
 
 SCENES = [sample_scene(seed, "test" if seed % 2 else "train") for seed in range(300)]
-SINGULARS = {plural(name): name for name in KIND_NAMES}
+SINGULARS = {plural(name): name for name in CLASS_NAMES}
 NUMBERS = ["zero", "one", "two", "three", "four"]
 
 
 @cache
 def many(split: str) -> list[Scene]:
-    """Placing objects takes milliseconds; tests of shares look at the same scenes."""
+    """Placing objects takes milliseconds, so all tests of shares use the same scenes."""
     return [sample_scene(seed, split) for seed in range(600)]  # type: ignore[arg-type]
 
 
-def ask(scene: Scene, count: int = 10) -> list[Question]:
+def ask(scene: Scene, count: int = 10) -> list[SceneQuestion]:
     return questions(scene, np.random.default_rng(scene.seed), count)
 
 
-def all_questions(kind: str) -> list[tuple[Scene, Question]]:
+def all_questions(kind: str) -> list[tuple[Scene, SceneQuestion]]:
     return [(scene, q) for scene in SCENES for q in ask(scene) if q.kind == kind]
 
 
@@ -67,24 +65,24 @@ def strip_article(text: str) -> str:
 
 
 def said_facts(text: str) -> list[tuple[str, str, str]]:
-    """(size, kind, place) of each object a statement names, in either word order."""
-    kinds, places = "|".join(KIND_NAMES), "|".join(PLACES)
-    thing, place = rf"a (big|small) ({kinds})", rf"(?:at|in) the ({places})"
+    """(size, class, place) of each object that a statement names, in either word order."""
+    names, places = "|".join(CLASS_NAMES), "|".join(PLACES)
+    thing, place = rf"a (big|small) ({names})", rf"(?:at|in) the ({places})"
     text = text.lower()
     if re.match(place, text):
         return [(s, k, p) for p, s, k in re.findall(rf"{place} (?:there is )?{thing}", text)]
     return re.findall(rf"{thing} {place}", text)
 
 
-# --- the kinds
+# --- the object classes
 
 
-def test_there_are_eighty_kinds_in_ten_categories_of_at_least_six():
-    assert len(KINDS) == 80
+def test_there_are_eighty_classes_in_ten_categories_of_at_least_six():
+    assert len(CLASSES) == 80
     assert len(CATEGORIES) == 10
     assert min(len(names) for names in CATEGORIES.values()) >= 6
-    assert len({kind.glyph for kind in KINDS.values()}) == 80
-    assert all(len(kind.glyph) == 1 for kind in KINDS.values())
+    assert len({entry.glyph for entry in CLASSES.values()}) == 80
+    assert all(len(entry.glyph) == 1 for entry in CLASSES.values())
 
 
 @pytest.mark.parametrize(
@@ -103,10 +101,10 @@ def test_plurals(name: str, expected: str):
     assert plural(name) == expected
 
 
-def test_every_kind_has_its_own_picture_in_colour():
-    pictures = {sprite(name, 44, 0.0).tobytes() for name in KIND_NAMES}
-    assert len(pictures) == 80
-    for name in KIND_NAMES:
+def test_every_class_has_its_own_image_in_colour():
+    images = {sprite(name, 44, 0.0).tobytes() for name in CLASS_NAMES}
+    assert len(images) == 80
+    for name in CLASS_NAMES:
         assert max(sprite(name, 44, 0.0).size) == pytest.approx(44, abs=1)
     red, green, blue, _ = np.asarray(sprite("frog", 44, 0.0), dtype=int)[22, 22]
     assert green > red > blue  # a missing colour table would draw it black
@@ -122,9 +120,10 @@ def test_same_seed_gives_the_same_scene_and_bytes():
         assert draw(first).tobytes() == draw(second).tobytes()
 
 
+@pytest.mark.slow
 def test_other_seed_or_split_gives_another_scene():
-    pictures = {draw(scene).tobytes() for scene in many("train")[:100] + many("test")[:100]}
-    assert len(pictures) == 200
+    images = {draw(scene).tobytes() for scene in many("train")[:100] + many("test")[:100]}
+    assert len(images) == 200
 
 
 def test_data_sets_of_two_seeds_share_no_scene_seed():
@@ -133,21 +132,21 @@ def test_data_sets_of_two_seeds_share_no_scene_seed():
 
 
 def test_held_out_pairs_are_symmetric_and_about_a_tenth():
-    pairs = list(combinations(KIND_NAMES, 2))
+    pairs = list(combinations(CLASS_NAMES, 2))
     assert all(is_held_out(a, b) == is_held_out(b, a) for a, b in pairs)
     share = np.mean([is_held_out(a, b) for a, b in pairs])
     assert share == pytest.approx(0.1, abs=0.02)  # 3160 pairs: standard deviation 0.005
-    for name in KIND_NAMES:
-        assert any(is_held_out(name, other) for other in KIND_NAMES)
+    for name in CLASS_NAMES:
+        assert any(is_held_out(name, other) for other in CLASS_NAMES)
 
 
 def test_held_out_pairs_are_in_half_of_the_test_scenes_and_in_no_train_scene():
-    assert not any(has_held_out_pair(scene.kinds) for scene in many("train"))
-    shown = [has_held_out_pair(s.kinds) for s in many("test") if len(s.objects) >= 2]
+    assert not any(has_held_out_pair(scene.classes) for scene in many("train"))
+    shown = [has_held_out_pair(s.classes) for s in many("test") if len(s.objects) >= 2]
     assert np.mean(shown) == pytest.approx(0.5, abs=0.08)
 
 
-def test_objects_lie_in_their_own_places_inside_the_picture():
+def test_objects_lie_in_their_places_inside_the_image():
     for scene in SCENES:
         places = [item.place for item in scene.objects]
         assert len(set(places)) == len(places)
@@ -160,7 +159,7 @@ def test_objects_lie_in_their_own_places_inside_the_picture():
             left, top, right, bottom = item.sprite_box
             assert left >= 0
             assert top >= 0
-            assert max(right, bottom) <= PICTURE_PIXELS
+            assert max(right, bottom) <= IMAGE_PIXELS
             assert SIZES[item.size][0] <= item.pixels <= SIZES[item.size][1]
             assert abs(item.angle_degrees) <= 25
 
@@ -171,13 +170,13 @@ def test_counts_and_twins_have_their_shares():
     for number, share in zip((1, 2, 3, 4), (0.2, 0.3, 0.3, 0.2), strict=True):
         assert counts[number] / len(scenes) == pytest.approx(share, abs=0.04)
     several = [scene for scene in scenes if len(scene.objects) > 1]
-    twins = np.mean([len(scene.kinds) < len(scene.objects) for scene in several])
+    twins = np.mean([len(scene.classes) < len(scene.objects) for scene in several])
     assert twins == pytest.approx(0.12, abs=0.04)
 
 
 def visible_fractions(scene: Scene) -> list[float]:
-    """Slow twin of `hidden_fractions`: paint numbers in order, count what remains."""
-    owner = np.full((PICTURE_PIXELS, PICTURE_PIXELS), -1)
+    """Slow reference for `hidden_fractions`: paint numbers in order, count what remains."""
+    owner = np.full((IMAGE_PIXELS, IMAGE_PIXELS), -1)
     areas = []
     for number, item in enumerate(scene.objects):
         mask = ink(sprite(item.kind, item.pixels, item.angle_degrees))
@@ -198,10 +197,10 @@ def test_no_object_is_hidden_beyond_the_bound_yet_some_are_partly():
 # --- language
 
 
-def test_caption_names_exactly_the_kinds_and_facts_of_its_scene():
+def test_caption_names_exactly_the_classes_and_facts_of_its_scene():
     for scene in SCENES:
         text = caption(scene, np.random.default_rng(scene.seed))
-        assert mentioned_kinds(text) == set(scene.kinds)
+        assert mentioned_classes(text) == set(scene.classes)
         truth = [(item.size, item.kind, item.place) for item in scene.objects]
         assert sorted(said_facts(text)) == sorted(truth)
         assert text[0].isupper()
@@ -209,14 +208,14 @@ def test_caption_names_exactly_the_kinds_and_facts_of_its_scene():
         assert f"{scene.background} background" in text or "background" not in text
 
 
-def test_mentioned_kinds_takes_whole_words_plurals_and_the_longest_name():
-    assert mentioned_kinds("Two CATS and a cupcake; no category.") == {"cat", "cupcake"}
-    assert mentioned_kinds("maple leaves, a fir tree and cherries") == {
+def test_mentioned_classes_takes_whole_words_plurals_and_the_longest_name():
+    assert mentioned_classes("Two CATS and a cupcake; no category.") == {"cat", "cupcake"}
+    assert mentioned_classes("maple leaves, a fir tree and cherries") == {
         "maple leaf",
         "fir tree",
         "cherry",
     }
-    assert mentioned_kinds("a pancake on a leaf") == set()
+    assert mentioned_classes("a pancake on a leaf") == set()
 
 
 def test_questions_are_different_and_as_many_as_asked():
@@ -239,7 +238,7 @@ def test_presence_answers_are_true():
         match = re.fullmatch(r"Is there (an? .+) in the picture\? Answer yes or no\.", q.text)
         assert match
         name = strip_article(match[1])
-        assert name in KINDS
+        assert name in CLASSES
         assert (match[1][:3] == "an ") == (name[0] in "aeiou")
         assert q.answer == ("yes" if name in [item.kind for item in scene.objects] else "no")
 
@@ -251,6 +250,7 @@ def test_yes_and_no_are_balanced(kind: str):
     assert np.mean([answer == "yes" for answer in answers]) == pytest.approx(0.5, abs=0.06)
 
 
+@pytest.mark.slow
 def test_presence_stays_balanced_when_many_are_asked_of_few_objects():
     lone = [scene for scene in (sample_scene(s) for s in range(600)) if len(scene.objects) == 1]
     answers = [q.answer for scene in lone for q in ask(scene, 8) if q.kind == "presence"]
@@ -294,7 +294,7 @@ def test_relation_answers_are_the_only_object_on_that_side():
 
 def test_attribute_answers_are_true():
     patterns = {
-        "colour": (r"What colour is the (.+)\?", lambda o: KINDS[o.kind].colour),
+        "colour": (r"What colour is the (.+)\?", lambda o: CLASSES[o.kind].colour),
         "size": (r"Is the (.+) big or small\?", lambda o: o.size),
         "place": (r"Where is the (.+)\?", lambda o: o.place),
     }
@@ -341,8 +341,8 @@ def test_written_folder_holds_what_the_scenes_say(tmp_path):
     for index, truth in enumerate(truths):
         assert truth.scene == sample_scene(scene_seed(5, index), "test")
         assert truth.image == captions[index]["image"] == f"images/{index:06d}.png"
-        with Image.open(out / truth.image) as picture:
-            assert picture.tobytes() == draw(truth.scene).tobytes()
+        with Image.open(out / truth.image) as image:
+            assert image.tobytes() == draw(truth.scene).tobytes()
         assert captions[index]["conversations"] == [
             {"from": "human", "value": f"<image>\n{PROMPT_CAPTION}"},
             {"from": "gpt", "value": truth.caption},
@@ -385,20 +385,3 @@ def test_bad_truth_names_file_and_line(tmp_path):
     (tmp_path / "truth.jsonl").write_text('{"id": "0"}\n')
     with pytest.raises(DataError, match=r"truth\.jsonl, line 1"):
         read_truth(tmp_path)
-
-
-def test_streamed_examples_share_one_picture_and_equal_the_written_files(tmp_path):
-    write_scenes(tmp_path / "scenes", 3, seed=7, questions_per_scene=5)
-    captions = json.loads((tmp_path / "scenes" / "captions.json").read_text())
-    asked = json.loads((tmp_path / "scenes" / "questions.json").read_text())
-    examples = list(islice(scene_examples(7, questions_per_scene=5), 3))
-    for example, told, record in zip(examples, captions, asked, strict=True):
-        assert example.query is None
-        assert example.target is None
-        texts = [(question.text, answer.text) for question, answer in example.dialogues]
-        assert texts[0] == (PROMPT_CAPTION, told["conversations"][1]["value"])
-        answers = [turn["value"] for turn in record["conversations"][1::2]]
-        assert [answer for _, answer in texts[1:]] == answers
-        pictures = {dialogue[0].content[0] for dialogue in example.dialogues}
-        assert len(pictures) == 1
-    assert len({example.id for example in examples}) == 3

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cafe.data.batches import BatchPlan, spread
-from cafe.data.dataset import ExampleSet, Source
+from cafe.data.dataset import ExampleSet, ExampleSource
 from cafe.types import Example, Image, user
 
 
@@ -70,12 +70,12 @@ def test_what_counts_as_one_target() -> None:
         return Example(name, user("q"), user(target), target_id=target_id)  # type: ignore[arg-type]
 
     texts = [pair("a", "x"), pair("b", "x"), pair("c", "y"), pair("d", "z", "x-y"), pair("e", "x")]
-    pictures = [pair("f", Image("1.png")), pair("g", Image("1.png")), pair("h", Image("2.png"))]
+    images = [pair("f", Image("1.png")), pair("g", Image("1.png")), pair("h", Image("2.png"))]
     chats = [Example(str(n), dialogues=(user("a"),)) for n in range(3)]
     once_pairs = [Example(str(n), dialogues=(user("a"),), target_id="xyx"[n]) for n in range(3)]
-    names = ("texts", "pictures", "chats", "once pairs")
-    kinds = (texts, pictures, chats, once_pairs)
-    sources = [Source(*s) for s in zip(names, kinds, strict=True)]
+    names = ("texts", "images", "chats", "once pairs")
+    kinds = (texts, images, chats, once_pairs)
+    sources = [ExampleSource(*s) for s in zip(names, kinds, strict=True)]
     plan = ExampleSet.build(sources).plan(2, 0)
     first, second, third, fourth = plan.targets
     assert first is not None

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cafe.errors import CheckpointError
-from cafe.index.fingerprint import ModelFacts, model_facts, prompt_fingerprint, weights_fingerprint
+from cafe.index.fingerprint import prompt_fingerprint, weights_fingerprint
 
 TENSORS = {f"layer{i}.weight": np.full((50, 40), i, np.float32) for i in range(5)}
 
@@ -59,11 +59,8 @@ def test_what_is_no_weights_file_is_an_error(tmp_path: Path):
         weights_fingerprint([tmp_path])
 
 
-def test_the_prompt_counts_and_the_longest_input_does_not(small_model: Any, small_dir: Path):
+def test_the_prompt_counts_and_the_longest_input_does_not(small_model: Any):
     contract = small_model.embedding_contract()
     own = prompt_fingerprint(contract)
     assert prompt_fingerprint({**contract, "max tokens": "7"}) == own
     assert prompt_fingerprint({**contract, "embedding prompt (text)": "other"}) != own
-    facts = model_facts("small", [small_dir], contract, small_model.embedding_dimension)
-    assert ModelFacts.from_json(facts.to_json()) == facts
-    assert facts.dimension == 64

@@ -15,19 +15,16 @@ import numpy as np
 import PIL.Image
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from pixels import FACTS, colour, encode, expected, items_of, paint
-
-import cafe.index.upkeep as upkeep_module
 from cafe.errors import DataError
-from cafe.index import Index, Item, ModelFacts, Report, sync
+from cafe.index import Index, IndexItem, ModelFacts, Report, sync
 from cafe.index.store import only_writer
 from cafe.types import Image
+from helpers.pixels import FACTS, colour, encode, expected, items_of, paint
+from helpers.processes import environment_with_helpers
 
 
 class Counting:
-    """`encode`, which remembers what it was given."""
+    """`encode`, and the sizes of the batches it got."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -37,13 +34,13 @@ class Counting:
         return encode(values)
 
 
-def run(index: Index, items: Sequence[Item], **options: Any) -> tuple[Report, list[int]]:
+def run(index: Index, items: Sequence[IndexItem], **options: Any) -> tuple[Report, list[int]]:
     counting = Counting()
     return sync(index, items, counting, **options), counting.batches
 
 
 def check_equal(index: Index, numbers: dict[str, int]) -> None:
-    """`index` holds exactly these pictures: file name -> colour."""
+    """`index` holds exactly these images: file name -> colour."""
     stored = index.stored(index.known())
     assert len(index) == len(numbers)
     assert set(stored) == set(numbers)
@@ -97,26 +94,28 @@ def test_a_new_caption_is_written_without_a_new_embedding(tmp_path: Path):
     index = Index.create(tmp_path / "i", FACTS)
     first, second = items_of(tmp_path / "p")
     run(index, [first, second])
-    captioned = Item(first.place, first.id, first.source, first.path, "a red one", {"year": 1999})
+    captioned = IndexItem(
+        first.location, first.id, first.source, first.path, "a red one", {"year": 1999}
+    )
     report, batches = run(index, [captioned, second])
     assert (report, batches) == (Report(changed=1, unchanged=1), [])
     hit = index.search(expected(1), top=1, where="year = 1999")[0]
     assert (hit.id, hit.metadata["text"], hit.metadata["width"]) == ("001.png", "a red one", 4)
 
 
-def test_broken_files_are_told_and_their_old_rows_go(tmp_path: Path):
+def test_broken_files_are_skipped_and_their_old_rows_deleted(tmp_path: Path):
     folder = tmp_path / "p"
     paint(folder, [1, 2, 3])
     index = Index.create(tmp_path / "i", FACTS)
     run(index, items_of(folder))
-    (folder / "002.png").write_bytes(b"not a picture")
+    (folder / "002.png").write_bytes(b"not an image")
     (folder / "004.png").write_bytes(b"")
-    gone = Item("gone.png", "gone.png", Image(folder / "gone.png"), "gone.png")
+    gone = IndexItem("gone.png", "gone.png", Image(folder / "gone.png"), "gone.png")
     report, _ = run(index, [*items_of(folder), gone])
     assert (report.unchanged, report.deleted) == (2, 1)
-    assert [(s.place, s.reason.split(" (")[0]) for s in report.skipped] == [
-        ("002.png", "not a picture in a format that Pillow reads"),
-        ("004.png", "not a picture in a format that Pillow reads"),
+    assert [(s.location, s.reason.split(" (")[0]) for s in report.skipped] == [
+        ("002.png", "not an image in a format that Pillow reads"),
+        ("004.png", "not an image in a format that Pillow reads"),
         ("gone.png", "cannot be read"),
     ]
     check_equal(index, {"001.png": 1, "003.png": 3})
@@ -142,10 +141,11 @@ def test_what_the_model_refuses_is_found_by_halving(tmp_path: Path):
 
     index = Index.create(tmp_path / "i", FACTS)
     texts = [
-        Item(f"line {i}", str(i), text="too long" if i in (3, 6) else "x" * i) for i in range(1, 8)
+        IndexItem(f"line {i}", str(i), text="too long" if i in (3, 6) else "x" * i)
+        for i in range(1, 8)
     ]
     report = sync(index, texts, refuses)
-    assert [(s.place, s.reason) for s in report.skipped] == [
+    assert [(s.location, s.reason) for s in report.skipped] == [
         ("line 3", "longer than the context"),
         ("line 6", "longer than the context"),
     ]
@@ -154,26 +154,28 @@ def test_what_the_model_refuses_is_found_by_halving(tmp_path: Path):
     np.testing.assert_allclose(stored["7"].vector, np.array([1, 7, 0, 0]) / 50**0.5, atol=1e-6)
 
 
-def test_an_id_that_comes_twice_is_told(tmp_path: Path):
+def test_an_id_that_occurs_twice_is_skipped(tmp_path: Path):
     index = Index.create(tmp_path / "i", FACTS)
-    report, _ = run(index, [Item("a", "1", text="x"), Item("b", "1", text="yy")])
-    assert [(s.place, s.reason) for s in report.skipped] == [
-        ("b", "id '1' comes twice; the first is kept")
+    report, _ = run(index, [IndexItem("a", "1", text="x"), IndexItem("b", "1", text="yy")])
+    assert [(s.location, s.reason) for s in report.skipped] == [
+        ("b", "id '1' occurs twice; the first is kept")
     ]
     assert len(index) == 1
 
 
-def test_what_is_no_text_is_told_and_stops_nothing(tmp_path: Path):
+def test_invalid_text_is_skipped_and_stops_nothing(tmp_path: Path):
     """JSON's escapes can hold half of a pair, and a file's name any bytes."""
     index = Index.create(tmp_path / "i", FACTS)
     items = [
-        Item("line 1", "1", text="\ud83d"),
-        Item("line 2", "\udcff", text="x"),
-        Item("line 3", "3", text="xx", extra={"note": "\ud83d"}),
-        Item("line 4", "4", text="xxx"),
+        IndexItem("line 1", "1", text="\ud83d"),
+        IndexItem("line 2", "\udcff", text="x"),
+        IndexItem("line 3", "3", text="xx", extra={"note": "\ud83d"}),
+        IndexItem("line 4", "4", text="xxx"),
     ]
     report, _ = run(index, items)
-    assert [(s.place, s.reason.split(" holds")[0]) for s in report.skipped] == [
+    assert [
+        (s.location, s.reason.split(" contains an unpaired surrogate")[0]) for s in report.skipped
+    ] == [
         ("line 1", "text"),
         ("line 2", "id"),
         ("line 3", "note"),
@@ -199,30 +201,50 @@ def test_the_uri_of_a_store_is_followed_as_a_folder_is(tmp_path: Path):
     assert [hit.id for hit in hits] == ["005.png"]
 
 
-def test_large_pictures_make_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_large_images_make_small_batches(tmp_path: Path):
     paint(tmp_path / "p", range(1, 6))
-    monkeypatch.setattr(upkeep_module, "MAX_BATCH_PIXELS", 24)  # two pictures of 4 x 3
-    _, batches = run(Index.create(tmp_path / "i", FACTS), items_of(tmp_path / "p"))
+    index = Index.create(tmp_path / "i", FACTS)
+    _, batches = run(index, items_of(tmp_path / "p"), max_batch_pixels=24)  # two images of 4 x 3
     assert batches == [2, 2, 1]
 
 
 def test_many_small_writes_are_compacted_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(upkeep_module, "_COMPACT_EVERY", 3)
     calls: list[int] = []
     index = Index.create(tmp_path / "i", FACTS)
     monkeypatch.setattr(index, "compact", lambda: calls.append(len(index)))
-    run(index, [Item(str(i), str(i), text="x" * i) for i in range(1, 9)], batch_size=1)
+    items = [IndexItem(str(i), str(i), text="x" * i) for i in range(1, 9)]
+    run(index, items, batch_size=1, compact_every=3)
     assert calls == [3, 6]
 
 
-def test_two_writers_do_not_meet(tmp_path: Path):
+def test_a_second_writer_is_refused(tmp_path: Path):
     index = Index.create(tmp_path / "i", FACTS)
-    items = [Item("a", "1", text="x")]
+    items = [IndexItem("a", "1", text="x")]
     with only_writer(index.uri), pytest.raises(DataError, match="another process is writing"):
         run(index, items)
     run(index, items)
+    code = "import sys; from cafe.index.store import only_writer\nwith only_writer(sys.argv[1]): "
+    code += "print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, index.uri]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(DataError, match="another process is writing"):
+        run(index, items)
+    other.kill()
+    other.communicate()
+    assert run(index, items)[0] == Report(unchanged=1)
+
+
+def test_an_index_that_is_gone_or_fixed_cannot_be_written(tmp_path: Path):
+    with pytest.raises(DataError, match="cannot be written"), only_writer(str(tmp_path / "gone")):
+        pytest.fail("written")
+    assert not (tmp_path / "gone").exists()
+    (tmp_path / ".writer").mkdir()
+    with pytest.raises(DataError, match="cannot be written"), only_writer(str(tmp_path)):
+        pytest.fail("written")
 
 
 def test_the_model_s_own_embeddings_are_what_is_searched(tmp_path: Path, small_model: Any):
@@ -246,11 +268,12 @@ def test_the_model_s_own_embeddings_are_what_is_searched(tmp_path: Path, small_m
 def test_runs_killed_in_the_middle_lose_at_most_a_batch_and_nothing_twice(tmp_path: Path):
     folder, uri = tmp_path / "photos", tmp_path / "i"
     paint(folder, range(60))
-    command = [sys.executable, str(Path(__file__).parent / "pixels.py"), str(folder), str(uri)]
+    command = [sys.executable, "-m", "helpers.pixels", str(folder), str(uri)]
+    environment = environment_with_helpers()
     chance = random.Random(0)
     rows = 0
     for after in (1, 4, 2):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert process.stdout is not None
         embedded = 0
         for _ in range(after):
@@ -265,6 +288,6 @@ def test_runs_killed_in_the_middle_lose_at_most_a_batch_and_nothing_twice(tmp_pa
         assert rows + embedded - 3 <= now <= rows + embedded
         rows = now
     assert 0 < rows < 60
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.splitlines()[-1] == f"report {60 - rows} {rows}"
     check_equal(Index.open(uri), {f"{i:03d}.png": i for i in range(60)})

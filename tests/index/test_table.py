@@ -14,7 +14,7 @@ import pytest
 
 import cafe.index.table as table_module
 from cafe.errors import CafeError, DataError
-from cafe.index import Index, ModelFacts, Origin, Row
+from cafe.index import Index, IndexRow, ModelFacts, Origin
 from cafe.index.rows import column_name, column_types, plain
 
 DIMENSION = 16
@@ -30,9 +30,9 @@ def vectors_of(count: int, seed: int = 0, clusters: int = 0) -> np.ndarray:
     return vectors.astype(np.float32)
 
 
-def rows_of(count: int, start: int = 0) -> list[Row]:
+def rows_of(count: int, start: int = 0) -> list[IndexRow]:
     return [
-        Row(f"{i:05d}", "image", f"{i:05d}.png", f"text {i}", f"h{i}", "r", 10 * i, 5)
+        IndexRow(f"{i:05d}", "image", f"{i:05d}.png", f"text {i}", f"h{i}", "r", 10 * i, 5)
         for i in range(start, start + count)
     ]
 
@@ -93,12 +93,12 @@ def test_bad_sql_is_one_clear_error_that_lists_the_columns(tmp_path: Path, where
     index, vectors = filled(tmp_path / "i", 3)
     with pytest.raises(DataError) as error:
         index.search(vectors[0], where=where)
-    told = str(error.value)
-    assert reason.lower() in told.lower()
-    assert told.startswith(f"--where {where!r} cannot be used")
-    assert told.endswith("write SQL over the columns id, kind, path, text, width, height")
-    assert ".rs:" not in told
-    assert "\n" not in told
+    message = str(error.value)
+    assert reason.lower() in message.lower()
+    assert message.startswith(f"where {where!r} cannot be used")
+    assert message.endswith("write SQL over the columns id, kind, path, text, width, height")
+    assert ".rs:" not in message
+    assert "\n" not in message
 
 
 def test_a_row_that_comes_again_replaces_the_first(tmp_path: Path):
@@ -113,14 +113,14 @@ def test_a_row_that_comes_again_replaces_the_first(tmp_path: Path):
 
 def test_an_id_twice_in_one_write_is_refused_and_nothing_is_written(tmp_path: Path):
     index, vectors = filled(tmp_path / "i", 2)
-    with pytest.raises(DataError, match="comes twice"):
+    with pytest.raises(DataError, match="occurs twice"):
         index.add([*rows_of(1, start=7), *rows_of(1, start=7)], vectors)
     assert len(index) == 2
 
 
 def test_ids_with_quotes_are_found_and_deleted(tmp_path: Path):
     index = Index.create(tmp_path / "i", FACTS)
-    rows = [Row("it's", "text", text="a"), Row("b", "text", text="b")]
+    rows = [IndexRow("it's", "text", text="a"), IndexRow("b", "text", text="b")]
     index.add(rows, vectors_of(2))
     assert set(index.stored(["it's", "none"])) == {"it's"}
     index.delete(["it's"])
@@ -177,14 +177,16 @@ def test_a_query_that_is_no_vector_needs_encode(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "difference"),
     [
         ({"weights": "weights-b"}, "other weights"),
         ({"prompt": "prompt-b"}, "another embedding prompt"),
         ({"dimension": 32}, "dimension 32 instead of 16"),
     ],
 )
-def test_another_model_is_an_error_that_says_what_to_do(tmp_path: Path, change: Any, told: str):
+def test_another_model_is_an_error_that_says_what_to_do(
+    tmp_path: Path, change: Any, difference: str
+):
     Index.create(tmp_path / "i", FACTS, origin=Origin("/photos", "/photos"))
     assert (
         Index.open(tmp_path / "i", model=dataclasses.replace(FACTS, name="a/copy")).model == FACTS
@@ -192,7 +194,7 @@ def test_another_model_is_an_error_that_says_what_to_do(tmp_path: Path, change: 
     with pytest.raises(DataError) as error:
         Index.open(tmp_path / "i", model=dataclasses.replace(FACTS, name="other", **change))
     message = str(error.value)
-    assert f"model 'tiny', and 'other' has {told}" in message
+    assert f"model 'tiny', and 'other' has {difference}" in message
     assert "use tiny, or index again" in message
     assert "cafe index other /photos --to NEW_DIR" in message
 
@@ -273,7 +275,7 @@ def test_other_columns_are_typed_and_can_be_asked_for(tmp_path: Path):
         index.add([bad], vectors[:1])
 
 
-def test_values_become_what_json_can_tell():
+def test_values_become_what_json_can_hold():
     values = [1, 2.5, True, None, "a", np.float32(0.5), float("nan"), np.float64("inf"), {"a": [1]}]
     assert [plain(v) for v in values] == [1, 2.5, True, None, "a", 0.5, None, None, '{"a": [1]}']
 
@@ -295,6 +297,7 @@ def near(vectors: np.ndarray, query: np.ndarray, top: int) -> list[str]:
     return [f"{i:05d}" for i in np.argsort(-cosines(vectors, query))[:top]]
 
 
+@pytest.mark.slow
 def test_beyond_the_threshold_search_is_approximate_and_its_recall_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -337,7 +340,8 @@ def test_beyond_the_threshold_search_is_approximate_and_its_recall_measured(
     assert all(hit.metadata["width"] < 300 for hit in found)
 
 
-def test_rows_added_later_are_found_and_a_doubled_table_learns_anew(tmp_path: Path):
+@pytest.mark.slow
+def test_rows_added_later_are_found_and_a_doubled_table_is_trained_again(tmp_path: Path):
     index, _ = filled(tmp_path / "i", 1000, clusters=10)
     first = index.optimize(threshold=500)
     more = vectors_of(600, seed=3)

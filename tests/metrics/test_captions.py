@@ -45,7 +45,7 @@ def test_bleu_clips_repetitions_and_takes_the_nearest_length():
     assert found["bleu4"] == 0  # no run of four words
 
 
-def test_bleu_counts_over_all_pictures_before_it_divides():
+def test_bleu_counts_over_all_images_before_it_divides():
     # 4/4 and 0/4 words, 3/3 and 0/3 pairs: precision 1/2 each.
     found = bleu(["a b c d", "q r s t"], [["a b c d"], ["v w x y"]])
     assert found == {f"bleu{n}": pytest.approx(0.5) for n in (1, 2, 3, 4)}
@@ -64,8 +64,8 @@ def test_a_caption_that_is_its_only_reference_scores_ten():
     np.testing.assert_allclose(found, [10, 10])
 
 
-def test_words_that_every_picture_has_weigh_nothing():
-    # "a" is in both pictures' references: log(2/2) = 0. Of the four lengths only that of one
+def test_words_that_every_image_has_weigh_nothing():
+    # "a" is in both images' references: log(2/2) = 0. Of the four lengths only that of one
     # word has anything in common; there the whole weight is on "cat": cosine 1.
     found = cider(["a cat", "a dog"], [["a big cat"], ["a dog"]])
     penalty = math.exp(-1 / 72)
@@ -76,7 +76,7 @@ def test_words_that_every_picture_has_weigh_nothing():
 
 
 def test_repeating_a_word_is_clipped_to_the_reference():
-    # All runs are in one of two pictures, so they weigh alike, w. Words: cat 3w, u w against
+    # All runs are in one of two images, so they weigh alike, w. Words: cat 3w, u w against
     # cat w, u w: with 3w clipped to w the product is 2w², the norms √10 w and √2 w. Pairs: "cat
     # cat" 2w, "cat u" w against "cat u" w: w² of √5 w and w. Two words longer: exp(-4/72).
     found = cider(["cat cat cat u", "q"], [["cat u"], ["w"]])[0]
@@ -94,9 +94,9 @@ def test_several_references_are_averaged_and_order_means_nothing():
 
 
 def test_bad_input_is_told():
-    with pytest.raises(DataError, match="picture 1 has no reference"):
+    with pytest.raises(DataError, match="image 1 has no reference"):
         cider(["a", "b"], [["a"], []])
-    with pytest.raises(ValueError, match="2 captions for 1 pictures"):
+    with pytest.raises(ValueError, match="2 captions for 1 images"):
         bleu(["a", "b"], [["a"]])
     with pytest.raises(ValueError, match="0 captions"):
         cider_d([], [])

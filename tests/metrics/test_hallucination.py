@@ -12,14 +12,25 @@ from cafe.metrics import (
     ABSENT,
     DISQUALIFIED,
     PRESENT,
-    chair_scores,
+    chair_columns,
     judge_says_yes,
-    object_f1,
+    object_columns,
     parse_yes_no,
-    pope_scores,
-    throne_scores,
+    pope_columns,
+    throne_columns,
     throne_verdicts,
 )
+from helpers.metric_reference import chair_scores, object_f1, pope_scores, throne_scores
+
+
+def quotients(columns: dict[str, np.ndarray], parts: dict[str, tuple[str, str]]) -> dict:
+    """Sums of one column over those of another; a fraction of nothing is 0."""
+    sums = {name: int(column.sum()) for name, column in columns.items()}
+    return {
+        name: sums[part] / sums[whole] if sums[whole] else 0.0
+        for name, (part, whole) in parts.items()
+    }
+
 
 # --- POPE -------------------------------------------------------------------------------------
 
@@ -87,20 +98,39 @@ def test_f1_is_the_harmonic_mean_and_order_is_nothing(pairs: list[tuple[bool, bo
     assert scores == pope_scores(*zip(*reversed(pairs), strict=True))
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.booleans()), min_size=1, max_size=20)
+)
+def test_pope_from_counts_per_image_is_pope(asked: list[tuple[int, bool, bool]]) -> None:
+    images, predicted, labels = zip(*asked, strict=True)
+    columns = pope_columns(np.array(images), predicted, labels, 4)
+    parts = {
+        "accuracy": ("right", "asked"),
+        "precision": ("hits", "yes"),
+        "recall": ("hits", "there"),
+        "f1": ("hits_twice", "yes_and_there"),
+        "yes_ratio": ("yes", "asked"),
+    }
+    assert quotients(columns, parts) == pope_scores(predicted, labels)
+    assert columns["asked"].tolist() == [images.count(i) for i in range(4)]
+
+
 def test_words_are_no_labels() -> None:
+    both = np.array([0, 1])
     with pytest.raises(ValueError, match="labels is <U3; it must be booleans"):
-        pope_scores(np.array([True, True]), np.array(["yes", "no"]))
+        pope_columns(both, np.array([True, True]), np.array(["yes", "no"]), 2)
     with pytest.raises(ValueError, match="predicted is int64"):
-        pope_scores(np.array([1, 0]), np.array([True, True]))
+        pope_columns(both, np.array([1, 0]), np.array([True, True]), 2)
     with pytest.raises(ValueError, match="2 answers and 1 labels"):
-        pope_scores([True, True], [True])
+        pope_columns(both, [True, True], [True], 2)
 
 
 # --- CHAIR and object F1 ----------------------------------------------------------------------
 
-# "A dog and another dog chase a cat past a bench."   picture: dog, cat
-# "A man on a bench beside a dog."                    picture: person, bench, bicycle
-# "A blue sky."                                       picture: kite
+# "A dog and another dog chase a cat past a bench."   image: dog, cat
+# "A man on a bench beside a dog."                    image: person, bench, bicycle
+# "A blue sky."                                       image: kite
 MENTIONED = [["dog", "dog", "cat", "bench"], ["person", "bench", "dog"], []]
 PRESENT_OBJECTS = [{"dog", "cat"}, {"person", "bench", "bicycle"}, {"kite"}]
 LENGTHS = [10, 8, 3]
@@ -136,21 +166,52 @@ def test_object_f1_on_the_same_example() -> None:
     assert one_sided == {"precision": 1 / 3, "recall": 1.0, "f1": 0.5}
 
 
-def test_counts_are_summed_over_pictures_before_dividing() -> None:
+def test_counts_are_summed_over_images_before_dividing() -> None:
     scores = object_f1([{"a"}, {"b", "c", "d"}], [{"a"}, {"x"}])
     assert scores["precision"] == 1 / 4  # the mean of the two precisions would be 1/2
     assert scores["recall"] == 1 / 2
 
 
+THINGS = st.sampled_from(["dog", "cat", "bus", "kite"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(THINGS, max_size=6), st.sets(THINGS), st.integers(0, 9)), min_size=1
+    )
+)
+def test_chair_and_object_f1_from_counts_per_image_are_themselves(captions: list) -> None:
+    mentioned, present, lengths = zip(*captions, strict=True)
+    columns = chair_columns(mentioned, present, lengths)
+    columns["captions"] = np.ones(len(captions), dtype=int)
+    parts = {
+        "chair_i": ("invented", "mentions"),
+        "chair_s": ("any_invented", "captions"),
+        "recall": ("found", "there"),
+        "mean_mentions": ("mentions", "captions"),
+        "mean_length_words": ("words", "captions"),
+    }
+    expected = chair_scores(mentioned, present, lengths_words=lengths)
+    assert quotients(columns, parts) == expected
+    parts = {
+        "precision": ("objects_right", "objects_named"),
+        "recall": ("objects_right", "objects_shown"),
+        "f1": ("objects_right_twice", "objects_named_and_shown"),
+    }
+    found = quotients(object_columns(mentioned, present), parts)
+    assert found == object_f1(mentioned, present)
+
+
 def test_bad_collections_are_one_clear_error() -> None:
     with pytest.raises(ValueError, match="entry 1 is the string 'dog'"):
-        object_f1([{"dog"}, "dog"], [{"dog"}, {"dog"}])
-    with pytest.raises(ValueError, match="1 captions for 2 pictures"):
-        chair_scores([["dog"]], [{"dog"}, {"dog"}])
+        object_columns([{"dog"}, "dog"], [{"dog"}, {"dog"}])
+    with pytest.raises(ValueError, match="1 captions for 2 images"):
+        chair_columns([["dog"]], [{"dog"}, {"dog"}], [1])
     with pytest.raises(ValueError, match="0 captions"):
-        object_f1([], [])
+        object_columns([], [])
     with pytest.raises(ValueError, match="2 lengths for 1 captions"):
-        chair_scores([["dog"]], [{"dog"}], lengths_words=[3, 4])
+        chair_columns([["dog"]], [{"dog"}], [3, 4])
 
 
 # --- THRONE -----------------------------------------------------------------------------------
@@ -181,11 +242,11 @@ def test_only_a_unanimous_vote_is_a_verdict() -> None:
 
 # Classes: dog, cat, bus, kite.     +: said    .: not said    ?: the judges differ
 #
-#   picture 1   votes  9 9 0 4      said dog, cat         there: dog, bus, (kite)
+#   image 1   votes  9 9 0 4      said dog, cat         there: dog, bus, (kite)
 #               P = 1/2, R = 1/2 (kite is taken out)      F1 = 1/2    F0.5 = 1/2
-#   picture 2   votes  0 9 9 9      said cat, bus, kite   there: cat
+#   image 2   votes  0 9 9 9      said cat, bus, kite   there: cat
 #               P = 1/3, R = 1                            F1 = 1/2    F0.5 = 5/13
-#   picture 3   votes  0 0 0 0      said nothing          there: dog
+#   image 3   votes  0 0 0 0      said nothing          there: dog
 #               P = 0, R = 0                              F drops out
 #
 #   class       hits said there    P    R    F1    F0.5
@@ -251,7 +312,7 @@ def test_a_perfect_describer_scores_one_and_a_silent_one_nothing() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_the_order_of_pictures_and_classes_is_nothing(seed: int) -> None:
+def test_the_order_of_images_and_classes_is_nothing(seed: int) -> None:
     rng = np.random.default_rng(seed)
     votes, truth = rng.choice([0, 0, 3, 9, 9], (6, 4)), rng.random((6, 4)) < 0.5
     row, column = rng.permutation(6), rng.permutation(4)
@@ -263,12 +324,12 @@ def test_the_order_of_pictures_and_classes_is_nothing(seed: int) -> None:
 def test_bad_votes_are_one_clear_error() -> None:
     truth = np.ones((1, 2), dtype=bool)
     with pytest.raises(DataError, match=r"range over 0 \.\. 10; expected 0 \.\. 9"):
-        throne_scores(np.array([[0, 10]]), truth)
+        throne_columns(np.array([[0, 10]]), truth)
     with pytest.raises(DataError, match="range over -1"):
-        throne_scores(np.array([[-1, 9]]), truth)
+        throne_columns(np.array([[-1, 9]]), truth)
     with pytest.raises(ValueError, match=r"must both be \[n, c\]"):
-        throne_scores(np.array([[9, 9, 9]]), truth)
+        throne_columns(np.array([[9, 9, 9]]), truth)
     with pytest.raises(ValueError, match="present is int64"):
-        throne_scores(np.array([[9, 9]]), np.array([[1, 0]]))
+        throne_columns(np.array([[9, 9]]), np.array([[1, 0]]))
     with pytest.raises(ValueError, match="at least one judge"):
         throne_verdicts(np.array([[0]]), votes=0)

@@ -6,19 +6,15 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cafe.metrics import (
     bootstrap_interval,
-    bootstrap_scores,
-    chair_scores,
     interval_over_seeds,
     paired_interval,
     percentile_interval,
     resampled_sums,
-    wilson_interval,
 )
+from helpers.metric_reference import bootstrap_scores, chair_scores
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -78,7 +74,7 @@ def test_the_interval_does_not_depend_on_how_many_draws_are_held_at_once(
 ) -> None:
     values = normal(30)
     whole = bootstrap_interval(values, resamples=100)
-    monkeypatch.setattr("cafe.metrics.interval._DRAWS_AT_ONCE", 70)
+    monkeypatch.setattr("cafe.metrics.interval._DRAWS_PER_BLOCK", 70)
     assert bootstrap_interval(values, resamples=100) == whole
 
 
@@ -111,31 +107,6 @@ def test_booleans_are_subtracted_as_numbers_and_the_sign_is_that_of_the_gain() -
     assert paired_interval(before, after).estimate == -0.25
 
 
-# --- Wilson -----------------------------------------------------------------------------------
-
-Z2 = 1.959963984540054**2
-
-
-def test_wilson_closed_forms() -> None:
-    assert wilson_interval(0, 10) == pytest.approx((0, 0, Z2 / (10 + Z2)))
-    assert wilson_interval(10, 10) == pytest.approx((1, 10 / (10 + Z2), 1))
-    half = 0.5 * math.sqrt(Z2 / (10 + Z2))
-    assert wilson_interval(5, 10) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
-    assert wilson_interval(81, 263)[1:] == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe
-
-
-@settings(max_examples=60, deadline=None)
-@given(trials=st.integers(1, 500), share=st.floats(0, 1))
-def test_wilson_bounds_solve_their_equation_and_mirror(trials: int, share: float) -> None:
-    successes = round(share * trials)
-    p, low, high = wilson_interval(successes, trials)
-    assert 0 <= low <= p <= high <= 1
-    mirrored = wilson_interval(trials - successes, trials)
-    assert (1 - mirrored.high, 1 - mirrored.low) == pytest.approx((low, high))
-    for bound in (low, high):  # |p - bound| is z standard errors of the bound
-        assert (p - bound) ** 2 == pytest.approx(Z2 * bound * (1 - bound) / trials, abs=1e-9)
-
-
 # --- bad input --------------------------------------------------------------------------------
 
 
@@ -151,12 +122,9 @@ def test_bad_input_is_one_clear_error() -> None:
     with pytest.raises(ValueError, match="confidence is 95"):
         bootstrap_interval(np.ones(2), confidence=95)
     with pytest.raises(ValueError, match="confidence is 1"):
-        wilson_interval(1, 2, confidence=1)
+        bootstrap_interval(np.ones(2), confidence=1)
     with pytest.raises(ValueError, match="pair them by sample id"):
         paired_interval(np.ones(2), np.ones(3))
-    for successes, trials in ((3, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match="is no proportion"):
-            wilson_interval(successes, trials)
 
 
 def test_sums_begin_with_the_samples_as_they_are_and_agree_with_the_slow_bootstrap():

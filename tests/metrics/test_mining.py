@@ -62,7 +62,7 @@ def test_every_relevant_target_is_spared_and_the_first_sets_the_limit() -> None:
     assert limited.own_scores[0] == pytest.approx(0.5)
 
 
-def test_scores_and_counts_are_told() -> None:
+def test_scores_and_counts_are_returned() -> None:
     queries, targets = from_scores([ROW, [0.96, 1.0, 0.2, 0.1, 0.1, 0.1]])
     found = hard_negatives(queries, targets, [[0], [1]], window=(0, 2), count=2, margin=0.05)
     assert found.indices.tolist() == [[2, -1], [2, -1]]

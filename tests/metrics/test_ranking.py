@@ -18,14 +18,13 @@ from cafe.metrics import (
     hit_at_1,
     ndcg_at_k,
     rank_relevances,
-    recall_at_k,
-    recalls,
     two_way_ranks,
 )
+from helpers.metric_reference import recall_at_k, recalls
 
 Table = list[list[float]]
 
-# Four pictures, two captions each: picture i owns captions 2i and 2i + 1.
+# Four images, two captions each: image i owns captions 2i and 2i + 1.
 CAPTIONS = [[0, 1], [2, 3], [4, 5], [6, 7]]
 SCORES: Table = [
     #  own               own               own               own
@@ -34,17 +33,17 @@ SCORES: Table = [
     [0.2, 0.7, 0.1, 0.3, 0.7, 0.2, 0.1, 0.1],  # 0.7 ties with caption 1             -> rank 2
     [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1],  # 0.2 is below six foreign captions   -> rank 7
 ]
-PICTURE_RANKS = [1, 3, 2, 7]
-# Down each column: the caption's own picture against the other three pictures.
+IMAGE_RANKS = [1, 3, 2, 7]
+# Down each column: the caption's own image against the other three images.
 CAPTION_RANKS = [
     1,  # 0.9 over 0.5, 0.2, 0.8
     4,  # 0.1 under 0.6, 0.7, 0.7
     2,  # 0.4 under 0.6
     2,  # 0.4 under 0.5
     1,  # 0.7 over 0.3, 0.1, 0.4
-    3,  # 0.2 ties with picture 0 and is under 0.3 of picture 3
-    2,  # 0.2 ties with picture 1
-    3,  # 0.1 is under 0.3 of picture 1 and ties with picture 2
+    3,  # 0.2 ties with image 0 and is under 0.3 of image 3
+    2,  # 0.2 ties with image 1
+    3,  # 0.1 is under 0.3 of image 1 and ties with image 2
 ]
 
 
@@ -93,10 +92,10 @@ def small_worlds(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, list[list[int
 
 
 def test_ranks_of_the_table() -> None:
-    pictures, captions = embeddings_of(SCORES)
-    assert first_relevant_ranks(pictures, captions, CAPTIONS).tolist() == PICTURE_RANKS
-    forward, backward = two_way_ranks(pictures, captions, CAPTIONS)
-    assert (forward.tolist(), backward.tolist()) == (PICTURE_RANKS, CAPTION_RANKS)
+    images, captions = embeddings_of(SCORES)
+    assert first_relevant_ranks(images, captions, CAPTIONS).tolist() == IMAGE_RANKS
+    forward, backward = two_way_ranks(images, captions, CAPTIONS)
+    assert (forward.tolist(), backward.tolist()) == (IMAGE_RANKS, CAPTION_RANKS)
 
 
 def test_recalls_of_the_table() -> None:
@@ -116,8 +115,8 @@ def test_recalls_of_ranks() -> None:
 
 
 def test_any_caption_is_enough_and_the_other_captions_do_not_compete() -> None:
-    pictures, captions = embeddings_of([[0.1, 0.9, 0.5], [0.9, 0.9, 0.2]])
-    assert first_relevant_ranks(pictures, captions, [[0, 1], [2]]).tolist() == [1, 3]
+    images, captions = embeddings_of([[0.1, 0.9, 0.5], [0.9, 0.9, 0.2]])
+    assert first_relevant_ranks(images, captions, [[0, 1], [2]]).tolist() == [1, 3]
     tied_siblings = embeddings_of([[0.9, 0.9, 0.9, 0.1]])
     assert first_relevant_ranks(*tied_siblings, [[0, 1, 2]]).tolist() == [1]
 
@@ -135,13 +134,13 @@ def test_distractors_compete_in_one_direction_and_are_refused_in_two() -> None:
 @pytest.mark.parametrize("width", [1, 64, 768, 3584])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_constant_embeddings_come_last_whatever_rounding_does(width: int, dtype: str) -> None:
-    pictures = np.full((7, width), width**-0.5, dtype=dtype)
+    images = np.full((7, width), width**-0.5, dtype=dtype)
     captions = np.full((35, width), width**-0.5, dtype=dtype)
     relevant = [list(range(5 * i, 5 * i + 5)) for i in range(7)]
-    forward, backward = two_way_ranks(pictures, captions, relevant, block=4)
+    forward, backward = two_way_ranks(images, captions, relevant, block=4)
     assert set(forward.tolist()) == {35 - 5 + 1}
     assert set(backward.tolist()) == {7}
-    assert set(recall_at_k(pictures, captions, relevant, ks=(1, 5)).values()) == {0.0}
+    assert set(recall_at_k(images, captions, relevant, ks=(1, 5)).values()) == {0.0}
 
 
 def test_without_the_tie_rule_constant_embeddings_would_be_perfect() -> None:

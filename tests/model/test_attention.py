@@ -1,4 +1,4 @@
-"""A model that reads with FlexAttention decodes with SDPA."""
+"""A model with FlexAttention generates with SDPA."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
+from cafe.model.attention import SdpaWhileGenerating
 from cafe.model.vlm import CAFe
 
 ASKED: list[Any] = ["yes", {"text": "What is it?", "image": PIL.Image.new("RGB", (96, 96), "red")}]
@@ -34,18 +35,18 @@ def test_it_answers_as_sdpa_does_and_reads_with_flex_afterwards(flexible: CAFe, 
     assert kernels(flexible) == before
 
 
-def test_the_last_of_several_that_decode_brings_flex_back(flexible: CAFe):
+def test_the_last_of_several_that_generate_restores_flex(flexible: CAFe):
     before = kernels(flexible)
-    first, second = flexible._decoding, flexible._decoding
-    with first:
+    sdpa = SdpaWhileGenerating(flexible.model.config)
+    with sdpa:
         assert kernels(flexible) == ["sdpa", "sdpa", before[2]]
-        with second:
+        with sdpa:
             pass
-        assert kernels(flexible)[0] == "sdpa", "the other still decodes"
+        assert kernels(flexible)[0] == "sdpa", "the other still generates"
     assert kernels(flexible) == before
 
 
-def test_an_error_in_decoding_brings_flex_back_too(flexible: CAFe):
+def test_an_error_in_generation_restores_flex_too(flexible: CAFe):
     before = kernels(flexible)
     with pytest.raises(ValueError, match="no_such_setting"):
         flexible.generate("hi", no_such_setting=1)
@@ -54,6 +55,6 @@ def test_an_error_in_decoding_brings_flex_back_too(flexible: CAFe):
 
 def test_other_kernels_stay_as_they_are(small_model: CAFe):
     before = kernels(small_model)
-    with small_model._decoding:
+    with SdpaWhileGenerating(small_model.model.config):
         assert kernels(small_model) == before
     assert kernels(small_model) == before

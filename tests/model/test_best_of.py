@@ -1,26 +1,20 @@
-"""`best_of`: the answer that fits the picture best, by embedding and judgement."""
+"""`best_of`: the answer that fits the image best, by embedding and judgement."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 
 from cafe.errors import DataError
 from cafe.model import best_of
 from cafe.model.best_of import candidates, posterior_of
-from cafe.model.inputs import as_messages
 from cafe.model.rerank import DEFAULT_TEMPERATURE
+from cafe.model.rows.inputs import as_messages
 from cafe.model.vlm import CAFe
-
-
-def noise(seed: int) -> PIL.Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (96, 96, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels)
-
+from helpers.images import noise
 
 ASKED: list[Any] = [
     {"text": "What is it?", "image": noise(1)},
@@ -48,10 +42,10 @@ def written(model: CAFe, asked: Any, shown: Any, text: str) -> float:
     """log P of an answer by the plain processor and model, in a pass of its own."""
     conversation = as_messages([asked])[0]
     prompt = model.collator.render.prompt(conversation).text
-    pictures = shown["image"] if isinstance(shown, dict) else [shown]
+    images = shown["image"] if isinstance(shown, dict) else [shown]
 
     def tokens(written: str) -> Any:
-        return model.processor(images=[pictures], text=[written], return_tensors="pt")
+        return model.processor(images=[images], text=[written], return_tensors="pt")
 
     whole = tokens(prompt + text + "<|im_end|>")
     begin = tokens(prompt)["input_ids"].shape[1]
@@ -64,18 +58,18 @@ def written(model: CAFe, asked: Any, shown: Any, text: str) -> float:
 def test_candidates_are_ranked_by_what_three_witnesses_say(model: CAFe):
     found = ranked(model, 4, temperature=3.0)
     assert len(found) == len(ASKED)
-    pictures = model.encode(SHOWN)
-    for own, asked, shown, picture in zip(found, ASKED, SHOWN, pictures, strict=True):
+    images = model.encode(SHOWN)
+    for own, asked, shown, image in zip(found, ASKED, SHOWN, images, strict=True):
         texts = [c.text for c in own]
         assert 3 <= len(set(texts)) == len(texts) <= 5, "distinct: the greedy and four samples"
-        cosines = model.encode(texts) @ picture
+        cosines = model.encode(texts) @ image
         assert np.abs(cosines - [c.similarity for c in own]).max() <= 1e-5
         said = [c for c in own if c.text]  # an empty answer comes last, however probable
         assert (np.diff([c.posterior for c in said]) <= 0).all()
         log_p = np.array([written(model, asked, shown, c.text) for c in said])
         np.testing.assert_allclose([c.log_p for c in said], log_p, rtol=1e-5, atol=1e-4)
         near = cosines[: len(said)] / DEFAULT_TEMPERATURE
-        if not isinstance(shown, dict):  # of several pictures nothing is asked
+        if not isinstance(shown, dict):  # of several images nothing is asked
             near = (near + logit(model.score(shown, [c.text for c in said]))) / 2
         total = log_p + near / 2
         weights = np.exp(total - total.max())
@@ -114,7 +108,7 @@ def test_each_witness_can_overrule_the_others(
     monkeypatch.setattr(best_of.inference, witness, against)
     now = [own[0].text for own in ranked(model, 4, temperature=3.0)]
     overruled = [a != b for a, b in zip(now, before, strict=True)]
-    assert overruled == [True, witness == "log_likelihood", True], "of two pictures none is asked"
+    assert overruled == [True, witness == "log_likelihood", True], "of two images none is asked"
 
 
 def test_samples_are_drawn_at_a_moderate_temperature_unless_one_is_given(
@@ -129,9 +123,9 @@ def test_samples_are_drawn_at_a_moderate_temperature_unless_one_is_given(
     monkeypatch.setattr(best_of.inference, "generate", answers)
     ranked(model, 2)
     ranked(model, 2, temperature=1.5)
-    monkeypatch.setattr(model.model.generation_config, "temperature", 0.2)
+    monkeypatch.setattr(model.model.generation_config, "temperature", 0.01)  # as Qwen2-VL's file
     ranked(model, 2)
-    sampled = [{"temperature": t, "do_sample": True} for t in (0.6, 1.5, 0.2)]
+    sampled = [{"temperature": t, "num_beams": 1, "do_sample": True} for t in (0.6, 1.5, 0.6)]
     assert drawn == [{}, sampled[0], {}, sampled[1], {}, sampled[2]]
 
 
@@ -163,12 +157,14 @@ def test_an_empty_answer_is_taken_only_when_there_is_no_other(
 
 
 def test_what_cannot_be_chosen_is_told(model: CAFe):
-    with pytest.raises(DataError, match="input 1: best_of compares answers with a picture"):
+    with pytest.raises(DataError, match="input 1: best_of compares answers with an image"):
         model.generate([ASKED[0], "hi"], best_of=2)
     with pytest.raises(ValueError, match="best_of=0: sample at least one"):
         model.generate(ASKED[0], best_of=0)
     with pytest.raises(ValueError, match="leave do_sample out"):
         model.generate(ASKED[0], best_of=2, do_sample=False)
+    with pytest.raises(ValueError, match="leave do_sample out, or temperature=0"):
+        model.generate(ASKED[0], best_of=2, temperature=0)
     with pytest.raises(ValueError, match="one conversation at a time, without best_of"):
         model.generate(ASKED[0], best_of=2, stream=True)
 

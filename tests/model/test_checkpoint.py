@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
@@ -14,10 +15,15 @@ import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from cafe.errors import CheckpointError, FamilyError
+from cafe.media import open_image
+from cafe.model.checkpoint.directory import save_checkpoint
 from cafe.model.tiny import tiny_model
 from cafe.model.vlm import CAFe
+from cafe.types import Image
+from helpers.images import LFS, noise
 
 FILES = {
     "config.json",
@@ -27,18 +33,13 @@ FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    "additional_chat_templates/embedding.jinja",
+    "embedding_template.jinja",
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
     "1_Pooling/config.json",
     "2_Normalize/config.json",
 }
-
-
-def noise(seed: int, width: int = 96, height: int = 96) -> PIL.Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels)
 
 
 SQUARE, WIDE = noise(1), noise(2, 120, 50)
@@ -86,6 +87,50 @@ def test_the_directory_holds_what_every_tool_reads(small_dir: Path):
     assert {p.relative_to(small_dir).as_posix() for p in small_dir.rglob("*.*")} == FILES
 
 
+def test_one_chat_template_is_the_processors_and_the_old_named_one_is_removed(
+    small_model: Any, tmp_path: Path
+):
+    """vLLM refuses a processor that has several."""
+    from transformers import AutoProcessor
+
+    old = tmp_path / "additional_chat_templates"
+    old.mkdir()
+    (old / "embedding.jinja").write_text("an older version's")
+    small_model.save_pretrained(tmp_path)
+    assert isinstance(AutoProcessor.from_pretrained(tmp_path).chat_template, str)
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_have_the_names_of_the_hub(
+    small_model: Any, small_dir: Path, tmp_path: Path, loaded: bool, sharded: bool
+):
+    """Written by a model that was built, by one that was loaded, and from gathered weights."""
+    model = CAFe.from_pretrained(small_dir, device="cpu") if loaded else small_model
+    weights = model.model.state_dict() if sharded else None
+    save_checkpoint(model.model, model.processor, model.collator, tmp_path, weights)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    starts = {"image_newline", "language_model.model.", "multi_modal_projector."}
+    starts |= {"vision_tower.vision_model."}
+    assert {start for n in names for start in starts if n.startswith(start)} == starts
+    assert all(n.startswith(tuple(starts)) for n in names)
+
+
+def test_flattened_names_are_still_read_and_saved_under_the_hubs(small_dir: Path, tmp_path: Path):
+    old = tmp_path / "old"
+    shutil.copytree(small_dir, old)
+    tensors = load_file(old / "model.safetensors")
+    flat = {n.replace("vision_tower.vision_model.", "vision_tower."): t for n, t in tensors.items()}
+    assert flat.keys() != tensors.keys()
+    save_file(flat, old / "model.safetensors", metadata={"format": "pt"})
+    read = CAFe.from_pretrained(old, device="cpu")
+    read.save_pretrained(tmp_path / "new")
+    saved = load_file(tmp_path / "new" / "model.safetensors")
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[n], tensors[n]) for n in tensors)
+
+
 # ------------------------------------------------------------------ transformers
 
 
@@ -101,7 +146,7 @@ def test_plain_transformers_gives_the_same_logits(directory: Path):
     inputs = processor.apply_chat_template(
         MESSAGES, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    from cafe.model.inputs import as_conversation
+    from cafe.model.rows.inputs import as_conversation
 
     rows, vision = ours.collator.prompt_rows([as_conversation(MESSAGES)])
     assert rows.input_ids.tolist() == inputs["input_ids"].tolist()
@@ -144,9 +189,52 @@ def test_plain_sentence_transformers_gives_equal_embeddings(directory: Path):
     assert np.abs(theirs.encode(INPUTS) - expected).max() <= 1e-5, "mixed in one list"
     for given, embedding in zip(INPUTS, expected, strict=True):
         assert np.abs(theirs.encode(given) - embedding).max() <= 1e-5
-    # The inputs are told apart, so equality says something.
+    # The inputs differ, so equality says something.
     similarity = expected @ expected.T
     assert (similarity - np.eye(len(INPUTS))).max() < 1 - 1e-4
+
+
+def pixels(kind: str) -> tuple[PIL.Image.Image, PIL.Image.Image]:
+    """An unusual image, and the plain one that sentence-transformers embeds in its place."""
+    stream = io.BytesIO()
+    opaque = WIDE.convert("L").point(lambda level: 255 if level > 100 else 0)
+    match kind:
+        case "turned":
+            exif = PIL.Image.Exif()
+            exif[0x0112] = 6
+            WIDE.save(stream, "PNG", exif=exif)
+            return PIL.Image.open(stream), WIDE
+        case "16 bit" | "32 bit":
+            levels = np.arange(50 * 120).reshape(50, 120) * 10
+            deep = PIL.Image.fromarray(levels.astype(np.uint16 if kind == "16 bit" else np.int32))
+            return deep, PIL.Image.fromarray(levels.clip(max=255).astype(np.uint8)).convert("RGB")
+        case "palette":
+            WIDE.quantize(16).save(stream, "PNG", transparency=3)
+            mixed = PIL.Image.open(stream)
+        case "colour":
+            WIDE.save(stream, "PNG", transparency=WIDE.getpixel((0, 0)))
+            mixed = PIL.Image.open(stream)
+        case _:
+            mixed = WIDE.convert("RGBA")
+            mixed.putalpha(opaque)
+            mixed = mixed.convert(kind)
+    white = PIL.Image.new("RGBA", mixed.size, "white")
+    return mixed, PIL.Image.alpha_composite(white, mixed.convert("RGBA")).convert("RGB")
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "colour", "turned", "16 bit", "32 bit"])
+def test_plain_sentence_transformers_embeds_unusual_images_as_documented(
+    kind: str, small_dir: Path, small_model: Any
+):
+    """Transparent ones alike; deep and turned ones when cafe has opened them."""
+    theirs = sentence_transformer(small_dir)
+    image, seen_there = pixels(kind)
+    ours = small_model.encode(image)
+    there = theirs.encode([image])[0]
+    assert np.abs(there - small_model.encode(seen_there)).max() <= 1e-5
+    alike = np.abs(there - ours).max() <= 1e-5
+    assert alike == (kind not in {"turned", "16 bit", "32 bit"})
+    assert np.abs(theirs.encode([open_image(Image(image))])[0] - ours).max() <= 1e-5
 
 
 def test_plain_sentence_transformers_reads_messages_alike(small_dir: Path, small_model: Any):
@@ -162,7 +250,7 @@ def test_messages_among_other_inputs_are_refused_there_not_misread(small_dir: Pa
         sentence_transformer(small_dir).encode(["a red cat", MESSAGES])
 
 
-def test_the_order_of_keys_and_of_texts_before_pictures_means_nothing(small_model: Any):
+def test_the_order_of_keys_and_of_texts_before_images_means_nothing(small_model: Any):
     first = small_model.encode({"text": "what", "image": SQUARE})
     assert np.array_equal(first, small_model.encode({"image": SQUARE, "text": "what"}))
     parts = [{"type": "text", "text": "what"}, {"type": "image", "image": SQUARE}]
@@ -254,7 +342,23 @@ def spoil(name: str) -> Callable[[Path], None]:
         config = {"model_type": "bert", "architectures": ["BertModel"]}
         (directory / "config.json").write_text(json.dumps(config))
 
+    def own_code(directory: Path) -> None:
+        parts = ("AutoConfig", "AutoProcessor", "AutoModelForImageTextToText")
+        content = json.loads((directory / "config.json").read_text()) | {"model_type": "own"}
+        content["auto_map"] = dict.fromkeys(parts, "own.Own")
+        (directory / "config.json").write_text(json.dumps(content))
+        (directory / "own.py").write_text("raise SystemExit('this code ran')")
+
+    def more_tokens(directory: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer.add_tokens([f"<new {i}>" for i in range(1000)])
+        tokenizer.save_pretrained(directory)
+
     return {
+        "code of its own": own_code,
+        "too many tokens": more_tokens,
+        "weights not downloaded": lambda d: (d / "model.safetensors").write_text(LFS),
+        "tokenizer not downloaded": lambda d: (d / "tokenizer.json").write_text(LFS),
         "no weights": lambda d: (d / "model.safetensors").unlink(),
         "pickled weights": pickled,
         "no config": lambda d: (d / "config.json").unlink(),
@@ -276,21 +380,49 @@ def spoil(name: str) -> Callable[[Path], None]:
         ("config is not JSON", r"cannot be loaded \(.*config\.json.* not a valid JSON"),
         ("one tensor missing", r"1 weights are missing and 0 .*projector\.linear_1\.weight"),
         ("one tensor of another shape", r"0 weights are missing and 1 .*projector\.linear_1"),
+        ("weights not downloaded", r"/model\.safetensors: is a Git LFS pointer.*git lfs pull"),
+        ("tokenizer not downloaded", r"/tokenizer\.json: is a Git LFS pointer.*git lfs pull"),
+        ("too many tokens", r"tokenizer has [\d,]+ tokens and the model embeddings for \d+"),
+        ("code of its own", r"needs Python code of its own .* runs no code"),
         ("truncated weights", r"cannot be loaded \(.+\)"),
         ("no tokenizer", r"cannot be loaded \(.+\)"),
     ],
 )
 def test_a_spoilt_directory_is_one_error_that_names_it(
-    small_dir: Path, tmp_path: Path, way: str, message: str, capfd: pytest.CaptureFixture[str]
+    small_dir: Path,
+    tmp_path: Path,
+    way: str,
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     directory = tmp_path / "model"
     shutil.copytree(small_dir, directory)
     CAFe.from_pretrained(directory, device="cpu")  # as it is, it loads
     spoil(way)(directory)
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("a question on the terminal"))
     with pytest.raises(CheckpointError, match=rf"model '{directory}': .*{message}") as caught:
         CAFe.from_pretrained(directory, device="cpu")
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_template_in_the_tokenizers_configuration_is_read(small_dir: Path, tmp_path: Path):
+    directory, again = tmp_path / "model", tmp_path / "again"
+    shutil.copytree(small_dir, directory)
+    template = (directory / "chat_template.jinja").read_text()
+    (directory / "chat_template.jinja").unlink()
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    content = json.dumps(settings | {"chat_template": template})
+    (directory / "tokenizer_config.json").write_text(content)
+    before = CAFe.from_pretrained(small_dir, device="cpu")
+    model = CAFe.from_pretrained(directory, device="cpu")
+    assert model.embedding_contract() == before.embedding_contract()
+    model.save_pretrained(again)
+    assert (again / "chat_template.jinja").read_text() == template
+    assert CAFe.from_pretrained(again, device="cpu").embedding_contract() == (
+        before.embedding_contract()
+    )
 
 
 def test_another_family_is_refused_before_its_weights_are_read(small_dir: Path, tmp_path: Path):
@@ -329,15 +461,15 @@ def test_a_hub_id_without_a_network_fails_after_one_try(
 
     def once(*args: Any, **kwargs: Any) -> str:
         calls.append(args)
-        # Port 9 of this machine answers nobody: what a missing network looks like.
+        # Port 9 of this machine refuses connections: what a missing network looks like.
         return real(*args, **kwargs, endpoint=None if offline else "http://127.0.0.1:9")
 
     if not offline:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", once)
     begin = time.perf_counter()
-    with pytest.raises(CheckpointError, match=r"model 'nobody/nothing': neither .* nor found") as e:
-        CAFe.from_pretrained("nobody/nothing")
+    with pytest.raises(CheckpointError, match=r"model 'no-one/nothing': neither .* nor found") as e:
+        CAFe.from_pretrained("no-one/nothing")
     assert "\n" not in str(e.value)
     assert len(calls) == 1
     assert time.perf_counter() - begin < 20

@@ -12,112 +12,32 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner
 
 from cafe.cli import app
 from cafe.errors import CheckpointError
-from cafe.model.convert import convert_llava_next
+from cafe.model.checkpoint.convert import convert
 from cafe.model.vlm import CAFe
 from cafe.types import Image, user
-
-TILE, PATCH, LAYERS, WIDTH, HIDDEN = 32, 8, 3, 24, 32
-SIDE = TILE // PATCH
-ROWS = 400
-SHARED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "hidden_act",
-)  # fmt: skip
-TOWER = "model.vision_tower.vision_tower.vision_model."
-
-
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """As the published ones: ChatML's tokens, and neither <image> nor <video>."""
-    pieces = Tokenizer(models.BPE())
-    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
-    pieces.decoder = decoders.ByteLevel()  # type: ignore
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    pieces.train_from_iterator(["Compress this image in one word: a red cat"], trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=pieces, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-
-
-def make_source(
-    folder: Path, *, tied: bool = False, most_tiles: int = 9, **changes: Any
-) -> dict[str, Tensor]:
-    """A checkpoint in LLaVA-NeXT's layout; returns its weights."""
-    torch.manual_seed(0)
-    folder.mkdir()
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=LAYERS, num_attention_heads=2,
-        image_size=TILE, patch_size=PATCH,
-    )  # fmt: skip
-    vision.save_pretrained(folder / "siglip")
-    text = transformers.Qwen2Config(
-        vocab_size=ROWS, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
-    weights = dict(transformers.Qwen2ForCausalLM(text).state_dict())
-    if tied:
-        del weights["lm_head.weight"]
-    tower = transformers.SiglipVisionModel(vision).state_dict()
-    whole = {f"{TOWER}{name.removeprefix('vision_model.')}": w for name, w in tower.items()}
-    # Deleted when the original loads, so a checkpoint of it lacks them.
-    weights |= {
-        name: w
-        for name, w in whole.items()
-        if f"layers.{LAYERS - 1}." not in name and ".head." not in name
-    }
-    for layer, inputs in ((0, WIDTH), (2, HIDDEN)):
-        weights[f"model.mm_projector.{layer}.weight"] = torch.randn(HIDDEN, inputs) / inputs**0.5
-        weights[f"model.mm_projector.{layer}.bias"] = torch.randn(HIDDEN)
-    weights["model.image_newline"] = torch.randn(HIDDEN)
-    # Initial biases and position embeddings are (nearly) zero, and would hide a mistake.
-    weights = {n: w + 0.1 * torch.randn_like(w) for n, w in weights.items()}
-    grid = [[TILE * w, TILE * h] for w in range(1, 5) for h in range(1, 4)]
-    settings = {
-        "architectures": ["LlavaQwenForCausalLM"],
-        "model_type": "llava_qwen",
-        "torch_dtype": "float32",
-        "mm_vision_tower": str(folder / "siglip"),
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_patch_merge_type": "spatial_unpad",
-        "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch",
-        "mm_resampler_type": None,
-        "mm_use_im_start_end": False,
-        "image_aspect_ratio": f"anyres_max_{most_tiles}",
-        "image_grid_pinpoints": grid,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "linear", "factor": 2.0},
-        **{key: value for key, value in text.to_dict().items() if key in SHARED},
-        **changes,
-    }
-    (folder / "config.json").write_text(json.dumps(settings))
-    tokenizer().save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors")
-    return weights
-
-
-def picture(width: int, height: int) -> PIL.Image.Image:
-    pixels = np.random.default_rng(3).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels)
-
+from helpers.images import noise
+from helpers.llava_next import (
+    HIDDEN,
+    LAYERS,
+    PATCH,
+    ROWS,
+    SIDE,
+    TILE,
+    TOWER,
+    WIDTH,
+    make_source,
+    tokenizer,
+)
 
 # ---------------------------------------------------------------------- the slow twin
 
@@ -142,7 +62,7 @@ def tile_features(weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
 
 
 def packed(features: Tensor, size: tuple[int, int], grid: tuple[int, int], most: int) -> Tensor:
-    """Overview, then the tiles as one picture without its padding, a newline after each row."""
+    """Overview, then the tiles as one image without its padding, a newline after each row."""
     height, width = size
     down, across = grid
     overview, tiles = features[0], features[1:].view(down, across, SIDE, SIDE, HIDDEN)
@@ -208,12 +128,12 @@ def test_the_converted_model_computes_what_the_layout_says(
     tied: bool, most_tiles: int, size: tuple[int, int], grid: tuple[int, int], tmp_path: Path
 ) -> None:
     weights = make_source(tmp_path / "source", tied=tied, most_tiles=most_tiles)
-    convert_llava_next(tmp_path / "source", tmp_path / "out")
+    convert(tmp_path / "source", tmp_path / "out")
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
-    inputs = processor(images=picture(size[1], size[0]), text=TEXT, return_tensors="pt")
+    inputs = processor(images=noise(3, size[1], size[0]), text=TEXT, return_tensors="pt")
     tiles = 1 + grid[0] * grid[1]
-    assert inputs["pixel_values"].shape[1] == tiles, "the picture has the grid this test means"
+    assert inputs["pixel_values"].shape[1] == tiles, "the image has the grid this test means"
 
     found = model(**inputs).logits[0]
 
@@ -235,7 +155,7 @@ def test_what_the_original_never_reads_is_left_out_and_named(tmp_path: Path) -> 
         "text_emb_head.bias": torch.randn(HIDDEN),
     }
     save_file(weights | extra, tmp_path / "source" / "model.safetensors")
-    done = convert_llava_next(tmp_path / "source", tmp_path / "out")
+    done = convert(tmp_path / "source", tmp_path / "out")
     assert done.ignored == tuple(sorted(extra))
     assert done.tensors == len(weights)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -247,7 +167,7 @@ def test_a_head_beside_tied_embeddings_is_the_embedding(tmp_path: Path) -> None:
     weights = make_source(tmp_path / "source", tied=True)
     head = {"lm_head.weight": torch.randn(ROWS, HIDDEN)}
     save_file(weights | head, tmp_path / "source" / "model.safetensors")
-    assert convert_llava_next(tmp_path / "source", tmp_path / "out").ignored == ("lm_head.weight",)
+    assert convert(tmp_path / "source", tmp_path / "out").ignored == ("lm_head.weight",)
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
 
@@ -255,7 +175,7 @@ def test_a_head_beside_tied_embeddings_is_the_embedding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_files_hold_the_names_that_transformers_itself_writes(tied: bool, tmp_path: Path) -> None:
     make_source(tmp_path / "source", tied=tied)
-    convert_llava_next(tmp_path / "source", tmp_path / "out")
+    convert(tmp_path / "source", tmp_path / "out")
     model, info = transformers.AutoModelForImageTextToText.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
@@ -282,7 +202,7 @@ def test_each_shard_becomes_one_and_only_one_is_in_memory(
         save_file(tensors, *args, **kwargs)
 
     monkeypatch.setattr("safetensors.torch.save_file", counted)
-    done = convert_llava_next(tmp_path / "source", tmp_path / "out")
+    done = convert(tmp_path / "source", tmp_path / "out")
     assert written == [len(share) for share in shares]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert (
@@ -301,7 +221,7 @@ def test_bf16_stays_bf16(tmp_path: Path) -> None:
     weights = make_source(tmp_path / "source", torch_dtype="bfloat16")
     halved = {name: w.bfloat16() for name, w in weights.items()}
     save_file(halved, tmp_path / "source" / "model.safetensors")
-    convert_llava_next(tmp_path / "source", tmp_path / "out")
+    convert(tmp_path / "source", tmp_path / "out")
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.lm_head.weight, halved["lm_head.weight"])
@@ -309,23 +229,23 @@ def test_bf16_stays_bf16(tmp_path: Path) -> None:
 
 def test_the_prompt_is_the_published_one(tmp_path: Path) -> None:
     make_source(tmp_path / "source")
-    convert_llava_next(tmp_path / "source", tmp_path / "out")
+    convert(tmp_path / "source", tmp_path / "out")
 
     model = CAFe.from_pretrained(tmp_path / "out")
-    shown = user(Image(picture(40, 40)))
+    shown = user(Image(noise(3, 40, 40)))
     assert model.collator.render.embedding(shown, "compress").text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<image>\nCompress this image in one word:<|im_end|>\n"
         "<|im_start|>assistant\n<|im_end|>"
     )
     assert model.collator.pooled_token == "<|im_end|>"
-    assert model.encode([picture(40, 40), "a red cat"]).shape == (2, HIDDEN)
+    assert model.encode([noise(3, 40, 40), "a red cat"]).shape == (2, HIDDEN)
 
 
 def test_pinpoints_are_turned_and_keep_their_order(tmp_path: Path) -> None:
     grid = [[64, 32], [32, 96], [128, 64]]
     make_source(tmp_path / "source", image_grid_pinpoints=grid)
-    convert_llava_next(tmp_path / "source", tmp_path / "out")
+    convert(tmp_path / "source", tmp_path / "out")
     turned = [[32, 64], [96, 32], [64, 128]]
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["image_grid_pinpoints"] == turned
@@ -354,7 +274,7 @@ def test_settings_that_do_not_fit_are_named(
 ) -> None:
     make_source(tmp_path / "source", **changes)
     with pytest.raises(CheckpointError) as caught:
-        convert_llava_next(tmp_path / "source", tmp_path / "out")
+        convert(tmp_path / "source", tmp_path / "out")
     assert says in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -378,7 +298,7 @@ def test_weights_that_do_not_fit_are_named(
         weights[add] = torch.zeros(1)
     save_file(weights, tmp_path / "source" / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        convert_llava_next(tmp_path / "source", tmp_path / "out")
+        convert(tmp_path / "source", tmp_path / "out")
     assert says in str(caught.value)
 
 
@@ -386,12 +306,12 @@ def test_without_weights_or_tokenizer_it_says_what_to_bring(tmp_path: Path) -> N
     make_source(tmp_path / "source")
     (tmp_path / "source" / "model.safetensors").rename(tmp_path / "weights")
     with pytest.raises(CheckpointError, match="pickled weights are not read"):
-        convert_llava_next(tmp_path / "source", tmp_path / "out")
+        convert(tmp_path / "source", tmp_path / "out")
     (tmp_path / "weights").rename(tmp_path / "source" / "model.safetensors")
     for file in (tmp_path / "source").glob("tokenizer*"):
         file.unlink()
     with pytest.raises(CheckpointError, match="copy the tokenizer's files"):
-        convert_llava_next(tmp_path / "source", tmp_path / "out")
+        convert(tmp_path / "source", tmp_path / "out")
 
 
 def test_the_verb_converts_and_never_overwrites(tmp_path: Path) -> None:
@@ -403,4 +323,4 @@ def test_the_verb_converts_and_never_overwrites(tmp_path: Path) -> None:
     assert "in " + str(tmp_path / "out") in done.output
     again = run.invoke(app, arguments)
     assert isinstance(again.exception, CheckpointError)
-    assert "exists already" in str(again.exception)
+    assert "already exists" in str(again.exception)

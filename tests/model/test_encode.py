@@ -13,16 +13,11 @@ import torch
 
 from cafe.errors import DataError, ImageError
 from cafe.model import inference
-from cafe.model.inputs import as_conversation, as_messages, is_many
-from cafe.model.prompts import MATCH_QUESTION
+from cafe.model.rows.cutting import tokens_to_cut
+from cafe.model.rows.inputs import as_conversation, as_messages, is_many
 from cafe.model.vlm import CAFe
-from cafe.types import Example, Image, Message, user
-
-
-def noise(seed: int, width: int = 96, height: int = 96) -> PIL.Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels)
-
+from cafe.types import MATCH_QUESTION, Example, Image, Message, user
+from helpers.images import noise
 
 SQUARE, WIDE = noise(1), noise(2, 120, 50)
 TALK = [
@@ -38,7 +33,7 @@ def model(babbling_model: CAFe) -> CAFe:
 
 
 @pytest.fixture
-def picture_path(tmp_path: Path) -> Path:
+def image_path(tmp_path: Path) -> Path:
     SQUARE.save(tmp_path / "square.png")
     return tmp_path / "square.png"
 
@@ -46,13 +41,13 @@ def picture_path(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------ what an input is
 
 
-def test_every_kind_of_input_is_a_conversation(picture_path: Path):
+def test_every_kind_of_input_is_a_conversation(image_path: Path):
     assert as_conversation("a cat") == user("a cat")
-    assert as_conversation(str(picture_path)) == user(str(picture_path)), "a string is text"
-    for picture in (picture_path, SQUARE, Image(SQUARE)):
-        ((message),) = as_conversation(picture)
+    assert as_conversation(str(image_path)) == user(str(image_path)), "a string is text"
+    for image in (image_path, SQUARE, Image(SQUARE)):
+        ((message),) = as_conversation(image)
         assert isinstance(message.content[0], Image)
-    (message,) = as_conversation({"text": "what", "image": [SQUARE, picture_path]})
+    (message,) = as_conversation({"text": "what", "image": [SQUARE, image_path]})
     assert [type(p) for p in message.content] == [Image, Image, str]
     assert as_conversation({"text": "what"}) == user("what")
     assert as_conversation({"text": ""}) == user("")
@@ -102,11 +97,11 @@ def test_a_list_of_messages_is_one_input_and_any_other_is_several(value: Any, se
         (np.zeros((4, 4, 3)), "input of type ndarray"),
         ({}, "input of type dict"),
         ({"txt": "a"}, "input of type dict"),
-        ({"text": "a", "picture": 1}, "input key 'picture' is unknown"),
+        ({"text": "a", "img": 1}, "input key 'img' is unknown"),
         ({"text": 5}, "'text' of type int"),
         ({"text": None}, "neither text nor image"),
         ({"image": []}, "neither text nor image"),
-        ({"image": 5}, "a picture of type int"),
+        ({"image": 5}, "an image of type int"),
         ({"role": "robot", "content": "a"}, "message role 'robot'"),
         ({"role": "user", "content": None}, "message content of type NoneType"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "message part"),
@@ -121,12 +116,12 @@ def test_what_cannot_be_read_is_one_error(value: Any, message: str):
 
 
 @pytest.fixture
-def inputs(picture_path: Path) -> list[Any]:
+def inputs(image_path: Path) -> list[Any]:
     return [
         "a red cat",
         SQUARE,
         {"text": "what is this", "image": WIDE},
-        picture_path,
+        image_path,
         TALK,
         "yes " * 60,
         {"text": "which", "image": [SQUARE, WIDE]},
@@ -144,7 +139,7 @@ def test_mixed_inputs_come_back_in_order_as_if_encoded_alone(model: CAFe, inputs
         assert np.abs(together - alone).max() <= 1e-5
     backwards = model.encode(inputs[::-1], batch_size=3)
     assert np.abs(backwards[::-1] - alone).max() <= 1e-5
-    # Equal inputs, equal embeddings, and only those (a picture and its file; a text twice).
+    # Equal inputs, equal embeddings, and only those (an image and its file; a text twice).
     same = np.abs(alone[:, None] - alone[None]).max(-1) <= 1e-5
     assert {(int(i), int(j)) for i, j in np.argwhere(same) if i < j} == {(1, 3), (0, 7)}
 
@@ -184,15 +179,15 @@ def test_a_width_that_the_embedding_has_not_is_refused(model: CAFe, width: int):
 def test_batches_hold_inputs_of_like_length_the_longest_first():
     texts = ["a" * n for n in (5, 50, 7, 48, 49, 6)]
     conversations = [as_conversation(t) for t in texts]
-    assert inference.buckets(conversations, 3) == [[1, 4, 3], [2, 5, 0]]
-    pictured = [*conversations, as_conversation(SQUARE)]
-    assert inference.buckets(pictured, 4)[0][0] == 6
+    assert inference.length_buckets(conversations, 3) == [[1, 4, 3], [2, 5, 0]]
+    has_image = [*conversations, as_conversation(SQUARE)]
+    assert inference.length_buckets(has_image, 4)[0][0] == 6
 
 
 def test_an_unusable_input_is_named_by_its_place_in_the_list(model: CAFe, tmp_path: Path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 nothing")
     values: list[Any] = ["short", SQUARE, "longer text", tmp_path / "broken.jpg"]
-    with pytest.raises(ImageError, match=r"input 3: picture .*broken\.jpg"):
+    with pytest.raises(ImageError, match=r"input 3: image .*broken\.jpg"):
         model.encode(values, batch_size=1)
     many = [SQUARE, {"image": [noise(i) for i in range(30)]}, "text"]
     with pytest.raises(DataError, match=r"input 1: 11\d\d tokens, and max_tokens is 1024"):
@@ -204,7 +199,9 @@ def test_encoding_may_show_its_progress(model: CAFe, capsys: pytest.CaptureFixtu
     quiet = model.encode(texts, batch_size=1)
     assert capsys.readouterr() == ("", "")
     assert np.array_equal(model.encode(texts, batch_size=1, show_progress_bar=True), quiet)
-    assert "encode" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "encode" in err
 
 
 def test_similarity_is_the_cosine_of_every_pair():
@@ -257,7 +254,7 @@ def test_streamed_pieces_are_the_answer(model: CAFe, prompt: Any):
     ],
 )
 def test_a_stream_drops_the_white_space_around_an_answer(pieces: list[str], kept: list[str]):
-    assert list(inference._stripped(pieces)) == kept
+    assert list(inference.stripped_pieces(pieces)) == kept
     assert "".join(kept) == "".join(pieces).strip()
 
 
@@ -268,7 +265,7 @@ def test_an_error_while_streaming_reaches_the_caller(model: CAFe):
         model.generate(["a", "b"], stream=True)
 
 
-def test_a_stream_that_nobody_reads_on_stops(model: CAFe):
+def test_a_stream_that_is_abandoned_stops(model: CAFe):
     steps = []
     handle = model.lm_head.register_forward_hook(lambda *_: steps.append(1))
     threads = threading.active_count()
@@ -304,13 +301,42 @@ def test_sampling_settings_reach_transformers(model: CAFe):
     assert len(answers) > 1
 
 
+def settings_of(model: CAFe, monkeypatch: pytest.MonkeyPatch, **settings: object) -> None:
+    for name, value in settings.items():
+        monkeypatch.setattr(model.model.generation_config, name, value)
+
+
+def test_what_the_caller_asks_for_holds_against_generation_config(
+    model: CAFe, monkeypatch: pytest.MonkeyPatch
+):
+    settings_of(model, monkeypatch, do_sample=True, temperature=0.01, top_p=0.001, top_k=1)
+    greedy = model.generate("hi", max_new_tokens=6, do_sample=False)
+    torch.manual_seed(0)
+
+    def said(**asked: Any) -> set[str]:
+        return {model.generate("hi", max_new_tokens=6, **asked) for _ in range(6)}
+
+    assert len(said(temperature=3.0)) > 1
+    assert len(said(top_k=40)) > 1
+    assert said() == said(temperature=0) == said(temperature=0.0, top_p=0.9) == {greedy}
+    assert said(do_sample=True) == {greedy}, "nothing else was asked: the file's values"
+
+
+def test_a_beam_search_is_streamed_in_one_piece(model: CAFe, monkeypatch: pytest.MonkeyPatch):
+    beams = model.generate("hi", max_new_tokens=6, num_beams=3)
+    assert list(model.generate("hi", max_new_tokens=6, num_beams=3, stream=True)) == [beams]
+    settings_of(model, monkeypatch, num_beams=3, num_return_sequences=2)
+    assert model.generate("hi", max_new_tokens=6) == beams
+    assert list(model.generate("hi", max_new_tokens=6, stream=True)) == [beams]
+
+
 # ------------------------------------------------------------------ score
 
 
-def score_by_hand(model: CAFe, picture: PIL.Image.Image, statement: str) -> float:
+def score_by_hand(model: CAFe, image: PIL.Image.Image, statement: str) -> float:
     """With the plain processor and model: the softmax over the vocabulary after the question."""
     question = MATCH_QUESTION.format(statement=statement)
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     inputs = model.processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -331,18 +357,18 @@ STATEMENTS = ["a red cat", "no {braces}", "the top left"]
 
 
 def test_a_score_is_the_probability_of_yes(model: CAFe):
-    pictures = [SQUARE, WIDE, noise(5, 30, 90)]
-    by_picture = model.score(STATEMENTS[0], pictures)
-    expected = [score_by_hand(model, p, STATEMENTS[0]) for p in pictures]
-    assert by_picture.dtype == np.float32
-    assert np.abs(by_picture - expected).max() <= 1e-6
+    images = [SQUARE, WIDE, noise(5, 30, 90)]
+    by_image = model.score(STATEMENTS[0], images)
+    expected = [score_by_hand(model, p, STATEMENTS[0]) for p in images]
+    assert by_image.dtype == np.float32
+    assert np.abs(by_image - expected).max() <= 1e-6
     by_text = model.score(WIDE, STATEMENTS, batch_size=2)
     expected = [score_by_hand(model, WIDE, s) for s in STATEMENTS]
     assert np.abs(by_text - expected).max() <= 1e-6
-    for scores in (by_picture, by_text):
+    for scores in (by_image, by_text):
         assert ((scores > 0) & (scores < 1)).all()
         assert np.ptp(scores) > 1e-4
-    assert by_picture[1] == pytest.approx(by_text[0], abs=1e-6)
+    assert by_image[1] == pytest.approx(by_text[0], abs=1e-6)
 
 
 def test_one_candidate_may_come_without_a_list(model: CAFe):
@@ -361,8 +387,8 @@ def test_one_candidate_may_come_without_a_list(model: CAFe):
         (SQUARE, ""),
     ],
 )
-def test_a_score_needs_one_picture_and_a_text(model: CAFe, query: Any, candidate: Any):
-    with pytest.raises(DataError, match="score compares one picture with a text"):
+def test_a_score_needs_one_image_and_a_text(model: CAFe, query: Any, candidate: Any):
+    with pytest.raises(DataError, match="score compares one image with a text"):
         model.score(query, [candidate])
 
 
@@ -402,19 +428,49 @@ def test_an_answer_longer_than_the_context_keeps_its_question_and_its_end(model:
     dialogue = (Message("user", (Image(SQUARE), "What?")), Message("assistant", (answer,)))
     rows = model.collator([Example(id="x", dialogues=(dialogue,))]).rows
     assert rows.input_ids.shape == (1, 1024)
-    learnt = model.processor.tokenizer.decode(rows.label_ids)
-    assert learnt.endswith("<|im_end|>")
-    assert answer.startswith(learnt.removesuffix("<|im_end|>"))
+    labelled = model.processor.tokenizer.decode(rows.label_ids)
+    assert labelled.endswith("<|im_end|>")
+    assert answer.startswith(labelled.removesuffix("<|im_end|>"))
     whole = model.processor.tokenizer.decode(rows.input_ids[0])
     assert whole.startswith("<|im_start|>user\n" + "<image>" * 78 + "\nWhat?<|im_end|>\n")
 
 
-def test_pictures_that_do_not_fit_are_an_error_with_the_numbers(model: CAFe):
-    pictures = [Image(noise(i)) for i in range(30)]
-    example = Example(id="album-3", query=user(*pictures, "short"), target=user("a cat"))
-    # Thirty pictures of 37 tokens and the prompt around them.
+def test_two_long_texts_are_both_cut(model: CAFe):
+    first, second = (" ".join(f"{letter}{i}" for i in range(800)) for letter in "ab")
+    dialogue = (Message("user", (Image(SQUARE), first)), Message("assistant", (second,)))
+    rows = model.collator([Example(id="x", dialogues=(dialogue,))]).rows
+    assert rows.input_ids.shape == (1, 1024)
+    whole = model.processor.tokenizer.decode(rows.input_ids[0])
+    question, answer = whole.split("<|im_end|>\n<|im_start|>assistant\n")
+    assert question.count("<image>") == 78
+    assert first.startswith(question.partition(f"{'<image>' * 78}\n")[2])
+    assert second.startswith(answer.removesuffix("<|im_end|>"))
+    assert 0.8 < len(question.partition("a0")[2]) / len(answer) < 1.25
+
+
+@pytest.mark.parametrize(
+    ("lengths", "excess", "cut"),
+    [
+        ([100], 99, [99]),
+        ([100], 100, None),
+        ([100, 40, 10], 50, [50, 0, 0]),
+        ([100, 90, 10], 50, [30, 20, 0]),
+        ([100, 90, 10], 51, [31, 20, 0]),
+        ([100, 100], 136, [68, 68]),
+        ([100, 100], 137, None),
+        ([20] * 50, 10, None),
+    ],
+)
+def test_the_longest_texts_become_equally_long(lengths: list[int], excess: int, cut: Any):
+    assert tokens_to_cut(lengths, excess) == cut
+
+
+def test_images_that_do_not_fit_are_an_error_with_the_numbers(model: CAFe):
+    images = [Image(noise(i)) for i in range(30)]
+    example = Example(id="album-3", query=user(*images, "short"), target=user("a cat"))
+    # Thirty images of 37 tokens and the prompt around them.
     with pytest.raises(
-        DataError, match=r"example 'album-3': 11\d\d tokens, and max_tokens is 1024; pictures"
+        DataError, match=r"example 'album-3': 11\d\d tokens, and max_tokens is 1024; images"
     ):
         model.collator([example])
 
@@ -446,3 +502,16 @@ def test_a_lone_pixel_is_encoded(model: CAFe):
     embedding = model.encode(tiny)
     assert np.isfinite(embedding).all()
     assert np.abs(embedding - model.encode(PIL.Image.new("RGB", (1, 1), "blue"))).max() > 1e-4
+
+
+def test_half_a_surrogate_pair_is_one_error(small_model: CAFe):
+    calls = (
+        lambda: small_model.encode(["fine", "a \ud800"]),
+        lambda: small_model.generate("a \ud800"),
+        lambda: small_model.score(noise(1), ["a \ud800"]),
+    )
+    for call in calls:
+        with pytest.raises(
+            DataError, match=r"^input [01]: .*not Unicode \('.ud800' at character \d+ is half"
+        ):
+            call()

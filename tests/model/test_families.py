@@ -20,7 +20,7 @@ def test_an_unknown_family_says_what_is_missing():
     message = str(caught.value)
     assert "model type 'qwen2'" in message
     assert "it knows llava_onevision" in message
-    for fact in ("module prefixes", "marker", "token id repeated per feature", "per-picture"):
+    for fact in ("module prefixes", "marker", "token id repeated per feature", "per-image"):
         assert fact in message
     assert Family.what_is_needed() in message
 
@@ -71,18 +71,18 @@ def test_there_are_as_many_features_as_placeholders(
 
 
 def test_features_of_several_groups_are_those_of_each(small_model: Any):
-    pictures = [PIL.Image.effect_noise(size, 90).convert("RGB") for size in ((96, 96), (50, 20))]
+    images = [PIL.Image.effect_noise(size, 90).convert("RGB") for size in ((96, 96), (50, 20))]
     family, processor, inner = small_model.family, small_model.processor, small_model.model.model
 
     def features(groups: list[list[PIL.Image.Image]]) -> list[torch.Tensor]:
         with torch.inference_mode():
             return family.image_features(inner, family.process_images(processor, groups).inputs)
 
-    together = features([[pictures[0]], [pictures[1]], pictures])
-    apart = [*features([[pictures[0]]]), *features([[pictures[1]]]), *features([pictures])]
+    together = features([[images[0]], [images[1]], images])
+    apart = [*features([[images[0]]]), *features([[images[1]]]), *features([images])]
     assert len(together) == len(apart) == 4
     for a, b in zip(together, apart, strict=True):
         assert a.shape == b.shape
         assert float((a - b).abs().max()) <= 1e-5
-    assert family.alone_and_together_differ()
+    assert family.features_depend_on_image_count()
     assert together[0].shape != together[2].shape

@@ -10,14 +10,14 @@ import PIL.Image
 import pytest
 
 from cafe.errors import DataError
-from cafe.model.official import official_example, official_labels, with_system_turn
+from cafe.model.rows.official import official_example, official_labels, with_system_turn
 from cafe.types import Example, Image, Message, user
 
 START, END = "<|im_start|>", "<|im_end|>"
 SYSTEM = f"{START}system\nYou are a helpful assistant.{END}\n"
 
 
-def picture() -> Image:
+def sample_image() -> Image:
     return Image(PIL.Image.new("RGB", (96, 96)))
 
 
@@ -39,13 +39,13 @@ def test_labels_are_the_answers_with_headers_and_three_tokens_everywhere(
     small_model: Any, sharing: str
 ) -> None:
     example = Example(
-        "x", dialogues=(dialogue("Is it\nred?", "yes", "Is it big?", "no", image=picture()),)
+        "x", dialogues=(dialogue("Is it\nred?", "yes", "Is it big?", "no", image=sample_image()),)
     )
     collator = replace(small_model.collator, official=True, sharing=sharing)
     chunk = collator([example])
     by_hand = (
         f"\n{END}\n"  # of the system turn; its first token is predicted by nothing
-        f"{START}\n\n\n{END}\n"  # the header's, the picture's, the question's newline
+        f"{START}\n\n\n{END}\n"  # the header's, the image's, the question's newline
         f"{START}assistant\nyes{END}\n"
         f"{START}\n{END}\n"
         f"{START}assistant\nno{END}\n"
@@ -54,8 +54,8 @@ def test_labels_are_the_answers_with_headers_and_three_tokens_everywhere(
     assert labels_of(small_model.collator([example]), small_model) == f"yes{END}no{END}"
 
 
-def test_the_newline_after_a_picture_is_predicted_from_its_last_token(small_model: Any) -> None:
-    example = Example("x", dialogues=(dialogue("What?", "yes", image=picture()),))
+def test_the_newline_after_a_image_is_predicted_from_its_last_token(small_model: Any) -> None:
+    example = Example("x", dialogues=(dialogue("What?", "yes", image=sample_image()),))
     rows = replace(small_model.collator, official=True)([example]).rows
     sources = rows.input_ids.flatten()[rows.label_source]
     image = small_model.processor.image_token_id
@@ -77,10 +77,10 @@ def test_prompts_are_the_published_strings(small_model: Any) -> None:
     tail = f"{END}\n{START}assistant\n{END}"
     text = collator.render.embedding(user("A red mug."), "official").text
     assert text == (f"{SYSTEM}{START}user\nA red mug.Compress this sentence in one word:{tail}")
-    shown = collator.render.embedding(user(picture()), "official").text
+    shown = collator.render.embedding(user(sample_image()), "official").text
     assert shown == f"{SYSTEM}{START}user\n<image>\nCompress this image in one word:{tail}"
     # MMEB mode: the instruction is the only prompt.
-    pair = collator.render.embedding(user(picture(), "Find it."), "none").text
+    pair = collator.render.embedding(user(sample_image(), "Find it."), "none").text
     assert pair == f"{SYSTEM}{START}user\n<image>\nFind it.{tail}"
     # At inference the prompt's name is enough.
     assert small_model.collator.render.embedding(user("A red mug."), "official").text == text
@@ -92,9 +92,9 @@ def test_a_records_own_system_turn_is_dropped() -> None:
 
 
 def test_several_answers_are_joined_without_a_space() -> None:
-    talk = dialogue("What?", "A mug.", "Where?", "On a table.", image=picture())
+    talk = dialogue("What?", "A mug.", "Where?", "On a table.", image=sample_image())
     example = Example(
-        "x", query=user(picture()), target=user("A mug. On a table."), dialogues=(talk,)
+        "x", query=user(sample_image()), target=user("A mug. On a table."), dialogues=(talk,)
     )
     official = official_example(example)
     assert official.target == user("A mug.On a table.")

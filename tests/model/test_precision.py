@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cafe.model.torchvision_pair  # noqa: F401 - before anything imports torchvision
-from cafe.model.precision import PRECISIONS, quantized, value_ranges
+from cafe.model.quantization import PRECISIONS, quantized, value_ranges
 from cafe.model.vlm import CAFe
 
 TEXTS = ["a big red cat", "yes", "no", "Describe this image.", "at the top left", "Compress"]

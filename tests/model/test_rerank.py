@@ -8,20 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from cafe.errors import CheckpointError, DataError
 from cafe.model.rerank import DEFAULT_TEMPERATURE, reranked, trained_temperature
 from cafe.model.vlm import CAFe
+from helpers.images import noise
 
-
-def noise(seed: int) -> PIL.Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (96, 96, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels)
-
-
-PICTURES = [noise(seed) for seed in range(4)]
+IMAGES = [noise(seed) for seed in range(4)]
 
 
 def twin(cosines: list[float], matches: list[float], temperature: float) -> list[float]:
@@ -60,24 +54,24 @@ def test_cosines_and_candidates_must_be_as_many():
 
 def test_rerank_weighs_the_models_own_embeddings_and_answers(small_model: CAFe):
     text = "a red cat"
-    match = small_model.score(text, PICTURES)
-    cosines = small_model.encode(PICTURES) @ small_model.encode(text)
+    match = small_model.score(text, IMAGES)
+    cosines = small_model.encode(IMAGES) @ small_model.encode(text)
     expected = twin(cosines.tolist(), match.tolist(), DEFAULT_TEMPERATURE)
     for given in (None, cosines):
-        found = small_model.rerank(text, PICTURES, given, batch_size=3)
+        found = small_model.rerank(text, IMAGES, given, batch_size=3)
         np.testing.assert_allclose(found.match, match, atol=1e-6)
         np.testing.assert_allclose(found.posterior, expected, rtol=1e-3)
     far = np.array([-1.0, -1.0, 1.0, -1.0])
-    assert small_model.rerank(text, PICTURES, far).posterior.argmax() == 2
-    # The other way: texts about one picture.
+    assert small_model.rerank(text, IMAGES, far).posterior.argmax() == 2
+    # The other way: texts about one image.
     texts = ["a red cat", "a small bus at the top left"]
-    by_picture = small_model.rerank(PICTURES[0], texts)
-    assert by_picture.match[0] == pytest.approx(match[0], abs=1e-6)
+    by_image = small_model.rerank(IMAGES[0], texts)
+    assert by_image.match[0] == pytest.approx(match[0], abs=1e-6)
     assert small_model.rerank(text, []).posterior.shape == (0,)
 
 
 def test_what_cannot_be_compared_is_told(small_model: CAFe):
-    with pytest.raises(DataError, match="score compares one picture with a text"):
+    with pytest.raises(DataError, match="score compares one image with a text"):
         small_model.rerank("a cat", ["a dog"])
 
 
@@ -94,11 +88,11 @@ def test_the_temperature_is_saved_with_the_model(small_model: CAFe, tmp_path: Pa
     try:
         config.contrastive_temperature = 0.01
         small_model.save_pretrained(tmp_path)
-        sharp = small_model.rerank("a cat", PICTURES, cosines)
+        sharp = small_model.rerank("a cat", IMAGES, cosines)
     finally:
         del config.contrastive_temperature
     loaded = CAFe.from_pretrained(tmp_path)
     assert trained_temperature(loaded.model.config) == 0.01
-    again = loaded.rerank("a cat", PICTURES, cosines)
+    again = loaded.rerank("a cat", IMAGES, cosines)
     np.testing.assert_allclose(again.posterior, sharp.posterior, rtol=1e-3)
-    assert again.posterior[3] > small_model.rerank("a cat", PICTURES, cosines).posterior[3]
+    assert again.posterior[3] > small_model.rerank("a cat", IMAGES, cosines).posterior[3]

@@ -13,14 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
-from cafe.model.trie import (
-    IMAGE_STRIDE,
+from cafe.model.image_keys import IMAGE_STRIDE, image_keys, image_of_key
+from cafe.model.rows.trie import (
     Row,
     TokenSequence,
     build_row,
     dense_mask,
-    image_keys,
-    image_of_key,
     mask_mod,
     pack_rows,
     separate_rows,
@@ -34,11 +32,11 @@ Keys = tuple[int, ...]
 
 @st.composite
 def sequences(draw: st.DrawFn) -> TokenSequence:
-    """Short texts over few tokens (so they share beginnings), with pictures of one to three
+    """Short texts over few tokens (so they share beginnings), with images of one to three
     placeholders among them."""
     keys: list[np.ndarray] = []
     for piece in draw(st.lists(st.integers(-2, 2), min_size=1, max_size=6)):
-        # Picture -1 has one placeholder, picture -2 has three.
+        # Image -1 has one placeholder, image -2 has three.
         keys.append(np.array([piece]) if piece >= 0 else image_keys(-piece, -2 * piece - 1))
     merged = np.concatenate(keys)
     return TokenSequence(np.where(merged < 0, PLACEHOLDER, merged), merged)
@@ -55,7 +53,7 @@ def prefixes(sequence: TokenSequence) -> list[Keys]:
 def nodes_of(row: Row, group: list[TokenSequence]) -> list[Keys]:
     """The prefix that each row index stands for, from where the sequences went."""
     nodes: dict[int, Keys] = {}
-    for sequence, places in zip(group, row.places, strict=True):
+    for sequence, places in zip(group, row.token_indices, strict=True):
         for place, prefix in zip(places.tolist(), prefixes(sequence), strict=True):
             assert nodes.setdefault(place, prefix) == prefix
     return [nodes[i] for i in range(len(row))]
@@ -75,7 +73,7 @@ def test_a_row_that_a_person_can_check():
     assert row.tokens.tolist() == [1, 2, 4, 5, 6, 7]
     assert row.positions.tolist() == [0, 1, 2, 2, 3, 0]
     assert row.subtree_end.tolist() == [5, 5, 3, 5, 5, 6]
-    assert [p.tolist() for p in row.places] == [[0, 1, 2], [0, 1, 3, 4], [0, 1], [5]]
+    assert [p.tolist() for p in row.token_indices] == [[0, 1, 2], [0, 1, 3, 4], [0, 1], [5]]
     assert mask_of(row).astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -90,7 +88,7 @@ def test_a_row_that_a_person_can_check():
 @given(sets)
 def test_places_give_back_every_sequence(group: list[TokenSequence]):
     row = build_row(group)
-    for sequence, places in zip(group, row.places, strict=True):
+    for sequence, places in zip(group, row.token_indices, strict=True):
         assert row.tokens[places].tolist() == sequence.tokens.tolist()
         assert row.keys[places].tolist() == sequence.keys.tolist()
         assert row.positions[places].tolist() == list(range(len(sequence.tokens)))
@@ -129,7 +127,7 @@ def test_a_token_sees_exactly_the_prefixes_of_its_own_sequence(group: list[Token
 def test_the_mask_of_one_sequence_is_causal_and_complete(group: list[TokenSequence]):
     row = build_row(group)
     mask = mask_of(row)
-    for places in row.places:
+    for places in row.token_indices:
         own = mask[np.ix_(places, places)]
         assert np.array_equal(own, np.tril(np.ones_like(own)))
         others = np.setdiff1d(np.arange(len(row)), places)
@@ -143,8 +141,8 @@ def test_the_order_of_sequences_changes_no_path(group: list[TokenSequence], orde
     row, shuffled = build_row(group), build_row([group[i] for i in order])
     assert len(row) == len(shuffled)
     for new, old in enumerate(order):
-        assert row.tokens[row.places[old]].tolist() == (
-            shuffled.tokens[shuffled.places[new]].tolist()
+        assert row.tokens[row.token_indices[old]].tolist() == (
+            shuffled.tokens[shuffled.token_indices[new]].tolist()
         )
 
 
@@ -152,11 +150,11 @@ def test_equal_sequences_and_prefixes_cost_nothing():
     a = TokenSequence.from_text([1, 2, 3])
     row = build_row([a, a, TokenSequence.from_text([1, 2])])
     assert len(row) == 3
-    assert row.places[0].tolist() == row.places[1].tolist() == [0, 1, 2]
-    assert row.places[2].tolist() == [0, 1]
+    assert row.token_indices[0].tolist() == row.token_indices[1].tolist() == [0, 1, 2]
+    assert row.token_indices[2].tolist() == [0, 1]
 
 
-def test_two_pictures_are_never_merged_and_one_always_is():
+def test_two_images_are_never_merged_and_one_always_is():
     def shown(image: int) -> TokenSequence:
         keys = np.concatenate([[1], image_keys(image, 4), [2]])
         return TokenSequence(np.where(keys < 0, PLACEHOLDER, keys), keys)
@@ -169,7 +167,7 @@ def test_two_pictures_are_never_merged_and_one_always_is():
 
 @CHECKED
 @given(st.integers(0, 2**20), st.integers(1, 5000))
-def test_a_key_names_its_picture_and_place(image: int, count: int):
+def test_a_key_names_its_image_and_place(image: int, count: int):
     keys = image_keys(image, count)
     assert (keys < 0).all()
     assert [image_of_key(k) for k in keys[[0, -1]]] == [(image, 0), (image, count - 1)]
@@ -194,7 +192,7 @@ def test_packed_rows_are_the_rows_one_after_the_other(
     packed = pack_rows(rows, max_tokens)
     alone, together = iter(rows), iter(packed)
     begin, row = 0, next(together)
-    places = iter([p for r in packed for p in r.places])
+    places = iter([p for r in packed for p in r.token_indices])
     for single in alone:
         if begin == len(row):
             begin, row = 0, next(together)
@@ -205,7 +203,7 @@ def test_packed_rows_are_the_rows_one_after_the_other(
         assert np.array_equal(mask[begin:end, begin:end], mask_of(single))
         assert not mask[begin:end, :begin].any()
         assert not mask[end:, begin:end].any()
-        for place in single.places:
+        for place in single.token_indices:
             assert next(places).tolist() == (place + begin).tolist()
         begin = end
     assert next(together, None) is None
@@ -219,7 +217,7 @@ def test_packing_fills_rows_in_order_and_leaves_long_ones_alone():
 
 @CHECKED
 @given(st.lists(sets, min_size=1, max_size=4))
-def test_padding_sees_itself_only_and_nobody_sees_it(groups: list[list[TokenSequence]]):
+def test_padding_sees_only_itself_and_is_not_seen(groups: list[list[TokenSequence]]):
     rows = [build_row(group) for group in groups]
     batch = stack_rows(rows, pad_token=9)
     mask = dense_mask(batch.subtree_end)[:, 0].numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,38 @@ def test_a_batch_of_duplicates_costs_nothing(directions: str) -> None:
     masked = info_nce(query, target, target_ids=ids, directions=directions)
     assert masked.item() == 0.0
     assert info_nce(query, target, directions=directions).item() > 0.1  # without the mask it costs
+
+
+def test_what_is_right_for_an_equal_query_is_no_negative() -> None:
+    """Images A A B B with captions 1 2 2 3, then the hard negatives 1 and 9; all cosines are 1.
+
+    A has captions 1 and 2, B has 2 and 3. So for both pairs of A the candidates 1, 2, 2, 1 (the
+    hard one) are right, and 3 and 9 remain beside the own target; for B 1, 1 (hard) and 9 remain.
+    """
+    ones, contents = torch.ones(4, 3), torch.tensor([1, 2, 2, 3])
+    ids = {
+        "target_ids": torch.tensor([11, 12, 13, 14]),  # one for each: they say nothing
+        "query_ids": torch.tensor([20, 20, 21, 21]),
+        "content_ids": contents,
+        "negative_ids": torch.tensor([1, 9]),
+    }
+
+    def loss(directions: Any, **options: Tensor) -> float:
+        return info_nce(ones, ones, negatives=ones[:2], directions=directions, **options).item()
+
+    assert loss("query_to_target", **ids) == pytest.approx((math.log(3) + math.log(4)) / 2)
+    # Caption 1 meets B twice, caption 2 (of A and of B) nobody, caption 3 meets A twice.
+    assert loss("target_to_query", **ids) == pytest.approx(2 * math.log(3) / 4)
+    assert loss("query_to_target") == pytest.approx(math.log(6))
+
+
+def test_a_query_is_no_negative_of_itself() -> None:
+    """Pairs (a, b) and (b, c): b is the target of the first and the query of the second."""
+    ids = {"query_ids": torch.tensor([1, 2]), "content_ids": torch.tensor([2, 3])}
+    loss = info_nce(
+        torch.ones(2, 3), torch.ones(2, 3), target_ids=torch.arange(2), directions="both", **ids
+    )
+    assert loss.item() == pytest.approx(math.log(2) / 2)
 
 
 def test_distinct_ids_mask_nothing() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from cafe.objective import contrastive_share, joint_loss, language_count
 from cafe.recipes import Objective
-from cafe.train.contrast import Contrast, Sides
+from cafe.training.contrastive import ContrastiveBatch, ContrastiveLoss
 
 
 @pytest.mark.parametrize(("ranks", "share"), [(1, 1.0), (4, 0.25), (8, 0.125), (64, 0.015625)])
@@ -36,18 +36,18 @@ def test_the_language_loss_is_the_mean_of_the_ranks_means() -> None:
     assert averaged("none") == pytest.approx(3.5)
 
 
-def sides(ids: list[int]) -> Sides:
-    ones = torch.ones(len(ids), 4)
-    none = torch.zeros(0, 4)
-    return Sides(ones, ones, none, torch.tensor(ids), torch.zeros(0, dtype=torch.long))
+def sides(ids: list[int]) -> ContrastiveBatch:
+    ones, each = torch.ones(len(ids), 4), torch.arange(len(ids))
+    none, no_ids = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    return ContrastiveBatch(ones, ones, none, torch.tensor(ids), no_ids, each, each + 100)
 
 
 def test_equal_targets_are_negatives_of_each_other_there() -> None:
     """All cosines are 1: ln 3 when all three compete, ln 2 and 0 when equal ids do not."""
     ids = [7, 7, 9]
-    official = Contrast(Objective(compat="official"))(sides(ids))
+    official = ContrastiveLoss(Objective(compat="official"))(sides(ids))
     assert float(official) == pytest.approx(math.log(3), abs=1e-6)
-    masked = Contrast(Objective())(sides(ids))
+    masked = ContrastiveLoss(Objective())(sides(ids))
     assert float(masked) == pytest.approx((2 * math.log(2) + math.log(3)) / 3, abs=1e-6)
 
 
@@ -56,6 +56,7 @@ def test_two_pairs_at_the_published_scale() -> None:
     angle = math.acos(0.9)
     rows = torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]])
     none = torch.zeros(0, 2)
-    batch = Sides(rows, rows, none, torch.tensor([1, 2]), torch.zeros(0, dtype=torch.long))
-    loss = Contrast(Objective(compat="official"))(batch)
+    ids, no_ids = torch.tensor([1, 2]), torch.zeros(0, dtype=torch.long)
+    batch = ContrastiveBatch(rows, rows, none, ids, no_ids, ids + 10, ids)
+    loss = ContrastiveLoss(Objective(compat="official"))(batch)
     assert float(loss) == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-5)

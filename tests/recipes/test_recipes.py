@@ -61,10 +61,10 @@ def test_a_float_without_a_dot_is_a_number(recipe_file: Path):
 
 
 def test_data_paths_start_at_the_recipes_folder(recipe_file: Path):
-    recipe = load_recipe(recipe_file, ["data.0.image_root=pictures"])
+    recipe = load_recipe(recipe_file, ["data.0.image_root=images"])
     assert recipe.data[0].path == str(recipe_file.parent / "captions.json")
     # An override was typed in a shell, so it starts where the shell is.
-    assert recipe.data[0].image_root == Path("pictures").absolute()
+    assert recipe.data[0].image_root == Path("images").absolute()
 
 
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
@@ -108,6 +108,7 @@ def assert_round_trip(recipe: Recipe, folder: Path) -> None:
     assert load_recipe(path).dump() == recipe.dump()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -190,13 +191,13 @@ def test_an_unknown_key_names_the_nearest_valid_one(recipe_file: Path, override,
 
 
 def test_a_key_like_no_other_gets_no_wild_guess(recipe_file: Path):
-    assert message(recipe_file, "zebra=1").endswith("zebra is no key of a recipe")
+    assert message(recipe_file, "zebra=1").endswith("unknown recipe key zebra")
 
 
 def test_a_misspelt_required_key_is_called_misspelt_not_missing(recipe_file: Path):
     recipe_file.write_text(SMALLEST.replace("learning_rate", "learning_rte"))
     assert message(recipe_file) == (
-        f"{recipe_file}: optimizer.learning_rte is no key of a recipe; "
+        f"{recipe_file}: unknown recipe key optimizer.learning_rte; "
         "did you mean optimizer.learning_rate?"
     )
 
@@ -214,8 +215,8 @@ def test_a_misspelt_required_key_is_called_misspelt_not_missing(recipe_file: Pat
         ("1e-3", ".inf", "optimizer.learning_rate is inf, expected a finite number"),
         ("steps: 10", "steps: 10\n  epochs: 1", "schedule: set exactly one of steps and epochs"),
         ("steps: 10", "kind: linear", "schedule: set exactly one of steps and epochs"),
-        ("steps: 10", "steps: 10\n  warmup: 1.5", "schedule.warmup is 1.5, expected a share"),
-        ("steps: 10", "steps: 10\n  warmup: yes", "schedule.warmup is True, expected a share"),
+        ("steps: 10", "steps: 10\n  warmup: 1.5", "schedule.warmup is 1.5, expected a fraction"),
+        ("steps: 10", "steps: 10\n  warmup: yes", "schedule.warmup is True, expected a fraction"),
         ("steps: 10", "steps: 10\n  kind: cosin", "schedule.kind is 'cosin', expected 'cosine'"),
         ("  - path: captions.json", "  path: x", "data is {'path': 'x'}, expected a valid list"),
         ("  - path: captions.json", "  []", "data is [], List should have at least 1 item"),
@@ -235,7 +236,7 @@ def test_a_wrong_value_names_file_key_value_and_what_is_expected(
     [
         ("seed", "expected key=value"),
         ("=3", "expected key=value"),
-        ("seed.x=3", "seed is a value and has no keys"),
+        ("seed.x=3", "seed is a value without keys"),
         ("data.7.limit=3", "data has 1 entries, expected a number below 1 instead of '7'"),
         ("data.path=x", "data has 1 entries, expected a number below 1 instead of 'path'"),
         ("optimizer.freeze=[vision", "expected ',' or ']'"),

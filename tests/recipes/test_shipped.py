@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,18 +23,14 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "model" / "families"))
-sys.path.insert(0, str(Path(__file__).parent.parent))  # first: both have a conftest
-
-import builders
-
 import cafe.recipes
 from cafe.model.families import family_of
 from cafe.recipes import Recipe, load_recipe
-from cafe.train.adapt import adapt
-from cafe.train.optim import freeze, parts_of
-from cafe.train.run import train
-from conftest import build_small_model
+from cafe.training.optim import freeze, parts_of
+from cafe.training.run import train
+from cafe.training.tuning import adapt
+from helpers import builders
+from helpers.models import build_small_model
 
 FOLDER = Path(cafe.recipes.__file__).parent
 CONFIGS = Path(__file__).parent / "configs"
@@ -107,7 +102,7 @@ def test_the_header_names_the_true_numbers_of_parameters(name: str) -> None:
     published, tolerance = PUBLISHED[SHIPPED[name][0]]
     assert total - adapters == pytest.approx(published, abs=tolerance)
     text = " ".join(header_of(name).replace("#", " ").split())
-    assert f"{total:,.1f} M parameters, {learned:,.1f} M learn." in text
+    assert f"{total:,.1f} M parameters, {learned:,.1f} M trainable." in text
     if recipe_of(name).tuning.kind == "full":
         assert f"16 bytes each, {16e-3 * learned:,.1f} GB" in text
 
@@ -115,7 +110,7 @@ def test_the_header_names_the_true_numbers_of_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_header_says_what_memory_and_which_numbers(name: str) -> None:
     header = header_of(name)
-    for word in ("cafe train", "# Parameters", "# Memory", "# To meet"):
+    for word in ("cafe train", "# Parameters", "# Memory", "# Targets"):
         assert word in header
     assert ("Computed, not measured" in header) != ("Measured on" in header)
 
@@ -143,7 +138,7 @@ def test_caption_sources_are_the_published_six() -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, captions, and pairs as MMEB writes them."""
+    """Images, captions, and pairs as MMEB writes them."""
     folder = tmp_path_factory.mktemp("world")
     rng = np.random.default_rng(0)
     for i in range(8):
@@ -229,9 +224,9 @@ def test_two_steps_of_a_small_copy_move_what_the_recipe_tunes(
 
     before, after = CAFe.from_pretrained(base), CAFe.from_pretrained(result.model_dir)
     if recipe.tuning.kind == "lora":
-        from cafe.model.adapter import merge_adapter
+        from cafe.model.checkpoint.adapter import merge_into_base
 
-        merge_adapter(after.model)
+        merge_into_base(after.model)
     changed = list(moved(before.model, after.model))
     tuned = recipe.tuning.parts if recipe.tuning.kind != "full" else list(before.family.parts)
     for part, prefixes in before.family.parts.items():

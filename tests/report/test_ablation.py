@@ -1,25 +1,23 @@
-"""The ablation's report: verdicts from intervals, every sentence from numbers, figures that fit."""
+"""The ablation's report: verdicts from intervals, statements from numbers, small figures."""
 
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from findings_made import SCORES, made
-
+from cafe.ablation import claims
+from cafe.ablation.claims import QUESTIONS, Claim, answer, verdict
+from cafe.ablation.figures import FIGURES
+from cafe.ablation.report import report_text, write_report
 from cafe.errors import DataError
 from cafe.metrics import Interval
-from cafe.report import claims
-from cafe.report.ablation import report_text, write_report
-from cafe.report.ablation_figures import FIGURES
-from cafe.report.claims import QUESTIONS, Claim, answer, verdict
+from helpers.findings_made import SCORES, made
+
+PUBLISHED = Path(__file__).parents[2] / "docs" / "results.md"
 
 
 def claim(sign: int, above: float) -> Claim:
@@ -57,8 +55,8 @@ def test_claims_that_agree_are_one_answer_and_others_are_counted():
 
 
 def test_every_claim_has_its_own_words_and_a_sign_that_fits_its_score():
-    asked = [c for question in QUESTIONS for c in question.claims]
-    assert len(set(asked)) == len(asked)
+    every = [c for question in QUESTIONS for c in question.claims]
+    assert len(set(every)) == len(every)
     less_is_better = {claims.LOSS, claims.CHAIR_I, claims.CHAIR_S, claims.GAP}
     for question in QUESTIONS:
         worse = "collapse" in question.text  # the one question that asks for something worse
@@ -67,7 +65,7 @@ def test_every_claim_has_its_own_words_and_a_sign_that_fits_its_score():
 
 
 def section(text: str, number: int) -> str:
-    """One question's answer and table."""
+    """The answer to one question, with its table."""
     return text.split(f"**{number}. ")[1].split("\n\n**")[0].split("\n\n## ")[0]
 
 
@@ -80,9 +78,9 @@ def test_the_answers_follow_the_numbers():
     }
     findings = made({"joint": 0.2, "base": 0.24}, differences)
     text = report_text(findings, "results", resamples=1000)
-    told = section(text, 4)
-    assert "Mixed: supported in 2 of 4, not supported in 1 of 4, not decided in 1 of 4." in told
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[4:]]
+    fourth = section(text, 4)
+    assert "Mixed: supported in 2 of 4, not supported in 1 of 4, not decided in 1 of 4." in fourth
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in fourth.splitlines()[4:]]
     assert [row[2:] for row in rows] == [
         ["-4.0 [-6.0, -2.0]", "**supported**"],
         ["-4.0 [-6.0, +2.0]", "**not decided**"],
@@ -95,8 +93,8 @@ def test_the_answers_follow_the_numbers():
 
 @pytest.mark.parametrize(
     ("base", "says"),
-    [(0.93, "93.0% of “is there a …?” rightly, which leaves headroom"),
-     (0.97, "97.0% of “is there a …?” rightly, which leaves little headroom")],
+    [(0.93, "93.0% of “is there a …?” correctly, which leaves headroom"),
+     (0.97, "97.0% of “is there a …?” correctly, which leaves little headroom")],
 )  # fmt: skip
 def test_it_says_whether_the_world_is_hard_enough(base, says):
     assert says in report_text(made({"base": base}), "results", resamples=1000)
@@ -111,9 +109,9 @@ def test_the_tables_hold_every_score_time_and_the_sweep_in_order():
             lines = line.splitlines()
             widths[lines[0]] = {row.count(" | ") for row in lines}
     assert all(len(width) == 1 for width in widths.values())
-    assert any(row.startswith("| picture → text R@1 | 50.0 [48.0, 52.0] |") for row in rows)
+    assert any(row.startswith("| image → text R@1 | 50.0 [48.0, 52.0] |") for row in rows)
     assert any("**25.0 [23.0, 27.0]**" in row for row in rows)
-    assert "| training, seconds a run | – | 110 (100 to 120) | 110 (100 to 120) |" in text
+    assert "| training, seconds per run | – | 110 (100 to 120) | 110 (100 to 120) |" in text
     swept = [row.split(" | ")[:2] for row in rows if re.match(r"\| [\d.]+ : \d", row)]
     assert swept == [["| 0 : 1", "3"], ["| 0.1 : 1", "1"], ["| 1 : 1", "3"], ["| 3 : 1", "1"],
                      ["| 1 : 0", "3"]]  # fmt: skip
@@ -146,9 +144,26 @@ def test_figures_are_small_pngs_that_the_report_links(tmp_path):
     for link in linked:
         file = path.parent / link
         assert file.stat().st_size < 150_000
-        with PIL.Image.open(file) as picture:
-            assert picture.format == "PNG"
-            assert picture.width > 800
+        with PIL.Image.open(file) as image:
+            assert image.format == "PNG"
+            assert image.width > 800
+
+
+def test_the_published_report_has_the_wording_of_the_generator():
+    published = PUBLISHED.read_text(encoding="utf-8")
+    made_now = report_text(made(), "results", resamples=1000)
+    number = re.compile(r"[-+]?\d[\d.,]*")
+
+    def prose(text: str) -> list[str]:
+        """Headings, paragraphs, first cells of tables and figures, without their numbers."""
+        lines = [line.split(" | ")[0] for line in text.splitlines()]
+        verdicts = re.compile(r"(\*\*\d\. .*\?\*\*).*")
+        return [number.sub("#", verdicts.sub(r"\1", line)) for line in lines]
+
+    computed = re.compile(r"One base|Packages|\| (setting|steps|batch|threads|train|seeds|# : #)")
+    wanted = [line for line in prose(made_now) if not computed.match(line)]
+    assert len(wanted) > 60
+    assert [line for line in wanted if line not in prose(published)] == []
 
 
 def test_the_made_findings_have_every_score_that_is_asked_for():

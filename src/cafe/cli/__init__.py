@@ -1,7 +1,12 @@
-"""The command line: one thin file per verb, nothing heavy imported before a verb runs."""
+"""The command line: one thin file per verb, nothing heavy imported before a verb runs.
+
+A verb's file parses, fails early, and prints; its job is a function of another package. Jobs report
+through the logger `cafe`, which is silent for library users and shown on stderr here.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Annotated
@@ -24,9 +29,8 @@ from cafe.cli import (
     search,
     serve,
     train,
-    ui,
 )
-from cafe.errors import CafeError
+from cafe.errors import CafeError, printable
 from cafe.memory import keep_memory
 
 __all__ = ["app", "main"]
@@ -35,16 +39,33 @@ _SIGNALS = 128
 INTERRUPTED = _SIGNALS + 2
 
 _SERVERS = frozenset({"serve", "ui"})
-"""They live long and give memory back; every other verb is faster for keeping it, and ends."""
+"""They run for long and must return freed memory; the other verbs are faster when they keep it."""
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to the present `sys.stderr`, which a progress bar replaces while it is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(printable(self.format(record), sys.stderr), file=sys.stderr, flush=True)
+
+
+_HANDLER = _StderrHandler(logging.INFO)
 
 # Plain help: rich's boxes would double the time that `cafe --help` takes.
 app = typer.Typer(
     name="cafe",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata
+
+        print(f"cafe-vlm {metadata.version('cafe-vlm')}")
+        raise typer.Exit()
 
 
 @app.callback()
@@ -53,12 +74,33 @@ def root(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (or CAFE_DEBUG=1).")
     ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
 ) -> None:
     """One vision-language model that retrieves, reranks and answers."""
     if debug:
         os.environ["CAFE_DEBUG"] = "1"
+    _show_messages(context)
     if context.invoked_subcommand not in _SERVERS:
         keep_memory()
+
+
+def _show_messages(context: typer.Context) -> None:
+    """Print what jobs log on stderr, until the command ends."""
+    logger = logging.getLogger("cafe")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_HANDLER)
+
+    def restore() -> None:
+        logger.removeHandler(_HANDLER)
+        logger.setLevel(level)
+
+    context.call_on_close(restore)
 
 
 app.command("demo")(demo.command)
@@ -74,7 +116,7 @@ app.command("mine")(mine.command)
 app.command("convert")(convert.command)
 app.command("export")(export.command)
 app.command("serve")(serve.command)
-app.command("ui")(ui.command)
+app.command("ui")(serve.ui_command)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.command)
 
@@ -86,8 +128,11 @@ def main() -> None:
     except CafeError as error:
         if os.environ.get("CAFE_DEBUG", "0") not in {"", "0"}:
             raise
-        prefix = "" if error.exit_code > _SIGNALS else "error: "  # a stop on request is no error
-        print(prefix + " ".join(str(error).split()), file=sys.stderr)
+        prefix = (
+            "" if error.exit_code > _SIGNALS else "error: "
+        )  # stopping on request is not an error
+        message = prefix + " ".join(str(error).split())
+        print(printable(message, sys.stderr), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -1,4 +1,4 @@
-"""`cafe ablate`: train with either loss and with both, measure, and report."""
+"""`cafe ablate`: train with each loss alone and with both, evaluate, and write a report."""
 
 from __future__ import annotations
 
@@ -14,48 +14,51 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[RECIPE.yaml] [KEY=VALUE]...",
-            help="The ablation (default: the one that ships) and changes to it.",
+            help="Ablation recipe (default: the one shipped with cafe), and overrides.",
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Where runs and results are kept; the same folder goes on.")
+        Path, typer.Option(help="Folder for runs and results; given again, the ablation resumes.")
     ] = Path("ablation"),
     report: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.md", help="The report; figures go beside it. Default: in --out."
+            metavar="FILE.md", help="The report, with its figures next to it. [default: in --out]"
         ),
     ] = None,
     keep_models: Annotated[
-        bool, typer.Option("--keep-models", help="Keep models that are measured.")
+        bool, typer.Option("--keep-models", help="Keep the models after their evaluation.")
     ] = False,
 ) -> None:
     """Show what each of the two losses does.
 
-    From one base, with the same data, steps and seeds: the language loss only, the contrastive loss
-    only, both, and both with other weights. Interrupted, the same command goes on.
+    Trains one base model on the same data with the same steps and seeds: with the language loss
+    only, with the contrastive loss only, with both, and with both at other weights. After an
+    interruption, the same command resumes.
     """
     from importlib.resources import as_file, files
 
     from cafe.errors import RecipeError
     from cafe.recipes import load_ablation
 
-    words = arguments or []
-    overrides = [word for word in words if "=" in word]
-    named = [word for word in words if "=" not in word]
-    if len(named) > 1:
-        raise RecipeError(f"{named[1]}: neither key=value nor the only recipe; name one recipe")
+    arguments = arguments or []
+    overrides = [argument for argument in arguments if "=" in argument]
+    recipes = [argument for argument in arguments if "=" not in argument]
+    if len(recipes) > 1:
+        raise RecipeError(
+            f"{recipes[1]}: neither key=value nor the only recipe; give a single recipe"
+        )
     with as_file(files("cafe.recipes") / "ablate.yaml") as shipped:
-        ablation = load_ablation(named[0] if named else shipped, overrides)
+        ablation = load_ablation(recipes[0] if recipes else shipped, overrides)
 
-    from cafe.ablate.run import run_ablation
+    from cafe.ablation.run import run_ablation
 
-    # Where runs are kept changes no number, so the report does not tell.
-    told = [*words, *(["--report", str(report)] if report is not None else [])]
+    # The folder of the runs does not affect any number, so the report omits it.
+    repeatable = [*arguments, *(["--report", str(report)] if report is not None else [])]
     run_ablation(
         ablation,
         out,
         report=report,
         keep_models=keep_models,
-        command=shlex.join(["cafe", "ablate", *told]),
+        command=shlex.join(["cafe", "ablate", *repeatable]),
     )

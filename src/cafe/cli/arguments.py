@@ -1,21 +1,62 @@
-"""Arguments that several verbs share."""
+"""What several verbs share: the model argument, and how they print what was skipped or left out."""
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
+from cafe.cli import completion
+from cafe.errors import printable
+
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="tiny, a checkpoint directory, or a hub id.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="tiny, a checkpoint directory, or a hub id.",
+        autocompletion=completion.models,
+    ),
 ]
 
-ServedIndex = Annotated[
-    str | None, typer.Option("--index", metavar="DIR", help="An index to search too.")
-]
-Host = Annotated[str, typer.Option(help="Where to listen; beyond this machine only with a key.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(envvar="CAFE_API_KEY", help="What clients send, and the page asks for first."),
-]
+_NO_SUCH_FILE = ": no such file"
+_SHOWN = 3
+
+
+class SkippedLines:
+    """Prints a line on stderr for each item that is skipped, but of missing images the first only.
+
+    Thousands of missing images have one cause, which a line for each would hide.
+    """
+
+    def __init__(self) -> None:
+        self.missing = 0
+
+    def __call__(self, line: str) -> None:
+        self.missing += _NO_SUCH_FILE in line
+        if _NO_SUCH_FILE not in line or self.missing <= _SHOWN:
+            print(printable(f"skipped {line}", sys.stderr), file=sys.stderr)
+
+
+@contextmanager
+def skipped_lines() -> Iterator[SkippedLines]:
+    """What prints lines of skipped items; the number of missing images follows at the end."""
+    lines = SkippedLines()
+    try:
+        yield lines
+    finally:
+        if lines.missing > _SHOWN:
+            print(
+                f"skipped {lines.missing - _SHOWN:,} more whose image is not there, "
+                f"{lines.missing:,} in all; do image paths start at another folder?",
+                file=sys.stderr,
+            )
+
+
+def left_out_line(left_out: Counter[str]) -> str:
+    """How many files of a folder were left out, by kind, the most frequent first."""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
+    return f"left out: {left_out.total():,} files that are no images ({kinds})"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from cafe.evaluate.compare import Comparison, Published, Row
+    from cafe.evaluation.compare import Comparison, ComparisonRow
 
 
 def command(
@@ -24,44 +24,37 @@ def command(
     Differences are paired: computed on the same resamples of the same samples. One whose interval
     does not contain 0 is marked with a star.
     """
-    from cafe.evaluate.compare import collect, compare, published
+    from cafe.evaluation.compare import compare
 
-    for of_task in collect(results):
-        comparison = compare(of_task)
-        _tell(comparison)
-        for row in published():
-            if row.task == comparison.task:
-                _tell_published(row)
+    for comparison in compare(results):
+        _print_comparison(comparison)
 
 
-def _tell(comparison: Comparison) -> None:
+def _print_comparison(comparison: Comparison) -> None:
     print(f"\n{comparison.task}")
-    names = [_short(model) for model in comparison.models]
-    for number, name in enumerate(names):
-        print(f"  {chr(ord('A') + number % 26)}  {name}")
+    for number, model in enumerate(comparison.models):
+        print(f"  {chr(ord('A') + number % 26)}  {_short(model)}")
     width = max(len(row.score) for row in comparison.rows)
     for row in comparison.rows:
-        print(f"  {row.score:<{width}}  {_line(row)}")
+        print(f"  {row.score:<{width}}  {_format_row(row)}")
+    for row in comparison.published:
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in row.scores.items())
+        print(f"  published: {row.model}: {scores} ({row.source})")
 
 
-def _line(row: Row) -> str:
+def _format_row(row: ComparisonRow) -> str:
     first, *others = row.values
-    parts = [_number(first)]
+    parts = [_format_score(first)]
     for value, difference in zip(others, row.differences, strict=True):
-        parts.append(_number(value))
+        parts.append(_format_score(value))
         if difference is not None:
-            sure = "*" if difference.low > 0 or difference.high < 0 else " "
+            star = "*" if difference.low > 0 or difference.high < 0 else " "
             low, high = difference.low, difference.high
-            parts.append(f"({difference.estimate:+.4f} [{low:+.4f}, {high:+.4f}]{sure})")
+            parts.append(f"({difference.estimate:+.4f} [{low:+.4f}, {high:+.4f}]{star})")
     return "  ".join(parts)
 
 
-def _tell_published(row: Published) -> None:
-    scores = ", ".join(f"{name} {value:.3f}" for name, value in row.scores.items())
-    print(f"  published: {row.model}: {scores} ({row.source})")
-
-
-def _number(value: float | None) -> str:
+def _format_score(value: float | None) -> str:
     return "     -" if value is None else f"{value:.4f}"
 
 

@@ -1,4 +1,4 @@
-"""`cafe convert`: a checkpoint in LLaVA-NeXT's own layout becomes one that transformers loads."""
+"""`cafe convert`: convert a checkpoint in LLaVA-NeXT's own layout to one for transformers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import typer
 
 def command(
     source: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A LLaVA-NeXT checkpoint (llava_qwen).")
+        str, typer.Argument(metavar="DIR", help="A LLaVA-NeXT checkpoint (llava_qwen).")
     ],
-    to: Annotated[Path, typer.Option(metavar="DIR", help="A new directory.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="New directory to write.")],
 ) -> None:
     """Convert a LLaVA-NeXT checkpoint.
 
-    The result is an ordinary LLaVA-OneVision of transformers, with the same numbers. One file of
-    weights is in memory at a time.
+    The result is a standard LLaVA-OneVision checkpoint of transformers with the same weights. One
+    weights file is in memory at a time.
     """
-    from cafe.model.convert import convert_llava_next
+    from cafe.model.checkpoint.convert import convert
 
-    done = convert_llava_next(source, to)
-    print(f"{done.tensors} weights ({done.bytes / 1e9:.2f} GB, {done.shards} files) in {to}")
-    if done.ignored:
-        print(f"left out, as the original never reads them: {', '.join(done.ignored)}")
+    report = convert(source, to)
+    print(f"{report.tensors} weights ({report.bytes / 1e9:.2f} GB, {report.shards} files) in {to}")
+    if report.ignored:
+        print(f"skipped, because the original never reads them: {', '.join(report.ignored)}")

@@ -1,4 +1,4 @@
-"""`cafe demo`: a small real model learns to retrieve and keeps talking, in minutes."""
+"""`cafe demo`: a small real model learns to retrieve and still answers, in minutes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import typer
 def command(
     out: Annotated[
         Path | None,
-        typer.Option(help="Where results, pictures and the model go; default: demo, demo-2, …"),
+        typer.Option(help="Folder for results, images and the model. [default: demo, demo-2, …]"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Training steps; default: as the recipe says.")
+        int | None, typer.Option(min=1, help="Training steps. [default: those of the recipe]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the scenes and of training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for scenes and training.")] = 0,
 ) -> None:
     """See a small model learn to retrieve.
 
@@ -29,7 +29,7 @@ def command(
 
 
 def _free_folder(name: str) -> Path:
-    """The first of name, name-2, name-3, … that is not there: an earlier demo is never lost."""
+    """The first of name, name-2, name-3, … that does not exist: no earlier demo is overwritten."""
     return next(
         path
         for number in itertools.count(1)

@@ -1,4 +1,4 @@
-"""`cafe doctor`: is this installation sound, and what does a model read its embeddings from?"""
+"""`cafe doctor`: check the installation, and show where a model's embeddings come from."""
 
 from __future__ import annotations
 
@@ -18,11 +18,22 @@ OPTIONAL = ("sentence-transformers",)
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the table. `mend` says what to do; None when all is well."""
+    """One line of the table.
+
+    fix      what to do; None when all is well
+    broken   False: cafe works all the same, other tools may not
+    """
 
     name: str
     value: str
-    mend: str | None = None
+    fix: str | None = None
+    broken: bool = True
+
+    @property
+    def state(self) -> str:
+        if self.fix is None:
+            return "ok"
+        return "BROKEN" if self.broken else "WARN"
 
 
 def command(
@@ -33,8 +44,8 @@ def command(
 ) -> None:
     """Check the installation.
 
-    Versions, devices and the torchvision pair; with MODEL, its prompt and pooled token too.
-    The exit code is 1 when something is broken.
+    Versions, devices, the precision of training, the torchvision pair; with MODEL, its prompt and
+    pooled token too. The exit code is 1 when something is broken.
     """
     reinstall = "reinstall torch and torchvision"
     checks = [
@@ -46,28 +57,27 @@ def command(
         checks += _guarded("model", lambda: contract(model), "name another model")
     width = max(len(check.name) for check in checks)
     for check in checks:
-        state = "ok    " if check.mend is None else "BROKEN"
-        print(f"{state}  {check.name:<{width}}  {check.value}")
-    broken = [check for check in checks if check.mend is not None]
-    for check in broken:
-        print(f"\n{check.name}: {check.mend}")
-    if broken:
+        print(f"{check.state:<6}  {check.name:<{width}}  {check.value}")
+    faults = [check for check in checks if check.fix is not None]
+    for check in faults:
+        print(f"\n{check.name}: {check.fix}")
+    if any(check.broken for check in faults):
         raise typer.Exit(1)
 
 
-def _guarded(name: str, checks: Callable[[], Iterator[Check]], mend: str) -> list[Check]:
-    """The checks; one that cannot even run is a broken one."""
+def _guarded(name: str, checks: Callable[[], Iterator[Check]], fix: str) -> list[Check]:
+    """The checks; one that cannot run counts as broken."""
     try:
         return list(checks())
     except CafeError as error:
-        return [Check(name, "fails", mend=str(error))]
+        return [Check(name, "fails", fix=str(error))]
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else "no message"
-        return [Check(name, "fails", mend=f"{type(error).__name__}: {reason}; {mend}")]
+        return [Check(name, "fails", fix=f"{type(error).__name__}: {reason}; {fix}")]
 
 
 def versions() -> Iterator[Check]:
-    """Python and every requirement of this package, against the versions it asks for."""
+    """Python and every requirement of this package, compared with the required versions."""
     from packaging.requirements import Requirement
 
     yield Check("cafe-vlm", metadata.version("cafe-vlm"))
@@ -85,11 +95,11 @@ def _version(name: str, wanted: str, requirement: str) -> Check:
     from packaging.specifiers import SpecifierSet
 
     installed = _installed(name)
-    mend = f"pip install '{requirement.strip()}'"
+    fix = f"pip install '{requirement.strip()}'"
     if installed is None:
-        return Check(name, "not installed", mend)
+        return Check(name, "not installed", fix)
     if not SpecifierSet(wanted).contains(installed, prereleases=True):
-        return Check(name, f"{installed}, but cafe needs {wanted}", mend)
+        return Check(name, f"{installed}, but cafe needs {wanted}", fix)
     return Check(name, installed)
 
 
@@ -101,52 +111,73 @@ def _installed(name: str) -> str | None:
 
 
 def devices() -> Iterator[Check]:
-    """Where models run, and whether bfloat16 works there."""
+    """Where models run, and the precision that `precision: auto` trains in there."""
     import torch
 
-    capability = torch.backends.cpu.get_cpu_capability()
-    yield Check("device cpu", f"{os.cpu_count()} cores, {capability}, {_bf16('cpu')}")
+    from cafe.precision import SLOWER, described
+
+    training = _training("cpu")
+    emulated = "" if "bf16" in training else f"; bf16 would be emulated, {SLOWER}"
+    yield Check("device cpu", f"{os.cpu_count()} cores, {described()}: {training}{emulated}")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         gibibytes = properties.total_memory / 2**30
         yield Check(
             f"device cuda:{index}",
-            f"{properties.name}, {gibibytes:.0f} GiB, {_bf16(f'cuda:{index}')}",
+            f"{properties.name}, {gibibytes:.0f} GiB: {_training(f'cuda:{index}')}",
         )
     if torch.backends.mps.is_available():
-        yield Check("device mps", _bf16("mps"))
+        yield Check("device mps", _training("mps"))
 
 
-def _bf16(device: str) -> str:
-    """Tried rather than asked: what a device claims depends on driver and build."""
+def _training(device: str) -> str:
+    """Tested, too: whether a GPU computes at all depends on driver and build.
+
+    Raises:
+        RuntimeError: The device cannot multiply matrices.
+    """
     import torch
 
-    try:
-        one = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
-        works = bool((one @ one == 8).all())
-    except RuntimeError:
-        works = False
-    return "bf16 works" if works else "no bf16: set precision=fp32"
+    from cafe.precision import resolved_precision
+
+    precision = resolved_precision("auto", device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    one = torch.ones(8, 8, dtype=dtype, device=device)
+    if not (one @ one == 8).all():
+        raise RuntimeError(f"{device}: a matrix product in {precision} is wrong")
+    return f"training in {precision}"
 
 
 def pair() -> Iterator[Check]:
-    """The torchvision beside this torch: imported and tried, not only present."""
-    from cafe.model.torchvision_pair import MEND, ensure_torchvision, operators_declared
+    """The torchvision next to this torch: imported and tested, not only present."""
+    from cafe.model.torchvision_pair import FIX, ensure_torchvision, mismatch, operators_declared
 
     ensure_torchvision()
     import torch
+    import torchvision
     from torchvision.transforms.v2 import functional
 
     shape = tuple(functional.resize(torch.zeros(3, 8, 8), [4, 4]).shape)
     if shape != (3, 4, 4):
-        yield Check("torchvision pair", f"resizes to {shape}", MEND)
+        yield Check("torchvision pair", f"resizes to {shape}", FIX)
         return
-    note = " (its compiled operators do not load; cafe does not need them)"
-    yield Check("torchvision pair", "works" + (note if operators_declared() else ""))
+    effect = (
+        "plain transformers cannot import it; cafe can"
+        if operators_declared()
+        else "its operators do not run on a GPU; cafe does not need them"
+    )
+    package = _installed("torch") or torch.__version__
+    found = mismatch(torch.__version__, torchvision.__version__, package)
+    if found is not None:
+        yield Check("torchvision pair", f"{found.what}: {effect}", found.fix, broken=False)
+    elif operators_declared():
+        yield Check("torchvision pair", f"no compiled operators: {effect}", FIX, broken=False)
+    else:
+        yield Check("torchvision pair", "works")
 
 
 def contract(model: str) -> Iterator[Check]:
-    """What an embedding of `model` is read from."""
+    """The prompt and token that an embedding of `model` is read from."""
     from cafe.model.vlm import CAFe
 
     for name, value in CAFe.from_pretrained(model).embedding_contract().items():

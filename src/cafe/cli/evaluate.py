@@ -1,20 +1,23 @@
-"""`cafe evaluate`: a model and a task, or a suite of tasks, become numbers."""
+"""`cafe evaluate`: measure a model on a task, or on a suite of tasks."""
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cafe.cli import completion
 from cafe.cli.arguments import Model
+from cafe.errors import printable
 
 if TYPE_CHECKING:
-    from cafe.evaluate.run import Outcome
+    from cafe.evaluation.run import Outcome
 
 
-class Suite(StrEnum):
+class SuiteName(StrEnum):
     """Which tasks run together."""
 
     quick = "quick"
@@ -22,25 +25,42 @@ class Suite(StrEnum):
     all = "all"
 
 
+DataKeys = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Keys of --data, as in a recipe: image_root=Images, split=val, mode=pair, …",
+    ),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        help="One task, or mteb:NAME; an unknown name lists all tasks.",
+        autocompletion=completion.tasks,
+    ),
+]
+TaskData = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="A task's data: folder or hub name; for retrieval, gap and captions, what "
+        "cafe train reads. With a suite: the folder of their folders.",
+    ),
+]
+
+
 def command(
     model: Model,
-    task: Annotated[
-        str | None, typer.Option(help="One task, or mteb:NAME; a name that is none lists them all.")
-    ] = None,
-    suite: Annotated[Suite | None, typer.Option(help="Several tasks (default: quick).")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            help="A task's data: folder or hub name. With a suite: the folder of their folders.",
-        ),
-    ] = None,
+    keys: DataKeys = None,
+    task: TaskName = None,
+    suite: Annotated[SuiteName | None, typer.Option(help="Several tasks (default: quick).")] = None,
+    data: TaskData = None,
     json_out: Annotated[
         Path | None,
-        typer.Option("--json", metavar="DIR", help="Keep one result file a task, and resume."),
+        typer.Option("--json", metavar="DIR", help="Keep one result file per task, and resume."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Use the first so many samples only.")
+        int | None, typer.Option(min=1, help="Evaluate on the first N samples only.")
     ] = None,
     judge: Annotated[
         list[str] | None,
@@ -61,75 +81,53 @@ def command(
 
     if task is not None and suite is not None:
         raise DataError("name a --task or a --suite, not both")
+    if keys and data is None:
+        raise DataError(f"{keys[0]}: keys are those of --data; name it")
 
-    from cafe.evaluate.run import Options, run_tasks, suite_tasks
-    from cafe.evaluate.spread import ranks
-    from cafe.evaluate.tasks import task_names
-    from cafe.model.vlm import CAFe
+    from cafe.recipes import load_source
 
-    chosen = None if task is not None else (suite or Suite.quick).value
-    names = task_names(task) if task is not None else suite_tasks(chosen or "quick")
-    options = Options(data, limit, json_out, force, tuple(judge or ()))
-    failed = []
-    with ranks() as rank:
-        device = f"cuda:{rank.local}" if rank.size > 1 and _has_gpu() else None
-        outcomes = run_tasks(
-            lambda: CAFe.from_pretrained(model, device=device),
+    source = load_source(data, keys) if data is not None and keys else data
+
+    from cafe.evaluation.run import TasksFailedError, evaluate
+
+    try:
+        evaluate(
             model,
-            names,
-            options,
-            suite=chosen,
-            rank=rank,
+            task,
+            suite=None if suite is None else suite.value,
+            data=source,
+            limit=limit,
+            out=json_out,
+            judges=judge or (),
+            force=force,
+            on_outcome=_print_outcome,
         )
-        for outcome in outcomes:
-            failed += [outcome.task] if outcome.state == "failed" else []
-            if rank.number == 0:
-                _tell(outcome)
-                if json_out is not None:
-                    _draw(outcome, json_out)
-    if failed:
+    except TasksFailedError as error:  # each reason has been printed
+        count = len(error.reasons) + len(error.records)
+        names = ", ".join(error.reasons)
         raise DataError(
-            f"{len(failed)} of {len(names)} tasks could not be run: {', '.join(failed)}"
-        )
+            f"{len(error.reasons)} of {count} tasks could not be run: {names}"
+        ) from error
 
 
-def _tell(outcome: Outcome) -> None:
+def _print_outcome(outcome: Outcome) -> None:
     record = outcome.record
     if record is None:
-        print(f"\n{outcome.task}  could not be run: {outcome.reason}", flush=True)
+        message = f"\n{outcome.task}  could not be run: {outcome.reason}"
+        print(printable(message, sys.stdout), flush=True)
         return
     kept = " (kept)" if outcome.state == "kept" else ""
     print(f"\n{outcome.task}  {record['count']} samples{kept}")
     width = max(len(name) for name in record["scores"])
     for name, value in record["scores"].items():
-        interval = record["intervals"].get(name)
-        shown = "" if interval is None else f"  [{interval[0]:.4f}, {interval[1]:.4f}]"
-        print(f"  {name:<{width}}  {value:.4f}{shown}", flush=True)
+        bounds = record["intervals"].get(name)
+        interval = "" if bounds is None else f"  [{bounds[0]:.4f}, {bounds[1]:.4f}]"
+        print(f"  {name:<{width}}  {value:.4f}{interval}", flush=True)
     if empty := record["details"].get("empty_replies"):
-        print(f"  {empty} replies of the model were empty", flush=True)
+        print(f"  {empty} of the model's replies were empty", flush=True)
     if evasive := record["details"].get("evasive_replies"):
-        print(f"  {evasive} replies of judges were neither yes nor no: no votes", flush=True)
+        print(f"  {evasive} judges' replies were neither yes nor no and cast no vote", flush=True)
     if missing := record["details"].get("missing"):
-        print(f"  not there, so not measured: {', '.join(missing)}", flush=True)
-
-
-def _draw(outcome: Outcome, folder: Path) -> None:
-    """The map of a result that has one, beside its file."""
-    if outcome.record is None or "map/image" not in outcome.record["details"]:
-        return
-    import numpy as np
-
-    from cafe.evaluate.run import result_file
-    from cafe.report.map import draw_map
-
-    details = outcome.record["details"]
-    images, texts = (np.array(details[f"map/{kind}"]) for kind in ("image", "text"))
-    path = result_file(folder, outcome.task).with_suffix(".png")
-    draw_map(path, images, texts, outcome.record["scores"]["modality_gap"])
-    print(f"  map: {path}", flush=True)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+        print(f"  not found, so not measured: {', '.join(missing)}", flush=True)
+    if outcome.map is not None:
+        print(f"  map: {outcome.map}", flush=True)

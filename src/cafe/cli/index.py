@@ -1,24 +1,15 @@
-"""`cafe index`: a folder of pictures, or a data set, becomes an index that can be searched."""
+"""`cafe index`: a folder of images, or a data set, becomes an index that can be searched."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cafe.cli.arguments import Model
+from cafe.cli.arguments import Model, left_out_line, skipped_lines
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from cafe.index import Approximate, Index, Item, Origin, Report
-    from cafe.model.vlm import CAFe
-
-ASKED = 100
-"""So many captions are asked as queries to measure an approximate index."""
+    from cafe.retrieval.indexing import IndexReport
 
 
 def command(
@@ -27,7 +18,7 @@ def command(
         str,
         typer.Argument(
             metavar="FOLDER_OR_DATA",
-            help="A folder of pictures, a data file of pictures with captions, or a .jsonl of "
+            help="A folder of images, a data file of images with captions, or a .jsonl of "
             '{"text": ...}.',
         ),
     ],
@@ -40,81 +31,43 @@ def command(
     """Make or update an index for cafe search.
 
     What did not change since the last run is not embedded again; rows of what vanished are
-    deleted. A run that was killed goes on where it was. Broken files are listed on stderr, counted
-    and skipped.
+    deleted. A run that was killed continues where it stopped. Broken files are listed on stderr,
+    counted and skipped.
     """
-    from cafe.cli.index_items import list_items
-    from cafe.cli.index_model import open_model
-    from cafe.cli.progress import progress_bar
-    from cafe.index import Index, Origin, sync
+    from cafe.retrieval.indexing import build_index
 
-    listing = list_items(source)  # before torch: a wrong path is told at once
-    origin = Origin(listing.source, None if listing.root is None else str(listing.root))
-    index = Index.find(to)
-    if index is not None:
-        _check_origin(index, origin)
-    vlm, facts = open_model(model, index)
-    if index is None:
-        index = Index.create(to, facts, origin=origin)
-
-    def encode(values: Sequence[Any]) -> np.ndarray:
-        return vlm.encode(values, batch_size=batch_size)
-
-    with progress_bar("index", len(listing.items)) as done:
-        report = sync(index, listing.items, encode, batch_size=batch_size, progress=done)
-    index.set_origin(origin)
-    report.skipped[:0] = listing.rejected
-    for problem in report.skipped:
-        print(f"skipped {problem.place}: {problem.reason}", file=sys.stderr)
-    approximate = index.optimize(queries=_captions(vlm, listing.items, len(index)))
-    print(_told(index, report, approximate))
-
-
-def _check_origin(index: Index, origin: Origin) -> None:
-    """Raises DataError where the index is of something else that still is there."""
-    from cafe.errors import DataError
-
-    before = index.origin
-    if before is None or before == origin:
-        return
-    if before.made_by == "embed":
-        raise DataError(
-            f"index {index.uri} was written by cafe embed; index {origin.source} into another one"
+    with skipped_lines() as on_skipped:
+        report = build_index(
+            model,
+            source,
+            to,
+            batch_size=batch_size,
+            on_skipped=on_skipped,
+            show_progress_bar=True,
         )
-    if before.source != origin.source and Path(before.source).exists():
-        raise DataError(
-            f"index {index.uri} is of {before.source}, whose rows would be deleted; index "
-            f"{origin.source} into another one"
-        )
+    print(_formatted(report))
 
 
-def _captions(vlm: CAFe, items: list[Item], rows: int) -> np.ndarray | None:
-    """Embeddings of some captions: what people will ask of pictures is text, and lies elsewhere."""
-    from cafe.index import APPROXIMATE_ROWS
-
-    captions = [item.text for item in items if item.source is not None and item.text]
-    if rows < APPROXIMATE_ROWS or len(captions) < ASKED:
-        return None
-    step = len(captions) // ASKED
-    return vlm.encode([text.split("\n")[0] for text in captions[::step][:ASKED]])
-
-
-def _told(index: Index, report: Report, approximate: Approximate | None) -> str:
+def _formatted(report: IndexReport) -> str:
+    """Counts, and how exact a search is."""
     from cafe.index import GOAL
 
+    changes, approximate = report.changes, report.approximate
     counts = [
         f"{count:,} {name}"
         for name, count in (
-            ("added", report.added),
-            ("changed", report.changed),
-            ("moved", report.moved),
-            ("unchanged", report.unchanged),
-            ("deleted", report.deleted),
-            ("skipped", len(report.skipped)),
+            ("added", changes.added),
+            ("changed", changes.changed),
+            ("moved", changes.moved),
+            ("unchanged", changes.unchanged),
+            ("deleted", changes.deleted),
+            ("skipped", len(changes.skipped)),
         )
         if count
     ]
-    lines = [f"{index.uri}: {len(index):,} rows ({', '.join(counts)})"]
+    lines = [f"{report.uri}: {report.rows:,} rows ({', '.join(counts)})"]
+    if report.left_out:
+        lines.append(left_out_line(report.left_out))
     if approximate is None:
         lines.append("search is exact")
     else:

@@ -1,4 +1,4 @@
-"""`cafe search`: ask an index in words, with a picture, or with both."""
+"""`cafe search`: ask an index in words, with an image, or with both."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cafe.errors import printable
+
 if TYPE_CHECKING:
-    from cafe.cli.found import Answer, Found
+    from cafe.retrieval.search import RankedHit, SearchAnswer
     from cafe.types import Image
 
 
@@ -23,12 +25,12 @@ def command(
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option("--image", help="A picture to look for, or to look for with TEXT."),
+        typer.Option("--image", help="An image to look for, or to look for with TEXT."),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="So many hits.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
     rerank: Annotated[
         int | None,
-        typer.Option(min=1, help="Let the model judge the so many best hits, one by one."),
+        typer.Option(min=1, help="Rerank the top N hits with the model."),
     ] = None,
     where: Annotated[
         str | None, typer.Option(metavar="SQL", help='Only rows like "width > 640".')
@@ -41,35 +43,36 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Search by words, by a picture, or by both.
+    """Search by words, by an image, or by both.
 
     A hit's score is the cosine. With --rerank, match is how probable the model finds that the
-    picture shows what the text says, and posterior, which orders the hits, how probable it is by
+    image shows what the text says, and posterior, which orders the hits, how probable it is by
     score and match together that this is the hit meant.
     """
     from cafe.index import Index
+    from cafe.retrieval.search import Searcher
 
-    picture = _checked(text, image, answer)
+    query_image = _checked(text, image, answer)
     index = Index.open(index_uri)
     if where is not None:
-        index.count(where)  # before torch: bad SQL is told at once
-
-    from cafe.cli.found import answered, reranked
-    from cafe.cli.index_model import open_model
-
-    vlm, _ = open_model(model or index.model.name, index)
-    query: Any = {"text": text, "image": picture} if text and picture else text or picture
-    hits = index.search(vlm.encode(query), max(top, rerank or 0), where)
-    found = reranked(vlm, index.origin, text or picture, hits, rerank)[:top]
-    said = answered(vlm, text, found) if answer and text and found else None
+        index.count(where)  # before torch: bad SQL is reported immediately
+    searcher = Searcher.open(index, model)
+    query: Any = (
+        {"text": text, "image": query_image} if text and query_image else text or query_image
+    )
+    hits = searcher.search(query, max(top, rerank or 0), where)
+    if rerank is not None:
+        hits = searcher.rerank(query, hits, rerank)
+    hits = hits[:top]
+    said = searcher.answer(text, hits) if answer and text and hits else None
     if as_json:
-        print(json.dumps(_as_json(found, said), ensure_ascii=False, indent=2, default=str))
+        print(json.dumps(_as_json(hits, said), ensure_ascii=False, indent=2, default=str))
     else:
-        _show(found, said)
+        _show(hits, said)
 
 
 def _checked(text: str | None, image: Path | None, answer: bool) -> Image | None:
-    """The picture, opened: a bad one is told before anything heavy is loaded."""
+    """The image, opened: a bad one is reported before anything heavy is loaded."""
     from cafe.errors import DataError
     from cafe.media import open_image
     from cafe.types import Image
@@ -77,61 +80,61 @@ def _checked(text: str | None, image: Path | None, answer: bool) -> Image | None
     if not (text and text.strip()) and image is None:
         raise DataError("nothing to search for: give TEXT, --image, or both")
     if answer and not text:
-        raise DataError("--answer needs a question: give TEXT beside --image")
+        raise DataError("--answer needs a question: give TEXT with --image")
     return None if image is None else Image(open_image(Image(image)))
 
 
-def _as_json(found: list[Found], said: Answer | None) -> dict[str, Any]:
-    hits = [
+def _as_json(hits: list[RankedHit], said: SearchAnswer | None) -> dict[str, Any]:
+    records = [
         {
-            "id": one.hit.id,
-            "score": one.hit.score,
-            **({} if one.match is None else {"match": one.match, "posterior": one.posterior}),
-            "file": one.file,
-            **one.hit.metadata,
+            "id": hit.id,
+            "score": hit.score,
+            **({} if hit.match is None else {"match": hit.match, "posterior": hit.posterior}),
+            "file": hit.file,
+            **hit.hit.metadata,
         }
-        for one in found
+        for hit in hits
     ]
     if said is None:
-        return {"hits": hits}
-    sources = [
-        {"number": n, "id": found[n - 1].hit.id, "file": found[n - 1].file} for n in said.sources
-    ]
+        return {"hits": records}
+    sources = [{"number": n, "id": hits[n - 1].id, "file": hits[n - 1].file} for n in said.sources]
     answer = {"text": said.text, "sources": sources, "note": said.note}
-    return {"hits": hits, "answer": answer}
+    return {"hits": records, "answer": answer}
 
 
-def _show(found: list[Found], said: Answer | None) -> None:
-    if not found:
+def _show(hits: list[RankedHit], said: SearchAnswer | None) -> None:
+    if not hits:
         print("no hits")
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    judged = any(one.match is not None for one in found)
+    judged = any(hit.match is not None for hit in hits)
     table = Table(box=None, pad_edge=False)
     table.add_column("", justify="right")
     table.add_column("score", justify="right")
     for name in ("match", "posterior") if judged else ():
         table.add_column(name, justify="right")
     table.add_column("found", overflow="fold")
-    told = [str(one.hit.metadata.get("text") or "").replace("\n", " / ") for one in found]
-    if any(told):
+    names = [printable(hit.file or hit.id, sys.stdout) for hit in hits]
+    texts = [
+        printable(str(hit.hit.metadata.get("text") or "").replace("\n", " / "), sys.stdout)
+        for hit in hits
+    ]
+    if any(texts):
         table.add_column("text", overflow="ellipsis", no_wrap=True)
-    for number, one in enumerate(found, 1):
-        numbers = (one.match, one.posterior) if judged else ()
-        judgement = ["" if value is None else f"{value:.3f}" for value in numbers]
-        about = [Text(told[number - 1])] if any(told) else []
-        # `Text`, because square brackets in a name are no markup.
-        cells = (f"{one.hit.score:.3f}", *judgement, Text(one.file or one.hit.id), *about)
-        table.add_row(str(number), *cells)
+    for number, (hit, name, text) in enumerate(zip(hits, names, texts, strict=True), 1):
+        values = (hit.match, hit.posterior) if judged else ()
+        judgement = ["" if value is None else f"{value:.3f}" for value in values]
+        # `Text`, because square brackets in a name are not markup.
+        cells = (f"{hit.score:.3f}", *judgement, Text(name))
+        table.add_row(str(number), *cells, *([Text(text)] if any(texts) else []))
     # A pipe has no width: nothing is cut there.
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)
     if said is not None:
-        print(f"\n{said.text}\n\nsources:")
+        print(printable(f"\n{said.text}\n\nsources:", sys.stdout))
         for number in said.sources:
-            one = found[number - 1]
-            print(f"[{number}] {one.file or one.hit.id}")
+            print(f"[{number}] {names[number - 1]}")
         if said.note:
             print(f"({said.note})")

@@ -1,63 +1,65 @@
-"""`cafe serve`: embeddings, chat and reranking over HTTP, in OpenAI's shapes; and a web page."""
+"""`cafe serve` and `cafe ui`: embeddings, chat and reranking over HTTP in OpenAI's formats.
+
+`cafe ui` is `cafe serve --ui` with the options that a person at a browser needs.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import Annotated
 
 import typer
 
-from cafe.cli.arguments import ApiKey, Host, Model, Port, ServedIndex
+from cafe.cli.arguments import Model
 
-if TYPE_CHECKING:
-    from cafe.index import Index
-    from cafe.serve.calls import CafeCalls
+IndexOption = Annotated[
+    str | None, typer.Option("--index", metavar="DIR", help="An index to search as well.")
+]
+HostOption = Annotated[
+    str, typer.Option(help="Address to listen on; any but this machine's needs an API key.")
+]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(envvar="CAFE_API_KEY", help="Key that clients send and the web page asks for."),
+]
 
 
 def command(
     model: Model,
-    index: ServedIndex = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    api_key: ApiKey = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Most inputs computed together.")] = 32,
+    index: IndexOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key: ApiKeyOption = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Maximum number of inputs per batch.")] = 32,
     max_wait_ms: Annotated[
-        float, typer.Option(min=0, help="How long an input waits for company.")
+        float, typer.Option(min=0, help="How long an input waits for others to fill a batch.")
     ] = 5.0,
-    max_queue: Annotated[int, typer.Option(min=1, help="Waiting inputs before 429.")] = 256,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Number of waiting inputs beyond which requests get 429.")
+    ] = 256,
     allow_remote_images: Annotated[
-        bool, typer.Option("--allow-remote-images", help="Fetch pictures from public addresses.")
+        bool, typer.Option("--allow-remote-images", help="Fetch images from public URLs.")
     ] = False,
     ui: Annotated[bool, typer.Option("--ui", help="Also serve a web page, at /ui.")] = False,
 ) -> None:
     """Serve the model over HTTP.
 
     Routes: /v1/embeddings, /v1/chat/completions, /v1/rerank, /v1/models, /search, /health,
-    /ready, /metrics. SIGTERM and Ctrl-C finish the running requests first.
+    /ready, /metrics. On SIGTERM and Ctrl-C, running requests are finished first.
     """
     from cafe.errors import CafeError
 
     try:
-        from cafe.serve.finding import IndexSearch
-        from cafe.serve.run import Server, Settings
+        from cafe.serving.run import serve
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("cafe"):
             raise
         raise CafeError(f"cafe serve needs {error.name}: pip install 'cafe-vlm[serve]'") from error
 
-    searched = None if index is None else _opened(index)
-
-    def load() -> CafeCalls:
-        from cafe.cli.index_model import open_model
-        from cafe.model.vlm import CAFe
-        from cafe.serve.calls import CafeCalls
-
-        if searched is None:
-            return CafeCalls(CAFe.from_pretrained(model))
-        return CafeCalls(open_model(model, searched)[0])
-
-    settings = Settings(
-        name=Path(model).resolve().name if Path(model).is_dir() else model,
+    serve(
+        model,
+        index=index,
         host=host,
         port=port,
         api_key=api_key,
@@ -65,15 +67,20 @@ def command(
         max_wait_seconds=max_wait_ms / 1000,
         max_queue=max_queue,
         allow_remote_images=allow_remote_images,
-        page=ui,
+        ui=ui,
+        report=partial(print, flush=True),
     )
-    search = None if searched is None else IndexSearch(searched)
-    server = Server(load, settings, search, None if search is None else search.root)
-    print(f"loading {model}", flush=True)
-    server.run(lambda url: print(f"serving {settings.name} on {url}{'/ui' * ui}", flush=True))
 
 
-def _opened(uri: str) -> Index:
-    from cafe.index import Index
+def ui_command(
+    model: Model,
+    index: IndexOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Search and ask on a web page.
 
-    return Index.open(uri)
+    The same server as cafe serve --ui, which has more options.
+    """
+    command(model, index=index, host=host, port=port, api_key=api_key, ui=True)

@@ -1,10 +1,10 @@
 """Which examples make up which step: a pure function of the seed and the step.
 
-Nothing is remembered from step to step, so a resumed run simply asks for the step it is at.
+No state is kept from step to step, so a resumed run simply asks for its next step.
 
 Sources take turns by weight: the j-th batch of a source with share w (all shares sum to 1) is due
 at time (j + 1/2) / w, in steps, and batches come in the order in which they are due. That is
-Webster's divisor method: after n steps a source has had n * w batches, give or take about one.
+Webster's divisor method: after n steps a source has had n * w batches, plus or minus about one.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from cafe.errors import DataError
 class BatchPlan:
     """The batches of a run.
 
-    sizes    examples of each source
+    sizes    number of examples of each source
     weights  how often each source is drawn, relative to the others; 0: never
-    batch    examples of one step
-    seed     of the order
-    names    of the sources, for messages
+    batch    number of examples of one step
+    seed     random seed of the order
+    names    names of the sources, for messages
     targets  int64 [size] for each source, equal where examples have the same target; None where
              all are different
 
-    Every batch is of one source. A source is shuffled anew for each of its epochs, in which no
-    example comes twice; those that do not fill a last batch are left out, other ones each time.
-    A source that is smaller than one batch comes whole: its batches are that small.
-    A target comes once in a batch, unless it has more examples than there are batches (`spread`).
-    Raises DataError when a source has too few examples to contrast (2), or none.
+    Every batch is drawn from one source. A source is reshuffled for each of its epochs, in which no
+    example occurs twice; those that do not fill a last batch are omitted, different ones each time.
+    A source that is smaller than one batch is used as one batch of its size.
+    A target occurs once in a batch, unless it has more examples than there are batches (`spread`).
+    Raises DataError when a source has too few examples for a contrastive batch (2), or none.
     """
 
     sizes: Sequence[int]
@@ -64,22 +64,22 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The full batches that all sources hold together.
+        """The number of full batches of all sources together.
 
-        With several sources a source comes more or less often than once in so many steps, as its
-        weight says.
+        With several sources, a source is repeated more or less than once in this number of steps,
+        depending on its weight.
         """
         return sum(self._batches(source) for source in self._drawn())
 
     def plan(self, step: int) -> list[int]:
-        """The examples of `step` (from 0), numbered through all sources in their order."""
+        """The examples of `step` (from 0), numbered consecutively over all sources."""
         source, earlier = self._turn(step)
-        epoch, place = divmod(earlier, self._batches(source))
-        chosen = self._order(source, epoch)[place * self.batch : (place + 1) * self.batch]
+        epoch, index = divmod(earlier, self._batches(source))
+        chosen = self._order(source, epoch)[index * self.batch : (index + 1) * self.batch]
         return (chosen + sum(self.sizes[:source])).tolist()
 
     def source(self, step: int) -> int:
-        """The source whose turn it is."""
+        """The source that `step` is drawn from."""
         return self._turn(step)[0]
 
     def _drawn(self) -> list[int]:
@@ -89,7 +89,7 @@ class BatchPlan:
         return max(1, self.sizes[source] // self.batch)
 
     def _turn(self, step: int) -> tuple[int, int]:
-        """The source of `step`, and how many batches of it came before.
+        """The source of `step`, and the number of its earlier batches.
 
         By time t, t * w - 1/2 to t * w + 1/2 batches of a source are due, and t - k/2 to t + k/2
         of all k sources. So batches due before `step - k` are counted, and only those due around
@@ -113,7 +113,7 @@ class BatchPlan:
         """A source's examples in the order of one of its epochs; int64 [size]."""
         known = self._orders.get(source)
         if known is None or known[0] != epoch:
-            # Seeds of numpy are not negative.
+            # numpy's seeds must not be negative.
             stream = np.random.default_rng([self.seed & (2**64 - 1), source, epoch])
             order = stream.permutation(self.sizes[source])
             targets = self.targets[source] if self.targets else None
@@ -128,12 +128,17 @@ def spread(
 ) -> np.ndarray:
     """`order` rearranged so that examples with equal targets are in different batches.
 
-    order    int64 [n], a random permutation of the examples
-    targets  int64 [n], of each example (not of each place in `order`)
-    stream   of random numbers, for the order of the targets and of the batches
+    The examples of the full batches are sorted by target and dealt out to the batches like cards.
+    So with b batches, a target with c examples is in a batch floor(c/b) or ceil(c/b) times.
 
-    The examples of the whole batches are sorted by target and dealt out to the batches like cards.
-    So a target with c examples, b batches, is in a batch floor(c/b) or ceil(c/b) times.
+    Args:
+        order: int64 [n], a random permutation of the examples.
+        targets: int64 [n], the target of each example (by its number, not its position in `order`).
+        batch: Number of examples of a batch.
+        stream: Random numbers for the order of the targets and of the batches.
+
+    Returns:
+        int64 [n], the new order.
     """
     count = len(order) // batch
     if count < 2:

@@ -17,7 +17,7 @@ from cafe.types import Example
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ExampleSource:
     """Examples of one task, and how often they are drawn relative to other sources."""
 
     name: str
@@ -27,21 +27,26 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ExampleSet:
-    """The examples of all sources, numbered through in their order."""
+    """The examples of all sources, numbered consecutively."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[ExampleSource, ...]
     _ends: tuple[int, ...]
 
     @classmethod
-    def build(cls, sources: Sequence[Source], *, merge_by_image: bool = False) -> Self:
-        """Join `sources`; with `merge_by_image`, also examples of different sources.
+    def build(cls, sources: Sequence[ExampleSource], *, merge_by_image: bool = False) -> Self:
+        """Join sources.
 
-        A merged example belongs to the source of its first part, and a source that gives all its
-        examples to others is gone. Raises DataError when a source is empty.
+        Args:
+            sources: At least one.
+            merge_by_image: Also merge examples about one image, across sources. A merged example
+                belongs to the source of its first part; a source without examples left is dropped.
+
+        Raises:
+            DataError: A source is empty.
         """
         for source in sources:
             if not source.examples:
-                raise DataError(f"{source.name}: no record can be used; see why each was rejected")
+                raise DataError(f"{source.name}: no record can be used; see why each was skipped")
         kept = tuple(_merged(sources) if merge_by_image else sources)
         return cls(kept, tuple(accumulate(len(source.examples) for source in kept)))
 
@@ -55,7 +60,7 @@ class ExampleSet:
         examples = self.sources[number].examples
         return examples[index - (self._ends[number] - len(examples))]
 
-    def source_of(self, index: int) -> Source:
+    def source_of(self, index: int) -> ExampleSource:
         """The source that holds example number `index`."""
         return self.sources[self._number(index)]
 
@@ -77,17 +82,15 @@ class ExampleSet:
 def _targets(examples: Sequence[Example]) -> np.ndarray | None:
     """int64 [n]: equal numbers where targets are equal; None when no two of them are."""
     numbers: dict[object, int] = {}
-    found = [
+    numbered = [
         numbers.setdefault(_target(index, example), len(numbers))
         for index, example in enumerate(examples)
     ]
-    return None if len(numbers) == len(examples) else np.array(found, dtype=np.int64)
+    return None if len(numbers) == len(examples) else np.array(numbered, dtype=np.int64)
 
 
 def _target(index: int, example: Example) -> object:
-    """Equal for examples that are no negatives of one another; without a pair or an id of what was
-    one, like no other.
-    """
+    """Equal for examples that are no negatives of one another; unique without pair or id."""
     if example.target_id is not None:
         return example.target_id
     if example.target is None:
@@ -96,7 +99,7 @@ def _target(index: int, example: Example) -> object:
     return tuple(part if isinstance(part, str) else ("shown", part.key) for part in parts)
 
 
-def _merged(sources: Sequence[Source]) -> list[Source]:
+def _merged(sources: Sequence[ExampleSource]) -> list[ExampleSource]:
     numbers = [number for number, source in enumerate(sources) for _ in source.examples]
     examples = [example for source in sources for example in source.examples]
     per_source: list[list[Example]] = [[] for _ in sources]

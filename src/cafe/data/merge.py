@@ -1,4 +1,4 @@
-"""Examples about one picture become branches of one example, so the picture is read once."""
+"""Examples about one image become branches of one example, so the image is encoded once."""
 
 from __future__ import annotations
 
@@ -9,39 +9,37 @@ from itertools import chain
 from cafe.types import Conversation, Example, Image, Message, Part
 
 
-def merge_by_image(examples: Sequence[Example]) -> list[Example]:
-    """Merge the examples that show the same single picture (equal `Image.key`) and are one task.
-
-    A merged example has the id and the place of the first of them, the first contrastive pair
-    among them, and every dialogue once; one `Image` object stands for the picture everywhere.
-    Several captions of a picture, which are different pairs, stay examples of their own. They get
-    one common `target_id`, because no caption of a picture is a negative of another; dialogues of
-    examples without a pair go to the first. Examples without a picture, or with several pictures
-    or a video, stay as they are.
-    """
-    return [example for _, example in merge_with_origin(examples)]
-
-
 def merge_with_origin(examples: Sequence[Example]) -> list[tuple[int, Example]]:
-    """`merge_by_image`, and for each example the index of the one whose place it has."""
+    """Merge the examples of one task that show the same single image (equal `Image.key`).
+
+    A merged example has the id and the position of the first of them, the first contrastive pair
+    among them, and every dialogue once; one `Image` object is used for the image everywhere.
+    Several captions of an image, which are different pairs, remain separate examples. They get one
+    common `target_id`, because no caption of an image is a negative of another; dialogues of
+    examples without a pair go to the first. Examples without an image, or with several images
+    or a video, are unchanged.
+
+    Returns:
+        Each example with the index of the input example whose position it has.
+    """
     groups: dict[object, list[int]] = {}
-    pictures = [_only_picture(example) for example in examples]
-    for index, (example, picture) in enumerate(zip(examples, pictures, strict=True)):
-        key = ("alone", index) if picture is None else (picture.key, example.task)
+    images = [_only_image(example) for example in examples]
+    for index, (example, image) in enumerate(zip(examples, images, strict=True)):
+        key = ("alone", index) if image is None else (image.key, example.task)
         groups.setdefault(key, []).append(index)
     merged: list[tuple[int, Example]] = []
     for indices in groups.values():
-        picture = pictures[indices[0]]
-        if picture is None or len(indices) == 1:
+        image = images[indices[0]]
+        if image is None or len(indices) == 1:
             merged += [(index, examples[index]) for index in indices]
         else:
-            merged += _merge([(index, examples[index]) for index in indices], picture)
+            merged += _merge([(index, examples[index]) for index in indices], image)
     return sorted(merged, key=lambda pair: pair[0])
 
 
 @dataclass(slots=True)
 class _Merged:
-    """An example in the making."""
+    """An example under construction."""
 
     index: int
     id: str
@@ -49,8 +47,8 @@ class _Merged:
     dialogues: dict[object, Conversation] = field(default_factory=dict)
 
 
-def _merge(members: Sequence[tuple[int, Example]], picture: Image) -> list[tuple[int, Example]]:
-    """One example per different pair; without any pair, one."""
+def _merge(members: Sequence[tuple[int, Example]], image: Image) -> list[tuple[int, Example]]:
+    """One example per distinct pair; without any pair, one."""
     first_index, first = members[0]
     by_pair: dict[object, _Merged] = {}
     for index, example in members:
@@ -64,58 +62,64 @@ def _merge(members: Sequence[tuple[int, Example]], picture: Image) -> list[tuple
     for _, example in members:
         home = parts[0] if example.query is None else by_pair[_pair(example)]
         for dialogue in example.dialogues:
-            home.dialogues.setdefault(_said(dialogue), _showing(dialogue, picture))
+            home.dialogues.setdefault(_said(dialogue), _showing(dialogue, image))
 
     target_id = parts[0].example.target_id
     if len(parts) > 1:
         target_id = target_id or first.id
-    return [(part.index, _finished(part, picture, target_id)) for part in parts]
+    return [(part.index, _finished(part, image, target_id)) for part in parts]
 
 
-def _finished(part: _Merged, picture: Image, target_id: str | None) -> Example:
+def _finished(part: _Merged, image: Image, target_id: str | None) -> Example:
     query, target = part.example.query, part.example.target
     return replace(
         part.example,
         id=part.id,
-        query=None if query is None else _showing(query, picture),
-        target=None if target is None else _showing(target, picture),
-        negatives=tuple(_showing(negative, picture) for negative in part.example.negatives),
+        query=None if query is None else _showing(query, image),
+        target=None if target is None else _showing(target, image),
+        negatives=tuple(_showing(negative, image) for negative in part.example.negatives),
         dialogues=tuple(part.dialogues.values()),
         target_id=target_id,
     )
 
 
-def _only_picture(example: Example) -> Image | None:
-    """The picture, when the example shows one and nothing else."""
+def _only_image(example: Example) -> Image | None:
+    """The image, when the example shows one and nothing else."""
     sides = [side for side in (example.query, example.target) if side is not None]
-    found: dict[object, Image] = {}
+    images: dict[object, Image] = {}
     for message in chain.from_iterable((*sides, *example.negatives, *example.dialogues)):
         for part in message.content:
             if isinstance(part, Image):
-                found.setdefault(part.key, part)
+                images.setdefault(part.key, part)
             elif not isinstance(part, str):
                 return None
-    return next(iter(found.values())) if len(found) == 1 else None
+    return next(iter(images.values())) if len(images) == 1 else None
 
 
 def _pair(example: Example) -> object:
-    """Equal for examples with the same contrastive pair, given that they show one picture."""
+    """Equal for examples with the same contrastive pair, given that they show one image."""
     sides = (example.query or (), example.target or (), *example.negatives)
     return (example.embedding_prompt, *map(_said, sides))
 
 
 def _said(conversation: Conversation) -> object:
-    """Equal for conversations that say the same, given that they show one picture."""
+    """Equal for conversations with the same texts, given that they show one image."""
     return tuple(
         (m.role, tuple(part if isinstance(part, str) else None for part in m.content))
         for m in conversation
     )
 
 
-def _showing(conversation: Conversation, picture: Image) -> Conversation:
-    """The conversation with `picture` in every place that shows one."""
+def _showing(conversation: Conversation, image: Image) -> Conversation:
+    """The conversation with every image replaced by `image`."""
 
     def part(old: Part) -> Part:
-        return picture if isinstance(old, Image) else old
+        return image if isinstance(old, Image) else old
 
-    return tuple(Message(m.role, tuple(map(part, m.content))) for m in conversation)
+    def showing(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        return tuple(map(part, parts))
+
+    return tuple(
+        Message(m.role, showing(m.content), None if m.written is None else showing(m.written))
+        for m in conversation
+    )

@@ -1,4 +1,4 @@
-r"""Pairs, the targets that may be hard negatives of their queries, and the file of the result.
+r"""Pairs, the candidates for hard negatives of their queries, and the file of the result.
 
 One record, in ms-swift's embedding format (its data loader, and this package's, read it):
 
@@ -6,8 +6,8 @@ One record, in ms-swift's embedding format (its data loader, and this package's,
      "positive_messages": [[{"role": "user", "content": "a red mug"}]], "positive_images": [[]],
      "negative_messages": [[{"role": "user", "content": "a blue mug"}]], "negative_images": [[]]}
 
-Format: https://swift.readthedocs.io, "Embedding training". Each `<image>` is where a picture
-stands. Answers (dialogues) have no place in it: keep the first file as a second source of the
+Format: https://swift.readthedocs.io, "Embedding training". Each `<image>` is the position of an
+image. The format cannot contain answers (dialogues): keep the first file as a second source of the
 recipe, in `mode: chat`, and set `merge_by_image: true`.
 """
 
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cafe.errors import DataError
+from cafe.errors import DataError, quoted
+from cafe.files import inside
 from cafe.types import Conversation, Example, Image, Part, Video
 
 _MARKER = "<image>"
@@ -29,9 +30,11 @@ class Pairs:
     """Contrastive pairs, with every query and every target once.
 
     examples   the pairs, in their order
-    queries    different queries;  query_of   the query of each pair
-    targets    different targets;  relevant   for each pair the targets that are right: its own
-               first, then those of equal target id and those of other pairs with the same query
+    queries    distinct queries
+    query_of   index of the query of each pair
+    targets    distinct targets
+    relevant   for each pair the indices of its correct targets: its own first, then those of equal
+               target id and those of other pairs with the same query
     """
 
     examples: list[Example]
@@ -42,7 +45,7 @@ class Pairs:
 
 
 def collect_pairs(examples: Sequence[Example]) -> Pairs:
-    """The pairs among `examples`. Raises DataError when there is none."""
+    """The pairs among `examples`. Raises DataError if there are none."""
     pairs = [e for e in examples if e.query is not None and e.target is not None]
     if not pairs:
         raise DataError("no example is a pair of a query and a target; nothing can be mined")
@@ -62,16 +65,16 @@ def collect_pairs(examples: Sequence[Example]) -> Pairs:
 
 
 def _distinct(conversations: Sequence[Conversation]) -> tuple[list[Conversation], list[int]]:
-    """Each conversation once, in order of appearance; for each given one, which of them it is."""
-    places: dict[Hashable, int] = {}
+    """Each conversation once, in order of appearance, and the index of each input among them."""
+    indices: dict[Hashable, int] = {}
     kept: list[Conversation] = []
     numbers = []
     for conversation in conversations:
         key = tuple((m.role, *(_key(part) for part in m.content)) for m in conversation)
-        if key not in places:
-            places[key] = len(kept)
+        if key not in indices:
+            indices[key] = len(kept)
             kept.append(conversation)
-        numbers.append(places[key])
+        numbers.append(indices[key])
     return kept, numbers
 
 
@@ -82,10 +85,11 @@ def _key(part: Part) -> Hashable:
 def swift_record(
     example: Example, negatives: Sequence[Conversation], image_root: Path
 ) -> dict[str, Any]:
-    """The record of a pair and its negatives. Picture paths are relative to `image_root`.
+    """The record of a pair and its negatives. Image paths are relative to `image_root`.
 
-    Raises DataError for a part that the format cannot hold: a picture that is no file below
-    `image_root`, a video, or the text `<image>`.
+    Raises:
+        DataError: The format cannot contain a part: an image that is no file below `image_root`,
+            a video, or the text `<image>`.
     """
     assert example.query is not None
     assert example.target is not None
@@ -116,19 +120,19 @@ def _sides(conversation: Conversation, root: Path) -> tuple[list[dict[str, str]]
 
 def _text(part: Part) -> str:
     if isinstance(part, Video):
-        raise DataError("it shows a video, which this format is not written with")
+        raise DataError("it contains a video, which cannot be written in this format")
     if isinstance(part, Image):
         return _MARKER
     if _MARKER in part:
-        raise DataError(f"its text holds {_MARKER}, which would be taken for a picture")
+        raise DataError(f"its text contains {_MARKER}, which would be read as an image")
     return part
 
 
 def _path(image: Image, root: Path) -> str:
     if not isinstance(image.source, str | Path):
-        raise DataError("a picture is not a file; save it and name its path")
-    path = Path(image.source)
-    try:
-        return path.resolve().relative_to(root.resolve()).as_posix()
-    except ValueError:
-        raise DataError(f"picture {str(path)!r} is outside {root}; give --image-root") from None
+        raise DataError("an image is not a file; save it and name its path")
+    path = Path(image.source).absolute()
+    file = inside(root, str(path))
+    if file is None:
+        raise DataError(f"image {quoted(str(path))} is outside {root}; give --image-root")
+    return file.relative_to(root.resolve()).as_posix()

@@ -2,114 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from cafe.data.formats import FORMATS, Format, check_columns, detect_format, renamed
+from cafe.data.columns import IMAGE
+from cafe.data.formats import (
+    FORMATS,
+    Format,
+    NoFormat,
+    check_columns,
+    detect_format,
+    renamed,
+)
 from cafe.data.formats.mixture import chosen, is_mixture, read_mixture
-from cafe.data.formats.mmeb import EVALUATION_COLUMNS, Ranked, RankedReader
-from cafe.data.pictures import Media
-from cafe.data.quarantine import Rejected
-from cafe.data.records import Meaning, Reading, Record, Records, kind
-from cafe.data.tables import Raw, Table, open_table
-from cafe.errors import DataError
+from cafe.data.media_paths import MediaResolver
+from cafe.data.quarantine import Skipped
+from cafe.data.records import ReadOptions, Record, Records, kind
+from cafe.data.suggestions import suggestion
+from cafe.data.tables import RawRecord, Table, open_table
+from cafe.errors import DataError, check_unicode, quoted
 from cafe.types import Example
 
-_LOOKED_AT = 100  # records that tell the format, where the storage knows no columns
-
-T = TypeVar("T")
-
-
-def detect(path: str | Path, how: Reading = Reading()) -> str:  # noqa: B008 - frozen
-    """The name of the format of the records at `path`.
-
-    Raises DataError, which lists the formats, when none fits or several do.
-    """
-    if is_mixture(Path(path)):
-        return detect(read_mixture(Path(path))[0].path, how)
-    return _format(open_table(path, split=how.split), how).name
+_PROBED = 100  # records to detect the format from, where the storage has no columns
+_FIX = "put it there, or set image_root to the folder where images are"
+_IMAGE_COLUMNS = frozenset({*IMAGE, "images", "file_name"})
 
 
 def read_examples(
     path: str | Path,
-    how: Reading = Reading(),  # noqa: B008 - frozen
+    options: ReadOptions = ReadOptions(),  # noqa: B008 - frozen
     *,
     index: Path | None = None,
 ) -> Records:
-    """Read a file, folder, mixture or hub data set. Pictures are referenced, not opened.
+    """Read a file, folder, mixture or hub data set. Images are referenced, not opened.
 
-    index   a folder beside the run that keeps what was found in archives
+    A record that cannot be used is skipped, with its location and the fix: not JSON, a missing
+    field, an empty answer, turns that do not alternate, markers that do not match the images, an
+    image that is missing or outside of `options.image_root`.
 
-    A record that cannot be used is rejected, with its place and the mend: not JSON, fields missing,
-    an answer empty, turns that do not alternate, markers that do not match the pictures, a picture
-    missing or outside of `how.image_root`.
-    Raises DataError when the data set itself cannot be read, or its format is not clear.
+    Args:
+        path: As the `path` of a recipe's data source.
+        options: How to read it.
+        index: A folder that keeps the indices of archives for the next time.
+
+    Returns:
+        The examples and the skipped records.
+
+    Raises:
+        DataError: The data set itself cannot be read, or its format is ambiguous.
     """
     if not is_mixture(Path(path)):
-        table = open_table(path, split=how.split, index=index)
-        return _read(table, islice(table.rows(), how.limit), how)
+        table = open_table(path, split=options.split, index=index)
+        return _read(table, islice(table.rows(), options.limit), options)
     parts: list[Records] = []
-    left = how.limit
+    remaining = options.limit
     for number, portion in enumerate(read_mixture(Path(path))):
-        table = open_table(portion.path, split=how.split, index=index)
+        table = open_table(portion.path, split=options.split, index=index)
         raws = list(table.rows())
         wanted = chosen(portion.strategy, len(raws), seed=number)
-        parts.append(_read(table, (raws[i] for i in islice(wanted, left)), how))
-        left = None if left is None else left - min(left, len(wanted))
+        parts.append(_read(table, (raws[i] for i in islice(wanted, remaining)), options))
+        remaining = None if remaining is None else remaining - min(remaining, len(wanted))
     return Records(
         examples=[example for part in parts for example in part.examples],
-        rejected=[item for part in parts for item in part.rejected],
+        skipped=[item for part in parts for item in part.skipped],
         format=", ".join(dict.fromkeys(part.format for part in parts)),
+        changes=sum((part.changes for part in parts), Counter[str]()),
     )
 
 
-def read_ranked(
-    path: str | Path, *, image_root: Path | None = None, limit: int | None = None
-) -> tuple[list[Ranked], list[Rejected]]:
-    """Queries with their candidates, in MMEB-eval's layout, and the rows that cannot be used.
-
-    Raises DataError when the file cannot be read or has other columns.
-    """
-    table = open_table(path, split="test")
-    columns = table.columns or frozenset(_columns(table))
-    if missing := sorted(EVALUATION_COLUMNS - columns):
-        raise DataError(f"{path}: no table of MMEB-eval, it has no column {', '.join(missing)}")
-    reader = RankedReader(Media(image_root or table.folder))
-    return _each(table, islice(table.rows(), limit), lambda i, record: [reader.read(i, record)])
-
-
-def _read(table: Table, raws: Iterable[Raw], how: Reading) -> Records:
-    media = Media(how.image_root or table.folder, how.pixel_budget)
-    format = _format(table, how)
-    meaning = _meaning(format, how, table.name)
-    mapping = how.columns or {}
-
-    def read(identity: str, record: Record) -> Iterable[Example]:
-        return format.read(identity, renamed(record, mapping), media, meaning)
-
-    examples, rejected = _each(table, raws, read)
-    return Records(examples, rejected, format.name)
-
-
-def _each(
-    table: Table, raws: Iterable[Raw], read: Callable[[str, Record], Iterable[T]]
-) -> tuple[list[T], list[Rejected]]:
-    """What `read` makes of every record, and those that it cannot use."""
-    found: list[T] = []
-    rejected: list[Rejected] = []
+def _read(table: Table, raws: Iterable[RawRecord], options: ReadOptions) -> Records:
+    """The examples of every record, and the records that cannot be used."""
+    media = MediaResolver(options.image_root or table.folder, options.max_pixels, _FIX)
+    format = _format(table, options)
+    options = _resolved(options, format, table.name)
+    mapping = options.columns or {}
+    check_image_columns(table, mapping, media)
+    records = Records([], [], format.name, media.changes)
     for raw in raws:
-        place, identity = raw.place, raw.id
+        location, identity = raw.location, raw.id
         try:
             record = _record(raw.content)
             own = record.get("id")
             if isinstance(own, str | int) and str(own) != identity:
-                place, identity = f"{place}, id {own!r}", str(own)
-            found.extend(read(identity, record))
+                location, identity = f"{location}, id {quoted(own)}", str(own)
+            examples = format.read(identity, renamed(record, mapping), media, options)
+            for text in _texts(examples):
+                check_unicode(text)
+            records.examples.extend(examples)
         except DataError as error:
-            rejected.append(Rejected(table.name, place, str(error)))
-    return found, rejected
+            records.skipped.append(Skipped(table.name, location, str(error)))
+    return records
+
+
+def _texts(examples: Iterable[Example]) -> Iterator[str]:
+    """All texts of the examples."""
+    for example in examples:
+        sides = (side for side in (example.query, example.target) if side is not None)
+        for message in chain(*sides, *example.negatives, *example.dialogues):
+            yield from (part for part in message.content if isinstance(part, str))
 
 
 def _record(content: Any) -> Record:
@@ -123,46 +117,73 @@ def _record(content: Any) -> Record:
 # ---------------------------------------------------------------------- which format
 
 
-def _format(table: Table, how: Reading) -> Format:
-    """The format that was asked for, or the one that the columns fit."""
+def _format(table: Table, options: ReadOptions) -> Format:
+    """The requested format, or the one that the columns fit."""
     try:
-        mapping = how.columns or {}
+        mapping = options.columns or {}
         if mapping:
             check_columns(mapping, table.columns or _columns(table))
-        if how.format != "auto":
-            if how.format not in FORMATS:
-                raise DataError(f"format {how.format!r}: use one of auto, {', '.join(FORMATS)}")
-            return FORMATS[how.format]
+        if options.format != "auto":
+            if options.format not in FORMATS:
+                raise DataError(f"format {options.format!r}: use one of auto, {', '.join(FORMATS)}")
+            return FORMATS[options.format]
         if table.columns is not None:
             return detect_format(renamed(dict.fromkeys(table.columns), mapping))
         return _format_of_records(table, mapping)
+    except NoFormat as error:
+        contents = (raw.content for raw in islice(table.rows(), _PROBED))
+        looks = suggestion([content for content in contents if isinstance(content, dict)])
+        raise DataError(f"{table.name}: {error}{f'. {looks}' if looks else ''}") from error
     except DataError as error:
         raise DataError(f"{table.name}: {error}") from error
 
 
 def _format_of_records(table: Table, mapping: Any) -> Format:
-    """That of the first record which has one."""
+    """The format of the first record that has one."""
     first: DataError | None = None
-    for raw in islice(table.rows(), _LOOKED_AT):
+    for raw in islice(table.rows(), _PROBED):
         try:
             return detect_format(renamed(_record(raw.content), mapping))
         except DataError as error:
-            first = first or DataError(f"{raw.place}: {error}")
+            first = first or type(error)(f"{raw.location}: {error}")
     raise first or DataError("it has no records")
 
 
+def check_image_columns(table: Table, mapping: Mapping[str, str], media: MediaResolver) -> None:
+    """Raise DataError where most of the first values of a column of images are texts.
+
+    A wrong column is said once and at once, not by thousands of skipped records.
+    """
+    first: dict[str, list[Any]] = {}
+    for raw in islice(table.rows(), _PROBED):
+        if isinstance(raw.content, dict):
+            for name, value in renamed(raw.content, mapping).items():
+                if name in _IMAGE_COLUMNS or name.endswith("_image"):
+                    values = value if isinstance(value, list) else [value]
+                    first.setdefault(name, []).extend(v for v in values if v)
+    for name, values in first.items():
+        texts = [value for value in values if media.is_text(value)]
+        if len(values) > 1 and 2 * len(texts) > len(values):
+            raise DataError(
+                f"{table.name}: column {mapping.get(name, name)!r} is one of images, and "
+                f"{len(texts)} of its first {len(values)} values are texts (the first: "
+                f"{quoted(texts[0])}); map the right column, see columns"
+            )
+
+
 def _columns(table: Table) -> set[str]:
-    """All columns of the first records."""
-    looked: Iterator[Raw] = islice(table.rows(), _LOOKED_AT)
-    records = (raw.content for raw in looked if isinstance(raw.content, dict))
+    """All columns that occur in the first records."""
+    probed: Iterator[RawRecord] = islice(table.rows(), _PROBED)
+    records = (raw.content for raw in probed if isinstance(raw.content, dict))
     return set(chain.from_iterable(records))
 
 
-def _meaning(format: Format, how: Reading, name: str) -> Meaning:
-    mode = how.mode or format.modes[0]
+def _resolved(options: ReadOptions, format: Format, name: str) -> ReadOptions:
+    """The options with the format's defaults filled in."""
+    mode = options.mode or format.modes[0]
     if mode not in format.modes:
         raise DataError(
             f"{name}: format {format.name} has no mode {mode!r}; it has {', '.join(format.modes)}"
         )
-    prompt = how.embedding_prompt or (format.pair_prompt if mode == "pair" else "compress")
-    return Meaning(mode, how.turns, how.language_loss, prompt, how.task)
+    prompt = options.embedding_prompt or (format.pair_prompt if mode == "pair" else "compress")
+    return replace(options, mode=mode, embedding_prompt=prompt)

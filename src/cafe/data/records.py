@@ -1,13 +1,15 @@
-"""What is read of a data set, and how its records become examples."""
+"""Records: as they are stored, as options say to read them, and as the examples that they give."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from cafe.data.quarantine import Rejected
+from cafe.data.quarantine import Skipped
+from cafe.errors import DataError, first_line
 from cafe.types import Example
 
 Mode = Literal["caption", "chat", "pair"]
@@ -17,68 +19,56 @@ Record = dict[str, Any]
 """One record of a file, its columns by name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Records:
-    """What a data set holds: every record is examples, or rejected with a reason.
+# ---------------------------------------------------------------------- as stored
 
-    format   how the records were read (a name of `cafe.data.formats.FORMATS`)
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """One record as it is stored.
+
+    location  where it is, for messages: "line 7"
+    id        its name if the content has no `id`
+    content   should be an object; a DataError where it cannot be read
     """
 
-    examples: list[Example]
-    rejected: list[Rejected]
-    format: str
-
-    def __len__(self) -> int:
-        return len(self.examples) + len(self.rejected)
+    location: str
+    id: str
+    content: Any
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """How a data set is read.
+class Table:
+    """A file or data set of records.
 
-    format            a name of `cafe.data.formats.FORMATS`; auto: found by the columns
-    mode              caption: the pictures are the query, all answers together the target, and the
-                      conversation the dialogue (CAFe, arXiv 2503.19900). chat: dialogues only.
-                      pair: two sides as the records give them. None: the format's first
-    turns             conversation: one dialogue per record. branches: one per question, with the
-                      pictures in front of each
-    language_loss     False: no dialogues, the pairs only
-    embedding_prompt  a name of `cafe.model.prompts.PROMPTS`; None: the format's own
-    task              of all examples
-    columns           names that formats know -> columns of this data set
-    split             of a data set that has several
-    image_root        where picture paths start, and the folder that none may leave (symbolic links
-                      followed); None: the folder of the file
-    pixel_budget      larger pictures are made smaller, to at most so many pixels
-    limit             read the first so many records only
+    name      for messages
+    folder    where image paths start; None: there is no folder
+    columns   names of the columns; None: records may differ
+    rows      returns the records in order, starting from the first at each call
     """
 
-    format: str = "auto"
-    mode: Mode | None = None
-    turns: Turns = "conversation"
-    language_loss: bool = True
-    embedding_prompt: str | None = None
-    task: str = "default"
-    columns: Mapping[str, str] | None = None
-    split: str | None = None
-    image_root: Path | None = None
-    pixel_budget: int | None = None
-    limit: int | None = None
+    name: str
+    folder: Path | None
+    columns: frozenset[str] | None
+    rows: Callable[[], Iterator[RawRecord]]
 
 
-@dataclass(frozen=True, slots=True)
-class Meaning:
-    """The part of `Reading` that decides what a record means, its defaults filled in."""
+class NoSuchSplit(DataError):
+    """A split is not there, or none was named of several. `splits`: those that are there."""
 
-    mode: Mode
-    turns: Turns
-    language_loss: bool
-    embedding_prompt: str
-    task: str
+    def __init__(self, source: object, split: str | None, splits: Sequence[str]) -> None:
+        problem = "set split" if split is None else f"split {split!r} is not there"
+        super().__init__(f"{source}: {problem}; there are {', '.join(splits)}")
+        self.splits = tuple(splits)
+
+
+def cannot_be_read(path: object, error: Exception) -> DataError:
+    """The DataError for a file that cannot be opened or decoded."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return DataError(f"{path}: cannot be read ({reason})")
 
 
 def kind(value: object) -> str:
-    """How JSON calls it."""
+    """The name of a value's JSON type, for messages."""
     match value:
         case None:
             return "null"
@@ -94,3 +84,67 @@ def kind(value: object) -> str:
             return "a list" if value else "an empty list"
         case _:
             return "an object"
+
+
+# ---------------------------------------------------------------------- as read
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How a data set is read. The names are those of the keys of a recipe's data source.
+
+    format            a name in `cafe.data.formats.FORMATS`; auto: detected from the columns
+    mode              caption: the images are the query, all answers together the target, and the
+                      conversation the dialogue (CAFe, arXiv 2503.19900). chat: dialogues only.
+                      pair: two sides as the records have them. None: the format's default
+    turns             conversation: one dialogue per record. branches: one per question, with the
+                      images in front of each
+    language_loss     False: pairs only, no dialogues
+    embedding_prompt  a name in `cafe.model.rows.prompts.PROMPTS`; None: the format's default
+    task              task of all examples
+    columns           column names that formats know -> columns of this data set
+    split             split to read, where there are several
+    image_root        where image paths start; none may leave this folder, but the links in it
+                      are followed; None: the folder of the file
+    max_pixels        larger images are downscaled to at most this number of pixels
+    limit             read only the first N records
+    """
+
+    format: str = "auto"
+    mode: Mode | None = None
+    turns: Turns = "conversation"
+    language_loss: bool = True
+    embedding_prompt: str | None = None
+    task: str = "default"
+    columns: Mapping[str, str] | None = None
+    split: str | None = None
+    image_root: Path | None = None
+    max_pixels: int | None = None
+    limit: int | None = None
+
+    @classmethod
+    def of(cls, source: object) -> Self:
+        """The options that `source` has as attributes, as a recipe's `DataSource` does."""
+        return cls(**{key.name: getattr(source, key.name) for key in fields(cls)})
+
+    @property
+    def prompt(self) -> str:
+        """The embedding prompt of examples; CAFe's where none is chosen."""
+        return self.embedding_prompt or "compress"
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The content of a data set: every record gives examples, or is skipped with a reason.
+
+    format   the format of the records (a name in `cafe.data.formats.FORMATS`)
+    changes  what was changed in records so that they can be used -> in how many
+    """
+
+    examples: list[Example]
+    skipped: list[Skipped]
+    format: str
+    changes: Counter[str] = field(default_factory=Counter)
+
+    def __len__(self) -> int:
+        return len(self.examples) + len(self.skipped)

@@ -1,34 +1,33 @@
 """Vectors -> neighbours: an index is one LanceDB table, in a folder or an object store.
 
-    index = Index.create("photos.index", facts)         # facts: which model made the vectors
-    index.add(rows, vectors)                            # by id: what is there is replaced
+    index = Index.create("photos.index", facts)         # facts: which model makes the vectors
+    index.add(rows, vectors)                            # by id: existing rows are replaced
     index.search(vector, top=10, where="width > 640")   # -> list[Hit]
 
-`sync` keeps an index equal to a folder of pictures. Nothing here knows a model: what embeds comes
-as a function. LanceDB itself is imported when a table is opened, so this package needs it only
-then.
+`cafe.retrieval.indexing.model_facts(model)` gives the facts. `sync` keeps an index equal to a
+folder of images. Nothing here knows a model: an `encode` function is an argument. LanceDB itself
+is imported when a table is opened, so this package needs it only then.
 """
 
 from __future__ import annotations
 
 from cafe.index.ann import GOAL, Approximate
-from cafe.index.fingerprint import ModelFacts, model_facts
-from cafe.index.rows import Kind, Origin, Row
+from cafe.index.fingerprint import ModelFacts
+from cafe.index.rows import ContentKind, IndexRow, Origin
 from cafe.index.table import APPROXIMATE_ROWS, Index
-from cafe.index.upkeep import Item, Report, Skipped, sync
+from cafe.index.upkeep import IndexItem, Report, SkippedItem, sync
 
 __all__ = [
     "APPROXIMATE_ROWS",
     "GOAL",
     "Approximate",
+    "ContentKind",
     "Index",
-    "Item",
-    "Kind",
+    "IndexItem",
+    "IndexRow",
     "ModelFacts",
     "Origin",
     "Report",
-    "Row",
-    "Skipped",
-    "model_facts",
+    "SkippedItem",
     "sync",
 ]

@@ -1,9 +1,9 @@
 """An approximate index whose recall is measured, not assumed.
 
-The kind is IVF_SQ (partitions; one byte per coordinate inside), and the best candidates are
-compared again with their full vectors (`refine`), so scores are exact. On 100,000 clustered
-vectors of 256 coordinates it took a seventh of the time that IVF_PQ and IVF_HNSW_SQ took to build
-and reached a higher recall (docs/benchmarks.md).
+The index is an IVF_SQ (partitions, with one byte per coordinate), and the best candidates are
+compared again by their full vectors (`refine`), so scores are exact. On 100,000 clustered vectors
+of 256 coordinates it was built in a seventh of the time of IVF_PQ and IVF_HNSW_SQ, and reached a
+higher recall (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 GOAL = 0.95
-"""Recall@10 that the settings of a search are raised for."""
+"""Recall@10 that the settings of a search are tuned for."""
 
 NEIGHBOURS = 10
 SAMPLED_QUERIES = 100
@@ -25,20 +25,20 @@ SAMPLED_QUERIES = 100
 _FIRST_PROBES = 8
 _FIRST_REFINE = 4
 _LARGEST_REFINE = 64
-_TRAINED_ON = 40  # vectors per partition; more takes longer and found nothing more
+_TRAINED_ON = 40  # vectors per partition; more took longer and did not raise the recall
 _ITERATIONS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Approximate:
-    """How an approximate search is done, and how good it was found to be.
+    """Settings of an approximate search, and its measured recall.
 
-    partitions  of the index
-    rows        of the table when the partitions were learnt
-    probes      partitions that a search looks into
-    refine      times as many candidates as hits are compared with their full vectors
-    recall      share of the exact search's ten nearest that it found, mean over `queries`
-    queries     how many were measured
+    partitions  number of partitions of the index
+    rows        number of rows of the table when the partitions were trained
+    probes      number of partitions that a search reads
+    refine      candidates per hit that are compared by their full vectors
+    recall      share of the exact search's ten nearest that it found, mean over the queries
+    queries     number of queries that the recall was measured on
     """
 
     partitions: int
@@ -83,19 +83,26 @@ def tuned(
     exact: Sequence[Sequence[str]],
     goal: float = GOAL,
 ) -> Approximate:
-    """`start` with its probes and refine raised until the recall on `queries` reaches `goal`.
+    """Raise probes and refine until the recall on `queries` reaches `goal`.
 
-    neighbours   a query and how to search -> ids
-    exact        of each query, the ids that an exact search finds
-    They double until all partitions are looked into and refine is 64; the last settings and what
-    was measured with them are returned, also when the goal was not reached.
+    Both double until a search reads all partitions and refine is 64.
+
+    Args:
+        start: the settings to begin with.
+        neighbours: a query and settings -> the ids that a search finds.
+        queries: what `neighbours` takes; without any, `start` is returned.
+        exact: for each query, the ids that an exact search finds.
+        goal: recall to reach.
+
+    Returns:
+        The last settings with their measured recall, also when it is below `goal`.
     """
     if not queries:
         return start
     settings = replace(start, probes=min(start.probes, start.partitions))
     while True:
-        found = [neighbours(query, settings) for query in queries]
-        settings = replace(settings, recall=recall(found, exact), queries=len(queries))
+        results = [neighbours(query, settings) for query in queries]
+        settings = replace(settings, recall=recall(results, exact), queries=len(queries))
         at_the_end = settings.probes == settings.partitions and settings.refine >= _LARGEST_REFINE
         if settings.recall >= goal or at_the_end:
             return settings
@@ -104,6 +111,11 @@ def tuned(
             probes=min(2 * settings.probes, settings.partitions),
             refine=min(2 * settings.refine, _LARGEST_REFINE),
         )
+
+
+def without(ids: Sequence[str], own: str | None) -> list[str]:
+    """The nearest ids but `own`: a stored vector is not a neighbour of itself."""
+    return [id for id in ids if id != own][:NEIGHBOURS]
 
 
 def recall(found: Sequence[Sequence[str]], exact: Sequence[Sequence[str]]) -> float:
@@ -115,9 +127,15 @@ def recall(found: Sequence[Sequence[str]], exact: Sequence[Sequence[str]]) -> fl
 def nearest(
     blocks: Iterable[tuple[Sequence[str], np.ndarray]], queries: np.ndarray, top: int
 ) -> list[list[str]]:
-    """Of each query [n, d], the ids of the `top` best vectors, exactly; the best first.
+    """Find the nearest vectors of each query exactly, by one pass over a table.
 
-    blocks   ids and unit vectors [m, d]: a whole table, read once for all queries
+    Args:
+        blocks: ids and unit vectors [m, d] of a whole table, a block at a time.
+        queries: [n, d].
+        top: number of ids per query.
+
+    Returns:
+        For each query, the ids of the `top` best vectors, best first.
     """
     ids = np.empty((len(queries), 0), dtype=object)
     scores = np.empty((len(queries), 0), dtype=np.float32)

@@ -1,7 +1,7 @@
-"""Which model made some vectors: a fingerprint that is cheap to take and tells models apart.
+"""Which model made the vectors: a fingerprint that is cheap to compute and tells models apart.
 
-Vectors of two models, or of one model asked in two ways, cannot be compared, and nothing in the
-numbers shows it. So an index keeps who made its vectors.
+Vectors of two models, or of one model with two prompts, cannot be compared, and nothing in the
+numbers shows it. So an index records which model made its vectors.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _LARGEST_HEADER_BYTES = 100_000_000  # as safetensors itself allows
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Who made the vectors.
+    """The model that made the vectors.
 
     name        what loads the model again: "tiny", a directory's absolute path, a hub id
-    weights     see `weights_fingerprint`
-    prompt      see `prompt_fingerprint`
+    weights     `weights_fingerprint` of its files
+    prompt      `prompt_fingerprint` of its embedding prompts
     dimension   of the vectors
     """
 
@@ -46,7 +46,7 @@ class ModelFacts:
             raise DataError(f"the facts of the index's model cannot be read ({error})") from error
 
     def difference(self, other: ModelFacts) -> str | None:
-        """What sets `other` apart, in words; None when its vectors can be compared with ours."""
+        """The difference in words; None when vectors of the two models can be compared."""
         if self.dimension != other.dimension:
             return f"dimension {other.dimension} instead of {self.dimension}"
         if self.weights != other.weights:
@@ -54,26 +54,18 @@ class ModelFacts:
         return None if self.prompt == other.prompt else "another embedding prompt"
 
 
-def model_facts(
-    name: str, directories: Iterable[Path], contract: Mapping[str, str], dimension: int
-) -> ModelFacts:
-    """The facts of a loaded model.
-
-    directories   where its weights are; an adapter's comes with its base's
-    contract      `CAFe.embedding_contract()`
-    """
-    return ModelFacts(
-        name, weights_fingerprint(directories), prompt_fingerprint(contract), dimension
-    )
-
-
 def weights_fingerprint(directories: Iterable[Path]) -> str:
-    """A hash over the safetensors files in `directories`: headers, sizes, a sample per tensor.
+    """Hash the safetensors files in `directories`: headers, sizes, and a sample per tensor.
 
     The headers hold every tensor's name, type and shape; of each tensor the 1,024 bytes in its
-    middle are read, so a training that moved any matrix is seen, and 15 GB take a second. Names of
-    files and folders do not count. Raises CheckpointError when there are no such files, or one
-    cannot be read.
+    middle are read, so training that changed any matrix is seen, and 15 GB take a second. Names of
+    files and folders do not count.
+
+    Args:
+        directories: where the weights are; for an adapter, its own directory and its base's.
+
+    Raises:
+        CheckpointError: there are no such files, or one cannot be read.
     """
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for directory in directories:
@@ -91,7 +83,11 @@ def weights_fingerprint(directories: Iterable[Path]) -> str:
 
 
 def prompt_fingerprint(contract: Mapping[str, str]) -> str:
-    """A hash over how an embedding is asked for: the rendered prompts, tokens, pooled tokens."""
+    """Hash what an embedding is read from: the rendered prompts, tokens and pooled tokens.
+
+    Args:
+        contract: `CAFe.embedding_contract()`. The length limit and the dimension do not count.
+    """
     asked = {k: v for k, v in contract.items() if k not in {"max tokens", "dimension"}}
     text = json.dumps(asked, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()

@@ -1,12 +1,12 @@
-"""What an index holds of each item, as Arrow columns.
+"""The Arrow columns of an index.
 
 id       string   path inside the folder, or the id of the record
 kind     string   image, text, or both
-path     string   of the picture file, relative to the folder that the index is of
-text     string   the text itself, or a picture's caption
+path     string   of the image file, relative to the folder that the index is of
+text     string   the text itself, or an image's caption
 hash     string   blake2b of the file's bytes (of a text: of its UTF-8)
-record   string   blake2b of all that stands beside: text, path, other columns
-width    int32    of the picture, in pixels, upright
+record   string   blake2b of everything else: text, path, other columns
+width    int32    of the image, in pixels, after its EXIF rotation
 height   int32
 vector   float32 [dimension], of length one
 …        the other columns of the data: bool, int64, double or string
@@ -26,11 +26,11 @@ import pyarrow as pa
 
 from cafe.errors import DataError
 
-Kind = Literal["image", "text", "both"]
+ContentKind = Literal["image", "text", "both"]
 
 VECTOR = "vector"
 HIDDEN = frozenset({"id", "hash", "record", VECTOR})
-"""Columns that say nothing about a hit."""
+"""Columns that are not part of a hit's metadata."""
 
 _OWN = (
     pa.field("id", pa.string(), nullable=False),
@@ -47,11 +47,11 @@ _TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One item. `extra` holds the other columns of the data, by name."""
+class IndexRow:
+    """One row of an index. `extra` holds the other columns of the data, by name."""
 
     id: str
-    kind: Kind
+    kind: ContentKind
     path: str | None = None
     text: str | None = None
     hash: str = ""
@@ -61,16 +61,16 @@ class Row:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Known(NamedTuple):
-    """What tells whether a row still is what its item would become."""
+class RowState(NamedTuple):
+    """What shows whether a row is still equal to what its item would become."""
 
     kind: str
     hash: str
     record: str
 
 
-class Stored(NamedTuple):
-    """A row's vector float32 [d], and what it was made from."""
+class StoredVector(NamedTuple):
+    """A row's vector, float32 [d], and the hash and size of the content it was made from."""
 
     hash: str
     vector: np.ndarray
@@ -80,11 +80,11 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What an index is of.
+    """What an index was made from.
 
-    source  the folder or file, absolute, or the name of a data set
-    root    where the rows' paths start; None: they have none
-    made_by which verb fills it: an index that `cafe embed` wrote is not kept equal to a folder
+    source   the folder or file, absolute, or the name of a data set
+    root     where the rows' paths start; None: they have none
+    made_by  which verb fills it: an index that `cafe embed` wrote is not kept equal to a folder
     """
 
     source: str
@@ -95,23 +95,23 @@ class Origin:
 def schema_of(
     dimension: int, extra: Mapping[str, pa.DataType], facts: str, notes: Mapping[str, str]
 ) -> pa.Schema:
-    """The columns of a new index; `facts` is kept with the schema, `notes` with the vectors."""
+    """Columns of a new index; `facts` is metadata of the schema, `notes` of the vector column."""
     vector = pa.field(VECTOR, pa.list_(pa.float32(), dimension), metadata=dict(notes))
     others = [pa.field(name, type) for name, type in extra.items()]
     return pa.schema([*_OWN, vector, *others], metadata={"cafe.model": facts})
 
 
 def column_name(name: str) -> str:
-    """How a column of the data is called in an index: SQL's letters, and none of our own names."""
+    """The name of a data column in an index: letters that SQL allows, none of our own names."""
     name = re.sub(r"\W", "_", name)
     taken = name.lower() in _RESERVED or name.startswith("_")
     return f"{name.strip('_')}_" if taken else name
 
 
 def plain(value: Any) -> Any:
-    """A value as a column holds it: what is no number, truth value or string becomes JSON.
+    """A value as a column holds it: anything but a number, boolean or string becomes JSON.
 
-    NaN and infinity become null: a hit is told as JSON, which has neither.
+    NaN and infinity become null: hits are serialised as JSON, which has neither.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -123,7 +123,7 @@ def plain(value: Any) -> Any:
 
 
 def column_types(extras: Iterable[Mapping[str, Any]]) -> dict[str, pa.DataType]:
-    """Column -> type that holds all of its values: integers and others are double, else string."""
+    """Column -> type that holds all of its values: double for integers with floats, else string."""
     found: dict[str, set[type]] = {}
     for extra in extras:
         for name, value in extra.items():
@@ -138,10 +138,11 @@ def _common(types: set[type]) -> pa.DataType:
     return pa.float64() if types == {int, float} else pa.string()
 
 
-def to_table(rows: Sequence[Row], vectors: np.ndarray, schema: pa.Schema) -> pa.Table:
+def to_table(rows: Sequence[IndexRow], vectors: np.ndarray, schema: pa.Schema) -> pa.Table:
     """Rows and their vectors [n, d] in the columns of `schema`.
 
-    Raises DataError, naming column and id, for a value that its column cannot hold.
+    Raises:
+        DataError: a column cannot hold a value; the message names column and id.
     """
     columns: list[pa.Array] = []
     for column in schema:
@@ -156,7 +157,7 @@ def to_table(rows: Sequence[Row], vectors: np.ndarray, schema: pa.Schema) -> pa.
     return pa.Table.from_arrays(columns, schema=pa.schema(fields))
 
 
-def _extra(rows: Sequence[Row], column: pa.Field) -> pa.Array:
+def _extra(rows: Sequence[IndexRow], column: pa.Field) -> pa.Array:
     values = [_fitting(row.extra.get(column.name), column.type) for row in rows]
     try:
         return pa.array(values, column.type)
@@ -167,13 +168,13 @@ def _extra(rows: Sequence[Row], column: pa.Field) -> pa.Array:
             except (pa.ArrowException, OverflowError) as error:
                 raise DataError(
                     f"{row.id}: {column.name} is {value!r}, and this index holds {column.type} "
-                    "there; mend the data, or index it into a new directory"
+                    "there; fix the data, or index it into a new directory"
                 ) from error
         raise
 
 
 def _fitting(value: Any, type: pa.DataType) -> Any:
-    """Columns of text hold whatever comes; truth values are no numbers."""
+    """Text columns hold anything; number columns refuse booleans, which would become 0 and 1."""
     if value is None or not pa.types.is_string(type):
         is_number = pa.types.is_integer(type) or pa.types.is_floating(type)
         return str(value).lower() if isinstance(value, bool) and is_number else value
@@ -187,9 +188,18 @@ def vectors_of(table: pa.Table) -> np.ndarray:
 
 
 def unit(vectors: np.ndarray, names: Sequence[str], dimension: int) -> np.ndarray:
-    """`vectors`, one for each of `names`, of length one: float32 [n, d].
+    """Normalise vectors to length one.
 
-    Raises DataError for another shape, and for a vector that has no direction.
+    Args:
+        vectors: [n, d], one for each of `names`.
+        names: n names, for errors.
+        dimension: the d that is expected.
+
+    Returns:
+        float32 [n, d].
+
+    Raises:
+        DataError: another shape, or a vector that is zero or not finite.
     """
     if vectors.shape != (len(names), dimension):
         raise DataError(

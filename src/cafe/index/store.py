@@ -1,7 +1,8 @@
-"""LanceDB at arm's length: imported late, its errors told as ours, one writer at a time."""
+"""LanceDB at arm's length: imported late, its errors translated, one writer at a time."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,14 +10,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from cafe.errors import CafeError, DataError
+from filelock import FileLock, Timeout
+
+from cafe.errors import CafeError, DataError, first_line
+
+logger = logging.getLogger(__name__)
 
 TABLE = "items"
 
 _IDS_AT_ONCE = 1000
 
 _CONSISTENCY = timedelta(seconds=5)
-"""A reader that stays open sees what others wrote after so long."""
+"""How long it takes until an open reader sees what other processes wrote."""
 
 
 def connect(uri: str) -> Any:
@@ -28,18 +33,18 @@ def connect(uri: str) -> Any:
             "an index needs LanceDB, which is not installed; install it with "
             "pip install cafe-vlm[search]"
         ) from error
-    with told(uri):
+    with lance_errors(uri):
         return lancedb.connect(uri, read_consistency_interval=_CONSISTENCY)
 
 
 def is_local(uri: str) -> bool:
-    """Whether `uri` is a folder here, and not an object store's."""
+    """Whether `uri` is a folder of this machine and not in an object store."""
     return "://" not in uri
 
 
 @contextmanager
-def told(uri: str) -> Iterator[None]:
-    """What LanceDB raises becomes one DataError that names the index."""
+def lance_errors(uri: str) -> Iterator[None]:
+    """Turn what LanceDB raises into one DataError that names the index."""
     try:
         yield
     except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
@@ -47,44 +52,71 @@ def told(uri: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """A Rust error's first line, without the places in sources that nobody here has."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r",? \S*\.rs:\d+(:\d+)?", "", line).strip().rstrip(",.")
+    """First line of a Rust error, without positions in LanceDB's source files."""
+    return re.sub(r",? \S*\.rs:\d+(:\d+)?", "", first_line(error)).strip().rstrip(",.")
 
 
 @contextmanager
 def only_writer(uri: str) -> Iterator[None]:
-    """One writer of a local index at a time; the system frees the lock when a process dies.
+    """Allow one writer of a local index at a time; the lock is freed when its process dies.
 
-    An object store has no such lock: there, let one process write. Raises DataError when another
-    process is writing.
+    An object store has no such lock: let only one process write there.
+
+    Raises:
+        DataError: another process is writing, or the folder cannot be written.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        fcntl = None
-    if fcntl is None or not is_local(uri):
+    if not is_local(uri):
         yield
         return
+    path = Path(uri) / ".writer"
+    lock = FileLock(path)
     try:
-        lock = (Path(uri) / ".writer").open("w")
+        path.touch()  # filelock would create the folder of an index that is gone
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise DataError(
+            f"index {uri}: another process is writing there; wait until it has finished"
+        ) from error
     except OSError as error:
-        raise DataError(f"index {uri}: cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"index {uri}: another process is writing there; wait until it has finished"
-            ) from error
+        raise DataError(f"index {uri}: cannot be written ({error.strerror or error})") from error
+    try:
         yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def one_run(uri: str) -> Iterator[None]:
+    """Allow one run of `cafe index` at a time on a local index, which may not exist yet.
+
+    A second one waits for the first, and then finds what that has made.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    if not is_local(uri):
+        yield
+        return
+    path = Path(uri) / ".run"
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.warning("index %s: another run writes it; waiting until it has finished", uri)
+            lock.acquire()
+    except OSError as error:
+        raise DataError(f"index {uri}: cannot be written ({error.strerror or error})") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def clauses(ids: Iterable[str]) -> Iterable[str]:
-    """SQL for rows with these ids, so many at a time."""
-    everything = sorted(ids)
-    for start in range(0, len(everything), _IDS_AT_ONCE):
-        names = (
-            "'" + id.replace("'", "''") + "'" for id in everything[start : start + _IDS_AT_ONCE]
-        )
+    """SQL conditions that select rows by id, up to 1,000 ids in each."""
+    ordered = sorted(ids)
+    for start in range(0, len(ordered), _IDS_AT_ONCE):
+        names = ("'" + id.replace("'", "''") + "'" for id in ordered[start : start + _IDS_AT_ONCE])
         yield f"id IN ({', '.join(names)})"

@@ -21,27 +21,29 @@ from cafe.index.ann import (
     nearest,
     partitions_for,
     tuned,
+    without,
 )
+from cafe.index.condition import checked, unusable
 from cafe.index.fingerprint import ModelFacts
 from cafe.index.rows import (
     HIDDEN,
     VECTOR,
-    Known,
+    IndexRow,
     Origin,
-    Row,
-    Stored,
+    RowState,
+    StoredVector,
     schema_of,
     to_table,
     unit,
     vectors_of,
 )
-from cafe.index.store import TABLE, clauses, connect, is_local, reason, told
+from cafe.index.store import TABLE, clauses, connect, is_local, lance_errors, reason
 from cafe.types import Hit
 
 APPROXIMATE_ROWS = 50_000
-"""From so many rows on, an approximate index is worth its error."""
+"""Number of rows from which on an approximate index is worth its error."""
 
-Encode = Callable[[Sequence[Any]], np.ndarray]
+EncodeItems = Callable[[Sequence[Any]], np.ndarray]
 """Inputs, as `CAFe.encode` takes them -> float32 [n, d]."""
 
 _ROWS_AT_ONCE = 8192
@@ -52,11 +54,11 @@ _ORIGIN, _APPROXIMATE = "cafe.origin", "cafe.approximate"
 class Index:
     """Rows with vectors of one model, by id.
 
-    `uri` is a folder or what LanceDB takes for an object store ("s3://bucket/photos.index").
-    Errors are DataError, naming the index; CafeError where LanceDB is not installed.
+    `uri` is a folder, or an object store's URI as LanceDB takes it ("s3://bucket/photos.index").
+    All errors are DataErrors that name the index, or a CafeError where LanceDB is not installed.
     """
 
-    def __init__(self, uri: str, table: Any, encode: Encode | None = None) -> None:
+    def __init__(self, uri: str, table: Any, encode: EncodeItems | None = None) -> None:
         """Use `open` or `create`."""
         self.uri = uri
         self._table = table
@@ -64,13 +66,17 @@ class Index:
 
     @classmethod
     def open(
-        cls, uri: str | Path, *, model: ModelFacts | None = None, encode: Encode | None = None
+        cls, uri: str | Path, *, model: ModelFacts | None = None, encode: EncodeItems | None = None
     ) -> Index:
-        """The index at `uri`.
+        """Open the index at `uri`.
 
-        model    who will make the queries: DataError when the index was made by another model
-        encode   makes queries of `search` that are no vectors into vectors
-        Raises DataError when there is no index.
+        Args:
+            uri: a folder, or an object store's URI.
+            model: the model that will make the queries.
+            encode: embeds queries of `search` that are not vectors.
+
+        Raises:
+            DataError: there is no index, or it was made by a model other than `model`.
         """
         index = cls.find(uri)
         if index is None:
@@ -105,27 +111,35 @@ class Index:
         *,
         origin: Origin | None = None,
         columns: Mapping[str, pa.DataType] | None = None,
-        encode: Encode | None = None,
+        encode: EncodeItems | None = None,
     ) -> Index:
-        """A new, empty index for vectors of `model`. Raises DataError when there is one.
+        """Create an empty index for vectors of `model`.
 
-        columns   of the data, besides an index's own (`cafe.index.rows`)
+        Args:
+            uri: a folder, or an object store's URI.
+            model: `cafe.retrieval.indexing.model_facts(model)`.
+            origin: what the index will be made from.
+            columns: columns of the data, besides an index's own (`cafe.index.rows`).
+            encode: embeds queries of `search` that are not vectors.
+
+        Raises:
+            DataError: there is an index already.
         """
         name = str(uri)
         database = connect(name)
         notes = {} if origin is None else {_ORIGIN: json.dumps(asdict(origin))}
         schema = schema_of(model.dimension, columns or {}, model.to_json(), notes)
-        with told(name):
+        with lance_errors(name):
             return cls(name, database.create_table(TABLE, schema=schema), encode)
 
-    # ------------------------------------------------------------------ what is known
+    # ------------------------------------------------------------------ state
 
     def __len__(self) -> int:
         return int(self._table.count_rows())
 
     @property
     def model(self) -> ModelFacts:
-        """Who made the vectors."""
+        """The model that made the vectors."""
         facts = (self._table.schema.metadata or {}).get(b"cafe.model")
         if facts is None:
             raise DataError(f"index {self.uri}: was not made by cafe; make one: cafe index")
@@ -133,7 +147,7 @@ class Index:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Column -> Arrow type, for SQL; without the vector and what is only for `sync`."""
+        """Column -> Arrow type, for SQL; without the vector and what only `sync` uses."""
         return {f.name: str(f.type) for f in self._table.schema if f.name not in HIDDEN - {"id"}}
 
     @property
@@ -142,16 +156,16 @@ class Index:
         return None if text is None else Origin(**json.loads(text))
 
     def set_origin(self, origin: Origin) -> None:
-        self._take_note(_ORIGIN, json.dumps(asdict(origin)))
+        self._set_note(_ORIGIN, json.dumps(asdict(origin)))
 
     @property
     def approximate(self) -> Approximate | None:
-        """How a search is approximated, and its measured recall; None: every search is exact."""
+        """Settings and measured recall of approximate searches; None: every search is exact."""
         text = self._note(_APPROXIMATE)
         return None if not text else Approximate.from_json(text)
 
     def check_model(self, model: ModelFacts) -> None:
-        """Raises DataError when vectors of `model` cannot be compared with those in here."""
+        """Raises DataError when vectors of `model` cannot be compared with those of the index."""
         own = self.model
         difference = own.difference(model)
         if difference is not None:
@@ -162,68 +176,65 @@ class Index:
                 f"cafe index {model.name} {origin.source if origin else 'FOLDER'} --to NEW_DIR"
             )
 
-    def known(self) -> dict[str, Known]:
-        """Of every row, what tells whether it is still right. An id that is there twice is not."""
-        with told(self.uri):
-            table = self._table.search().select(["id", *Known._fields]).to_arrow()
-        found: dict[str, Known] = {}
+    def known(self) -> dict[str, RowState]:
+        """Id -> state of its row. Rows whose id is there twice are deleted: neither is trusted."""
+        with lance_errors(self.uri):
+            table = self._table.search().select(["id", *RowState._fields]).to_arrow()
+        states: dict[str, RowState] = {}
         twice: set[str] = set()
         for id, *fields in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            if id in found:
+            if id in states:
                 twice.add(id)
-            found[id] = Known(*fields)
-        if twice:  # two writers at once, in an object store: neither is trusted
+            states[id] = RowState(*fields)
+        if twice:  # two concurrent writers, in an object store
             self.delete(twice)
-        return {id: known for id, known in found.items() if id not in twice}
+        return {id: state for id, state in states.items() if id not in twice}
 
-    def stored(self, ids: Iterable[str]) -> dict[str, Stored]:
-        """The vectors of those of `ids` that are there."""
-        found: dict[str, Stored] = {}
+    def stored(self, ids: Iterable[str]) -> dict[str, StoredVector]:
+        """The vectors of the rows with these ids; missing ids are left out."""
+        vectors: dict[str, StoredVector] = {}
         for clause in clauses(ids):
-            with told(self.uri):
-                table = (
-                    self._table.search()
-                    .where(clause)
-                    .select(["id", "hash", VECTOR, "width", "height"])
-                    .to_arrow()
-                )
-            for row, vector in zip(
-                table.drop_columns([VECTOR]).to_pylist(), vectors_of(table), strict=True
-            ):
-                found[row["id"]] = Stored(row["hash"], vector, row["width"], row["height"])
-        return found
+            with lance_errors(self.uri):
+                search = self._table.search().where(clause)
+                table = search.select(["id", "hash", VECTOR, "width", "height"]).to_arrow()
+            rows = table.drop_columns([VECTOR]).to_pylist()
+            for row, vector in zip(rows, vectors_of(table), strict=True):
+                vectors[row["id"]] = StoredVector(row["hash"], vector, row["width"], row["height"])
+        return vectors
 
     def values(self, column: str) -> set[Any]:
-        """The different values of a column, null left out."""
-        with told(self.uri):
+        """The distinct values of a column, without null."""
+        with lance_errors(self.uri):
             table = self._table.search().select([column]).to_arrow()
         return {value for value in table[column].unique().to_pylist() if value is not None}
 
     # ------------------------------------------------------------------ changes
 
     def add_columns(self, types: Mapping[str, pa.DataType]) -> None:
-        """Make room for columns of the data; rows that are there get null."""
-        there = {name.lower() for name in self._table.schema.names}
-        new = [pa.field(name, type) for name, type in types.items() if name.lower() not in there]
+        """Add columns of the data; existing rows get null."""
+        existing = {name.lower() for name in self._table.schema.names}
+        new = [pa.field(name, type) for name, type in types.items() if name.lower() not in existing]
         if new:
-            with told(self.uri):
+            with lance_errors(self.uri):
                 self._table.add_columns(new)
 
-    def add(self, rows: Sequence[Row], vectors: np.ndarray, *, new: bool = False) -> None:
-        """Write rows with their vectors float [n, d]: all of them or, on an error, none.
+    def add(self, rows: Sequence[IndexRow], vectors: np.ndarray, *, new: bool = False) -> None:
+        """Write rows with their vectors: all of them or, on an error, none.
 
-        A row whose id is there replaces it.
+        Args:
+            rows: a row whose id exists replaces the old one.
+            vectors: float [n, d], of any length but zero.
+            new: none of the ids exists: rows are appended without a lookup.
 
-        new   none of the ids is there: they are appended without looking
-        Raises DataError for vectors of another shape, not finite, or zero, and for an id that
-        comes twice.
+        Raises:
+            DataError: vectors of another shape, not finite or zero, or an id that occurs twice.
         """
         if not rows:
             return
         if len({row.id for row in rows}) < len(rows):
-            raise DataError(f"index {self.uri}: an id comes twice among the rows to add")
+            raise DataError(f"index {self.uri}: an id occurs twice among the rows to add")
         table = to_table(rows, self._unit(vectors, [row.id for row in rows]), self._table.schema)
-        with told(self.uri):
+        with lance_errors(self.uri):
             if new:
                 self._table.add(table)
             else:
@@ -232,12 +243,12 @@ class Index:
 
     def delete(self, ids: Iterable[str]) -> None:
         for clause in clauses(ids):
-            with told(self.uri):
+            with lance_errors(self.uri):
                 self._table.delete(clause)
 
     def compact(self) -> None:
-        """Join small files, forget old versions, take new rows into the approximate index."""
-        with told(self.uri):
+        """Merge small files, drop old versions, and add new rows to the approximate index."""
+        with lance_errors(self.uri):
             self._table.optimize(cleanup_older_than=_KEEP_VERSIONS)
 
     def optimize(
@@ -245,40 +256,38 @@ class Index:
     ) -> Approximate | None:
         """Compact; from `threshold` rows on, build or extend the approximate index and measure it.
 
-        queries   float [n, d]: what people will ask, for the measurement; None: stored vectors,
-                  each without itself among its neighbours
-        Partitions are learnt anew when the table has doubled. Returns what was measured (its
-        recall may be below `cafe.index.GOAL`), None when searches are exact.
+        Args:
+            queries: float [n, d], like those that people will ask, for the measurement; None: a
+                sample of the stored vectors, each without itself among its neighbours.
+            threshold: number of rows from which on search is approximate. Partitions are trained
+                again when the table has doubled.
+
+        Returns:
+            The settings with their measured recall, which may be below `cafe.index.GOAL`; None
+            when searches are exact.
         """
         rows, before = len(self), self.approximate
         built = any(VECTOR in index.columns for index in self._table.list_indices())
         if rows < threshold:
             if built:
-                with told(self.uri):
+                with lance_errors(self.uri):
                     self._table.drop_index(f"{VECTOR}_idx")
-            self._take_note(_APPROXIMATE, "")
+            self._set_note(_APPROXIMATE, "")
             self.compact()
             return None
         if before is None or not built or rows > 2 * before.rows:
             before = Approximate(partitions_for(rows), rows)
-            self._take_note(_APPROXIMATE, "")  # searches are exact until it is measured
-            with told(self.uri):
+            self._set_note(_APPROXIMATE, "")  # searches are exact until it is measured
+            with lance_errors(self.uri):
                 self._table.create_index(
                     VECTOR, config=index_config(before.partitions), replace=True
                 )
         self.compact()
-        if queries is None:
-            asked, own = self._sampled()
-        else:
-            asked, own = queries, [None] * len(queries)
+        asked, own = self._sampled() if queries is None else (queries, [None] * len(queries))
         exact = nearest(self._blocks(), asked.astype(np.float32), NEIGHBOURS + 1)
-        after = tuned(
-            before,
-            self._neighbours,
-            list(zip(asked, own, strict=True)),
-            [_without(ids, one) for ids, one in zip(exact, own, strict=True)],
-        )
-        self._take_note(_APPROXIMATE, after.to_json())
+        exact = [without(ids, one) for ids, one in zip(exact, own, strict=True)]
+        after = tuned(before, self._neighbours, list(zip(asked, own, strict=True)), exact)
+        self._set_note(_APPROXIMATE, after.to_json())
         return after
 
     # ------------------------------------------------------------------ search
@@ -286,36 +295,38 @@ class Index:
     def search(
         self, query: Any, top: int = 10, where: str | None = None, *, exact: bool = False
     ) -> list[Hit]:
-        """The `top` nearest rows by cosine, the nearest first.
+        """Find the `top` nearest rows by cosine, the nearest first.
 
-        query   a vector float [d]; or, if the index was opened with `encode`, what that takes
-        where   SQL over `columns`: "width > 640 AND text LIKE '%cat%'"
-        exact   do not use the approximate index
-        Where the SQL leaves fewer rows than an approximate index is worth, the search is exact.
-        Raises DataError for a query of another dimension and for SQL that cannot be used.
+        Args:
+            query: a vector, float [d]; or, if the index was opened with `encode`, what that takes.
+            top: number of hits.
+            where: as `cafe.index.condition.checked` takes it: "width > 640 AND text LIKE '%cat%'".
+                Where it leaves too few rows for an approximate index to pay, the search is exact.
+            exact: do not use the approximate index.
+
+        Raises:
+            DataError: a query of another dimension, or a `where` that cannot be used.
         """
         vector = self._query(query)
         count = None if where is None else self.count(where)
-        settings = None if exact else self.approximate
-        if count is not None and count < APPROXIMATE_ROWS:
-            settings = None
-        return self._nearest(vector, top, where, settings)
+        exact = exact or (count is not None and count < APPROXIMATE_ROWS)
+        condition = None if where is None else checked(where, self.columns)
+        return self._nearest(vector, top, condition, None if exact else self.approximate)
 
     def count(self, where: str) -> int:
-        """How many rows fit `where`. Raises DataError when it is not SQL over `columns`."""
+        """Number of rows that match `where`. Raises DataError for one that cannot be used."""
+        condition = checked(where, self.columns)
         try:
-            return int(self._table.count_rows(where))
+            return int(self._table.count_rows(condition))
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-            raise DataError(
-                f"--where {where!r} cannot be used ({reason(error).split('. Valid fields')[0]}); "
-                f"write SQL over the columns {', '.join(self.columns)}"
-            ) from error
+            why = reason(error).split(". Valid fields")[0]
+            raise unusable(where, why, self.columns) from error
 
     def _nearest(
         self, vector: np.ndarray, top: int, where: str | None, settings: Approximate | None
     ) -> list[Hit]:
         shown = [name for name in self._table.schema.names if name not in HIDDEN]
-        with told(self.uri):
+        with lance_errors(self.uri):
             search = self._table.search(vector, vector_column_name=VECTOR)
             search = search.distance_type("cosine").limit(top)
             search = search.select(["id", *shown, "_distance"])
@@ -324,21 +335,19 @@ class Index:
             if settings is None:
                 search = search.bypass_vector_index()
             else:
-                # With SQL the fitting rows may lie elsewhere: look on until there are enough.
+                # With SQL the matching rows may lie elsewhere: go on until there are enough.
                 search = search.minimum_nprobes(settings.probes)
                 search = search.maximum_nprobes(settings.probes if where is None else 0)
                 search = search.refine_factor(settings.refine)
-            found = search.to_list()
+            rows = search.to_list()
         return [
             Hit(
                 row["id"],
                 1.0 - float(row["_distance"]),
                 {name: row[name] for name in shown if row[name] is not None},
             )
-            for row in found
+            for row in rows
         ]
-
-    # ------------------------------------------------------------------ pieces
 
     def _query(self, query: Any) -> np.ndarray:
         if not isinstance(query, np.ndarray):
@@ -356,17 +365,17 @@ class Index:
         return unit(vectors, names, self._table.schema.field(VECTOR).type.list_size)
 
     def _sampled(self) -> tuple[np.ndarray, list[str | None]]:
-        """Stored vectors, spread over the table, and their ids."""
+        """A sample of the stored vectors [n, d], and their ids."""
         rows = len(self)
         chosen = np.random.default_rng(0).choice(rows, min(SAMPLED_QUERIES, rows), replace=False)
-        with told(self.uri):
+        with lance_errors(self.uri):
             take = self._table.take_offsets(sorted(chosen.tolist())).select(["id", VECTOR])
             table = take.to_arrow()
         return vectors_of(table), table["id"].to_pylist()
 
     def _blocks(self) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Ids and vectors of the whole table."""
-        with told(self.uri):
+        """Ids and vectors [m, d] of the whole table, a block at a time."""
+        with lance_errors(self.uri):
             for batch in self._table.search().select(["id", VECTOR]).to_batches(_ROWS_AT_ONCE):
                 if len(batch):
                     table = pa.Table.from_batches([batch])
@@ -374,21 +383,16 @@ class Index:
 
     def _neighbours(self, query: tuple[np.ndarray, str | None], settings: Approximate) -> list[str]:
         vector, own = query
-        found = self._nearest(vector, NEIGHBOURS + (own is not None), None, settings)
-        return _without([hit.id for hit in found], own)
+        hits = self._nearest(vector, NEIGHBOURS + (own is not None), None, settings)
+        return without([hit.id for hit in hits], own)
 
     def _note(self, name: str) -> str | None:
         notes = self._table.schema.field(VECTOR).metadata or {}
         text = notes.get(name.encode())
         return None if text is None else text.decode()
 
-    def _take_note(self, name: str, text: str) -> None:
-        """Keep a text with the table, if it is not there: LanceDB lets a field's notes change."""
+    def _set_note(self, name: str, text: str) -> None:
+        """Store a text with the table if it differs: LanceDB lets a field's metadata change."""
         if (self._note(name) or "") != text:
-            with told(self.uri):
+            with lance_errors(self.uri):
                 self._table.update_field_metadata({"path": VECTOR, "metadata": {name: text}})
-
-
-def _without(ids: Sequence[str], own: str | None) -> list[str]:
-    """A stored vector is no neighbour of itself."""
-    return [id for id in ids if id != own][:NEIGHBOURS]

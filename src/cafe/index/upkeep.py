@@ -1,7 +1,7 @@
-"""Keep an index equal to what it is of: embed what is new or changed, delete what vanished.
+"""Keep an index equal to its source: embed what is new or changed, delete what vanished.
 
-What is done is read from the table: there is no other state. A batch is one write, all or nothing,
-so a run that is killed loses at most one batch, and the next run does the rest.
+What has been done is read from the table: there is no other state. A batch is one write, all or
+nothing, so a run that is killed loses at most one batch, and the next run does the rest.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,32 +17,34 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from cafe.batching import encode_each, prefetch_map
 from cafe.errors import DataError
-from cafe.index.rows import Kind, Known, Row, column_types
+from cafe.index.rows import ContentKind, IndexRow, RowState, column_types
 from cafe.index.store import only_writer
-from cafe.index.table import Encode, Index
+from cafe.index.table import EncodeItems, Index
 from cafe.media import open_image
-from cafe.types import Image
-from cafe.types import Stored as StoredPicture
+from cafe.types import Image, StoredImage
 
 MAX_BATCH_PIXELS = 200_000_000
-"""Decoded pictures of one batch take at most three bytes times this, plus one picture."""
+"""Limit of the decoded images of one batch: three bytes each, plus one image."""
 
-_COMPACT_EVERY = 500  # batches; a table of very many small files is slow to open
+COMPACT_EVERY = 500
+"""Batches between two compactions: a table of many small files is slow to open."""
+
 _DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class IndexItem:
     """What should become one row.
 
-    place   where it stands, for messages
-    source  the picture, undecoded; None: the item is its text
-    text    a picture's caption, or the text itself
+    location  in the source, for messages
+    source  the image, undecoded; None: the item is its text
+    text    an image's caption, or the text itself
     extra   other columns of the data, as `cafe.index.rows.column_name` and `plain` make them
     """
 
-    place: str
+    location: str
     id: str
     source: Image | None = None
     path: str | None = None
@@ -52,88 +52,115 @@ class Item:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ContentKind:
         return "text" if self.source is None else "image"
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
-    """A broken item."""
+class SkippedItem:
+    """An item that cannot be used, its location and the reason."""
 
-    place: str
+    location: str
     reason: str
 
 
 @dataclass(slots=True)
 class Report:
-    """What a run did. The content of `moved` was there under another id: its vector was kept."""
+    """Counts of one run. The content of `moved` existed under another id: its vector was kept."""
 
     added: int = 0
     changed: int = 0
     moved: int = 0
     unchanged: int = 0
     deleted: int = 0
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[SkippedItem] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """An item that was read. `value` is None for one that needs no embedding of its own.
+    """An item that was read.
 
-    twin   id of a row with the same content
+    value         what is embedded; None: it needs no embedding of its own
+    same          its row is up to date
+    duplicate_of  id of a row with the same content, whose vector can be copied
     """
 
-    item: Item
-    row: Row
+    item: IndexItem
+    row: IndexRow
     value: Any = None
     same: bool = False
-    twin: str | None = None
+    duplicate_of: str | None = None
 
     @property
     def pixels(self) -> int:
-        is_picture = isinstance(self.value, PIL.Image.Image)
-        return self.value.width * self.value.height if is_picture else 0
+        is_image = isinstance(self.value, PIL.Image.Image)
+        return self.value.width * self.value.height if is_image else 0
 
 
 def sync(
     index: Index,
-    items: Sequence[Item],
-    encode: Encode,
+    items: Sequence[IndexItem],
+    encode: EncodeItems,
     *,
     batch_size: int = 64,
+    max_batch_pixels: int = MAX_BATCH_PIXELS,
+    compact_every: int = COMPACT_EVERY,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
     """Make `index` hold exactly `items`.
 
-    encode       pictures (PIL, RGB) and strings -> float32 [n, d]; a DataError means that one of
-                 them cannot be embedded: that one is found and skipped
-    batch_size   rows of one write, and what `encode` is given at once
-    progress     called with the number of items done
-    Items whose content and columns are as they were are not touched; a row whose item became
-    broken is deleted. Raises DataError, and deletes nothing, when no item can be used.
+    Items whose content and columns did not change are not touched; a row whose item became broken
+    is deleted.
+
+    Args:
+        index: the index to bring up to date.
+        items: everything that it should hold.
+        encode: images (PIL, RGB) and strings -> float32 [n, d]. A DataError means that one of them
+            cannot be embedded: it is searched for and skipped.
+        batch_size: rows of one write, and the most that `encode` gets in one call.
+        max_batch_pixels: a batch ends when its decoded images have this many pixels.
+        compact_every: batches between two compactions of the table.
+        progress: called with the number of items done.
+
+    Returns:
+        What was added, changed, moved, unchanged, deleted and skipped.
+
+    Raises:
+        DataError: no item can be used, in which case nothing is deleted, or another process is
+            writing.
     """
     with only_writer(index.uri):
-        return _Run(index, encode, progress or (lambda _: None)).run(items, batch_size)
+        run = _Run(index, encode, progress or (lambda _: None), compact_every)
+        return run.run(items, batch_size, max_batch_pixels)
 
 
 class _Run:
-    def __init__(self, index: Index, encode: Encode, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        index: Index,
+        encode: EncodeItems,
+        progress: Callable[[int], None],
+        compact_every: int,
+    ) -> None:
         self._index = index
         self._encode = encode
         self._progress = progress
+        self._compact_every = compact_every
         self._known = index.known()
         self._by_content = {(k.kind, k.hash): id for id, k in self._known.items()}
         self._report = Report()
         self._kept: set[str] = set()
         self._writes = 0
 
-    def run(self, items: Sequence[Item], batch_size: int) -> Report:
+    def run(self, items: Sequence[IndexItem], batch_size: int, max_pixels: int) -> Report:
         self._index.add_columns(column_types(item.extra for item in items))
         batch: list[_Loaded] = []
         pixels = 0
-        for done, loaded in enumerate(_ahead(_once(items), self._load), 1):
+        threads = min(8, os.cpu_count() or 1)  # read and decode a few ahead of the model
+        coming = prefetch_map(self._load, _once(items), threads, begun=2 * threads)
+        for done, loaded in enumerate(coming, 1):
             match loaded:
-                case Skipped():
+                case SkippedItem():
                     self._report.skipped.append(loaded)
                 case _Loaded(same=True):
                     self._kept.add(loaded.item.id)
@@ -141,34 +168,34 @@ class _Run:
                 case _Loaded():
                     batch.append(loaded)
                     pixels += loaded.pixels
-            if len(batch) >= batch_size or pixels >= MAX_BATCH_PIXELS:
+            if len(batch) >= batch_size or pixels >= max_pixels:
                 self._write(batch)
                 batch, pixels = [], 0
             self._progress(done)
         self._write(batch)
         if not self._kept:
             first = self._report.skipped[0] if self._report.skipped else None
-            told = f"; the first of {len(self._report.skipped)}: {first}" if first else ""
-            raise DataError(f"index {self._index.uri}: no item can be used{told}")
+            reason = f"; the first of {len(self._report.skipped)}: {first}" if first else ""
+            raise DataError(f"index {self._index.uri}: no item can be used{reason}")
         gone = self._known.keys() - self._kept
         self._index.delete(gone)
         self._report.deleted = len(gone)
         return self._report
 
-    def _load(self, item: Item | Skipped) -> _Loaded | Skipped:
+    def _load(self, item: IndexItem | SkippedItem) -> _Loaded | SkippedItem:
         """Read an item; decode it only if it must be embedded. Runs in several threads."""
-        if isinstance(item, Skipped):
+        if isinstance(item, SkippedItem):
             return item
         try:
             _check_texts(item)
             content = _content(item)
             digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
             row = _row(item, digest)
-            if self._known.get(item.id) == Known(row.kind, row.hash, row.record):
+            if self._known.get(item.id) == RowState(row.kind, row.hash, row.record):
                 return _Loaded(item, row, same=True)
-            twin = self._by_content.get((row.kind, row.hash))
-            if twin is not None:
-                return _Loaded(item, row, twin=twin)
+            duplicate_of = self._by_content.get((row.kind, row.hash))
+            if duplicate_of is not None:
+                return _Loaded(item, row, duplicate_of=duplicate_of)
             return _decoded(item, row, content)
         except DataError as error:
             return _skipped(item, error)
@@ -179,31 +206,33 @@ class _Run:
         rows, vectors = self._embedded(batch)
         if not rows:
             return
-        there = [row.id in self._known for row in rows]
+        exists = [row.id in self._known for row in rows]
         for new in (True, False):
-            chosen = [i for i, old in enumerate(there) if old is not new]
+            chosen = [i for i, old in enumerate(exists) if old is not new]
             self._index.add([rows[i] for i in chosen], vectors[chosen], new=new)
         self._kept.update(row.id for row in rows)
         self._writes += 1
-        if self._writes % _COMPACT_EVERY == 0:
+        if self._writes % self._compact_every == 0:
             self._index.compact()
 
-    def _embedded(self, batch: list[_Loaded]) -> tuple[list[Row], np.ndarray]:
+    def _embedded(self, batch: list[_Loaded]) -> tuple[list[IndexRow], np.ndarray]:
         """The rows of a batch that can be embedded, and their vectors."""
-        twins = self._index.stored(one.twin for one in batch if one.twin is not None)
-        rows: list[Row] = []
+        stored = self._index.stored(
+            one.duplicate_of for one in batch if one.duplicate_of is not None
+        )
+        rows: list[IndexRow] = []
         vectors: list[np.ndarray] = []
         fresh: list[_Loaded] = []
         for one in batch:
-            twin = twins.get(one.twin or "")
-            if twin is not None and twin.hash == one.row.hash:
-                rows.append(_sized(one.row, twin.width, twin.height))
-                vectors.append(twin.vector)
+            original = stored.get(one.duplicate_of or "")
+            if original is not None and original.hash == one.row.hash:
+                rows.append(_sized(one.row, original.width, original.height))
+                vectors.append(original.vector)
                 if one.row.id in self._known:
                     self._report.changed += 1
                 else:
                     self._report.moved += 1
-            elif one.value is None:  # the twin was written over in this very run
+            elif one.value is None:  # this run has overwritten the original in the meantime
                 again = self._decoded_again(one.item)
                 fresh.extend([again] if again else [])
             else:
@@ -221,7 +250,7 @@ class _Run:
                 self._report.added += 1
         return rows, np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
 
-    def _decoded_again(self, item: Item) -> _Loaded | None:
+    def _decoded_again(self, item: IndexItem) -> _Loaded | None:
         try:
             content = _content(item)
             digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
@@ -231,103 +260,61 @@ class _Run:
             return None
 
 
-def encode_each(
-    encode: Encode, values: Sequence[Any]
-) -> tuple[list[np.ndarray], dict[int, DataError]]:
-    """Embeddings [d] of `values`, in order, and the errors of those that `encode` refuses.
-
-    When it refuses them all together they are halved until the broken one is alone.
-    """
-    nothing = np.zeros(0, np.float32)
-    embeddings = [nothing] * len(values)
-    failures: dict[int, DataError] = {}
-    parts = [range(len(values))] if values else []
-    while parts:
-        part = parts.pop()
-        try:
-            found = encode([values[i] for i in part])
-        except DataError as error:
-            if len(part) == 1:
-                failures[part[0]] = error
-            else:
-                middle = len(part) // 2
-                parts += [part[middle:], part[:middle]]
-        else:
-            for i, embedding in zip(part, found, strict=True):
-                embeddings[i] = embedding
-    return embeddings, failures
-
-
 # ---------------------------------------------------------------------- reading
 
 
-def _once(items: Iterable[Item]) -> Iterator[Item | Skipped]:
+def _once(items: Iterable[IndexItem]) -> Iterator[IndexItem | SkippedItem]:
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
-            yield Skipped(item.place, f"id {item.id!r} comes twice; the first is kept")
+            yield SkippedItem(item.location, f"id {item.id!r} occurs twice; the first is kept")
         else:
             seen.add(item.id)
             yield item
 
 
-def _ahead(
-    items: Iterable[Item | Skipped], load: Callable[[Item | Skipped], _Loaded | Skipped]
-) -> Iterator[_Loaded | Skipped]:
-    """`load` of every item, in order; threads read and decode a few ahead of the model."""
-    threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        coming: deque[Future[_Loaded | Skipped]] = deque()
-        for item in items:
-            coming.append(pool.submit(load, item))
-            if len(coming) > 2 * threads:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
-
-
-def _check_texts(item: Item) -> None:
-    """Raises DataError for what no column of text can hold; a file's name may be such."""
+def _check_texts(item: IndexItem) -> None:
+    """Raises DataError for text that is not valid Unicode; a file's name can be that, too."""
     for name, value in (("id", item.id), ("text", item.text), *item.extra.items()):
         try:
             str(value).encode()
         except UnicodeEncodeError:
-            raise DataError(f"{name} holds half a surrogate pair, which is no text") from None
+            raise DataError(f"{name} contains an unpaired surrogate") from None
 
 
-def _content(item: Item) -> bytes:
+def _content(item: IndexItem) -> bytes:
     if item.source is None:
         return (item.text or "").encode()
     match item.source.source:
         case bytes() as content:
             return content
-        case StoredPicture() as stored:
+        case StoredImage() as stored:
             return stored.read()
         case str() | Path() as path:
             try:
                 return Path(path).read_bytes()
             except OSError as error:
                 raise DataError(f"cannot be read ({error.strerror})") from error
-    raise DataError("a decoded picture has no file; give its bytes")
+    raise DataError("a decoded image has no file; give its bytes")
 
 
-def _row(item: Item, digest: str) -> Row:
-    beside = [item.path, None if item.source is None else item.text, dict(item.extra)]
-    text = json.dumps(beside, sort_keys=True, default=str)
+def _row(item: IndexItem, digest: str) -> IndexRow:
+    others = [item.path, None if item.source is None else item.text, dict(item.extra)]
+    text = json.dumps(others, sort_keys=True, default=str)
     record = hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
-    return Row(item.id, item.kind, item.path, item.text, digest, record, extra=item.extra)
+    return IndexRow(item.id, item.kind, item.path, item.text, digest, record, extra=item.extra)
 
 
-def _decoded(item: Item, row: Row, content: bytes) -> _Loaded:
+def _decoded(item: IndexItem, row: IndexRow, content: bytes) -> _Loaded:
     if item.source is None:
         return _Loaded(item, row, item.text)
-    picture = open_image(Image(content, item.source.pixel_budget))
-    return _Loaded(item, _sized(row, *picture.size), picture)
+    image = open_image(Image(content, item.source.pixel_budget))
+    return _Loaded(item, _sized(row, *image.size), image)
 
 
-def _sized(row: Row, width: int | None, height: int | None) -> Row:
+def _sized(row: IndexRow, width: int | None, height: int | None) -> IndexRow:
     return replace(row, width=width, height=height)
 
 
-def _skipped(item: Item, error: DataError) -> Skipped:
-    return Skipped(item.place, str(error).removeprefix("picture: "))
+def _skipped(item: IndexItem, error: DataError) -> SkippedItem:
+    return SkippedItem(item.location, str(error).removeprefix("image: "))

@@ -1,7 +1,7 @@
-"""How good it is: arrays and strings become numbers. No model, no torch, no files.
+"""Metrics: functions from arrays and strings to numbers. No model, no torch, no files.
 
 Every score is a plain `float`, fractions are in [0, 1], and nothing here draws random numbers
-without a seed. `interval` says how sure each number is.
+without a seed. `interval` computes the uncertainty of each number.
 """
 
 from __future__ import annotations
@@ -21,25 +21,22 @@ from cafe.metrics.hallucination import (
     DISQUALIFIED,
     PRESENT,
     THRONE_VOTES,
-    chair_scores,
+    chair_columns,
     judge_says_yes,
-    object_f1,
+    object_columns,
     parse_yes_no,
-    pope_scores,
+    pope_columns,
     throne_columns,
-    throne_scores,
     throne_summary,
     throne_verdicts,
 )
 from cafe.metrics.interval import (
     Interval,
     bootstrap_interval,
-    bootstrap_scores,
     interval_over_seeds,
     paired_interval,
     percentile_interval,
     resampled_sums,
-    wilson_interval,
 )
 from cafe.metrics.ranking import (
     TIE_TOLERANCE,
@@ -48,8 +45,6 @@ from cafe.metrics.ranking import (
     hit_at_1,
     ndcg_at_k,
     rank_relevances,
-    recall_at_k,
-    recalls,
     two_way_ranks,
 )
 
@@ -65,10 +60,9 @@ __all__ = [
     "bleu_columns",
     "bleu_summary",
     "bootstrap_interval",
-    "bootstrap_scores",
     "candidate_scores",
     "caption_words",
-    "chair_scores",
+    "chair_columns",
     "cider_d",
     "consensus_accuracy",
     "effective_rank",
@@ -80,21 +74,17 @@ __all__ = [
     "modality_probe_accuracy",
     "ndcg_at_k",
     "normalise_answer",
-    "object_f1",
+    "object_columns",
     "paired_interval",
     "parse_yes_no",
     "percentile_interval",
-    "pope_scores",
+    "pope_columns",
     "project_2d",
     "rank_relevances",
-    "recall_at_k",
-    "recalls",
     "resampled_sums",
     "throne_columns",
-    "throne_scores",
     "throne_summary",
     "throne_verdicts",
     "two_way_ranks",
     "uniformity",
-    "wilson_interval",
 ]

@@ -1,4 +1,4 @@
-"""Short answers: when two of them are the same, and the accuracies built on that.
+"""Short answers: when two are equal, and the accuracies based on that.
 
 The rules for "the same" follow the VQA challenge: case, articles, punctuation and apostrophes do
 not count, and small numbers in words are digits.
@@ -61,8 +61,8 @@ def answer_accuracy(
         DataError: a question without an accepted answer, or with an empty one.
         ValueError: two different lengths.
     """
-    given, expected = _normalised(predictions, accepted)
-    pairs = zip(given, expected, strict=True)
+    predicted, expected = _normalised(predictions, accepted)
+    pairs = zip(predicted, expected, strict=True)
     return np.array([float(answer in answers) for answer, answers in pairs], dtype=np.float64)
 
 
@@ -81,18 +81,18 @@ def consensus_accuracy(
         DataError: a question with fewer than two answers, or with an empty one.
         ValueError: two different lengths.
     """
-    given, expected = _normalised(predictions, human)
+    predicted, expected = _normalised(predictions, human)
     scores = []
-    for i, (answer, answers) in enumerate(zip(given, expected, strict=True)):
+    for i, (answer, answers) in enumerate(zip(predicted, expected, strict=True)):
         people, matches = len(answers), answers.count(answer)
         if people < 2:
             raise DataError(
                 f"question {i} has {people} answer; consensus needs those of several people, "
                 "answer_accuracy does not"
             )
-        left_out = matches * min(1.0, (matches - 1) / 3)
+        without_a_match = matches * min(1.0, (matches - 1) / 3)
         others = (people - matches) * min(1.0, matches / 3)
-        scores.append((left_out + others) / people)
+        scores.append((without_a_match + others) / people)
     return np.array(scores, dtype=np.float64)
 
 
@@ -103,7 +103,7 @@ def _normalised(
         raise ValueError(f"{len(predictions)} predictions for {len(references)} questions")
     expected = []
     for i, answers in enumerate(references):
-        if isinstance(answers, str):  # whose letters would be the answers
+        if isinstance(answers, str):  # its letters would be taken for answers
             raise ValueError(f"the answers to question {i} are one string; give a list of strings")
         forms = [normalise_answer(answer) for answer in answers]
         if not forms or "" in forms:

@@ -1,8 +1,8 @@
 """Captions compared word by word with references: CIDEr-D and BLEU, as COCO's server defines them.
 
-Both look at runs of one to four words. BLEU is sacrebleu's. CIDEr-D is here, because the two
-libraries that have it are not sound to depend on: pycocoevalcap (2020, the last release; no stated
-licence) is 100 MB of Java archives, and aac-metrics installs audio models with it.
+Both count n-grams of one to four words ("runs"). BLEU is sacrebleu's. CIDEr-D is implemented here,
+because the two libraries that have it are not sound dependencies: pycocoevalcap (2020, the last
+release; no stated licence) is 100 MB of Java archives, and aac-metrics installs audio models.
 `caption_words` stands in for COCO's tokenizer, which needs Java too, so published numbers may
 differ in the second decimal place.
 """
@@ -46,28 +46,28 @@ def cider_d(
 ) -> Float[np.ndarray, " n"]:
     """CIDEr-D (Vedantam et al., arXiv 1411.5726) of each caption, in [0, 10]; its mean is reported.
 
-    A run of words weighs count × log(pictures / pictures whose references have it). For each length
+    A run of words weighs count × log(images / images with it in their references). For each length
     1..4 the cosine between caption and reference, the caption's weights clipped to the reference's,
     times exp(-(difference of lengths)² / 2·6²); the mean over lengths and references, times 10.
 
     Args:
-        candidates: the words of one caption per picture; none at all score 0.
-        references: the words of at least one reference per picture. Document frequencies are
-            counted over these pictures, so a subset has other scores than the whole.
+        candidates: the words of one caption per image; none at all score 0.
+        references: the words of at least one reference per image. Document frequencies are
+            counted over these images, so a subset has other scores than the whole.
 
     Raises:
-        DataError: a picture without references.
-        ValueError: no pictures, or two different numbers of them.
+        DataError: an image without references.
+        ValueError: no images, or two different numbers of them.
     """
     _check(candidates, references)
     counted = [[_runs(words) for words in own] for own in references]
     frequency = Counter(run for own in counted for run in set().union(*own))
-    log_pictures = math.log(len(references))
+    log_images = math.log(len(references))
 
     def weights(runs: Counter[tuple[str, ...]]) -> list[dict[tuple[str, ...], float]]:
         vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(LONGEST)]
         for run, times in runs.items():
-            rarity = log_pictures - math.log(max(1, frequency[run]))
+            rarity = log_images - math.log(max(1, frequency[run]))
             vectors[len(run) - 1][run] = times * rarity
         return vectors
 
@@ -85,7 +85,7 @@ def cider_d(
 def bleu_columns(
     candidates: Sequence[Words], references: Sequence[Sequence[Words]]
 ) -> dict[str, Float[np.ndarray, "n ..."]]:
-    """Per picture, what `bleu_summary` needs the sums of, as sacrebleu counts it.
+    """Per image, what `bleu_summary` needs the sums of, as sacrebleu counts it.
 
     bleu_matches, bleu_runs   [n, 4]: runs of 1..4 words that a reference has (each at most as often
                               as the reference that has most of it), and all runs
@@ -97,7 +97,7 @@ def bleu_columns(
     from sacrebleu.metrics.bleu import BLEU
 
     _check(candidates, references)
-    # `effective_order` only silences a warning: of each picture the counts are used, not the score.
+    # `effective_order` only silences a warning: of each image the counts are used, not the score.
     counter = BLEU(tokenize="none", max_ngram_order=LONGEST, effective_order=True)
     counted = [
         counter.sentence_score(" ".join(words), [" ".join(text) for text in own])
@@ -132,11 +132,11 @@ def _bleu(counts: Int[np.ndarray, " 10"]) -> list[float]:
 
     *both, words, reference_words = counts.tolist()
     matches, runs = both[:LONGEST], both[LONGEST:]
-    found = [
+    scores = [
         BLEU.compute_bleu(matches[:n], runs[:n], words, reference_words, max_ngram_order=n)
         for n in range(1, LONGEST + 1)
     ]
-    return [one.score / 100 for one in found]
+    return [one.score / 100 for one in scores]
 
 
 def _runs(words: Words) -> Counter[tuple[str, ...]]:
@@ -166,7 +166,7 @@ def _length_penalty(difference_words: int) -> float:
 
 def _check(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> None:
     if not candidates or len(candidates) != len(references):
-        raise ValueError(f"{len(candidates)} captions for {len(references)} pictures")
+        raise ValueError(f"{len(candidates)} captions for {len(references)} images")
     for i, own in enumerate(references):
         if not own:
-            raise DataError(f"picture {i} has no reference caption; remove it")
+            raise DataError(f"image {i} has no reference caption; remove it")

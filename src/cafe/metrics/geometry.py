@@ -1,4 +1,4 @@
-"""The shape of the embedding space: is there a gap between modalities, are all dimensions used.
+"""Geometry of the embedding space: the gap between modalities, and the dimensions in use.
 
 Embeddings of any length come in; everything is measured on the unit sphere, in float64 (they are
 copied: 8 bytes per coordinate). Shapes: n, m embeddings of two kinds, d coordinates.
@@ -76,10 +76,10 @@ def uniformity(embeddings: Float[np.ndarray, "n d"], *, block: int = 1024) -> fl
 
 
 def effective_rank(embeddings: Float[np.ndarray, "n d"]) -> float:
-    """How many directions carry the embeddings: exp(-sum p ln p), p = singular values / their sum.
+    """The number of directions that carry the embeddings (Roy & Vetterli 2007; arXiv 2210.02885).
 
-    (Roy & Vetterli 2007; RankMe, arXiv 2210.02885.) Not centred: a common offset, which
-    a gap between modalities makes, is a direction too.
+    exp(-sum p ln p), where p = singular values / their sum, as in RankMe. Not centred: a common
+    offset, which a gap between modalities makes, is a direction too.
 
     Raises:
         DataError, ValueError: as in `modality_gap`.
@@ -94,7 +94,7 @@ def effective_rank(embeddings: Float[np.ndarray, "n d"]) -> float:
 def modality_probe_accuracy(
     a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], *, seed: int = 0
 ) -> float:
-    """How well a linear probe tells the two kinds apart on embeddings that it was not fitted to.
+    """Held-out accuracy of a linear probe that separates the two kinds of embeddings.
 
     Each kind is split in halves at random. Ridge regression to +1 and -1 is fitted to one half and
     judged on the other, both ways round. The two kinds weigh the same in the fit and in the result,
@@ -117,7 +117,7 @@ def modality_probe_accuracy(
 
 
 def project_2d(*groups: Float[np.ndarray, "_ d"]) -> tuple[Float[np.ndarray, "_ 2"], ...]:
-    """A map: all groups on the two principal axes of their union, in the order given.
+    """Project all groups, in input order, on the two principal axes of their union.
 
     Each axis points to where its largest coordinate is positive, so the map is not mirrored from
     run to run. The union is centred; where it has fewer than two dimensions the rest is 0.

@@ -1,10 +1,11 @@
-"""Does the model name what is not there? POPE, CHAIR, THRONE, and F1 of named objects.
+"""Hallucination metrics: POPE, CHAIR, THRONE, and F1 of named objects.
 
-All four compare what was said with what is there; they differ in who is asked. POPE asks the model
+All four compare the objects that a model mentions with those in the image. POPE asks the model
 yes/no questions; CHAIR and the object F1 look for object names in its captions; THRONE lets judges
-read its free descriptions and vote. Objects are any hashable names. All scores are fractions in
-[0, 1]; a fraction of nothing is 0. Read CHAIR and precision beside recall or length: who says
-nothing invents nothing.
+read its free descriptions and vote. Objects are any hashable names. The functions return columns of
+counts, one row per image: scores are quotients of column sums, so they can be computed on any
+resample of the images. All scores are fractions in [0, 1]; 0 / 0 is 0. Read CHAIR and precision
+together with recall or length: a model that says nothing hallucinates nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cafe.errors import DataError
-from cafe.types import Scores
 
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Bool, Float, Int
@@ -26,13 +26,12 @@ __all__ = [
     "DISQUALIFIED",
     "PRESENT",
     "THRONE_VOTES",
-    "chair_scores",
+    "chair_columns",
     "judge_says_yes",
-    "object_f1",
+    "object_columns",
     "parse_yes_no",
-    "pope_scores",
+    "pope_columns",
     "throne_columns",
-    "throne_scores",
     "throne_summary",
     "throne_verdicts",
 ]
@@ -56,14 +55,23 @@ def parse_yes_no(reply: str) -> bool:
     return not {"No", "not", "no"}.intersection(words)
 
 
-def pope_scores(
+def pope_columns(
+    images: Int[np.ndarray, " n"],
     predicted: Bool[np.ndarray, " n"] | Sequence[bool],
     labels: Bool[np.ndarray, " n"] | Sequence[bool],
-) -> Scores:
-    """POPE's numbers for one setting; "yes" (True) is the positive class.
+    count: int,
+) -> dict[str, Int[np.ndarray, " count"]]:
+    """Per image, counts whose sums give POPE's numbers for one setting; "yes" is positive.
 
-    Keys: accuracy, precision, recall, f1, yes_ratio (the share of questions answered yes; half of
-    the questions have that answer).
+        accuracy   right / asked          f1          hits_twice / yes_and_there
+        precision  hits / yes             yes_ratio   yes / asked; half of the labels are yes
+        recall     hits / there
+
+    Args:
+        images: which of the `count` images each of the n questions is about, from 0.
+        predicted: whether the answer was yes.
+        labels: whether it should have been.
+        count: number of images; those without a question have zero counts.
 
     Raises:
         ValueError: no questions, two lengths, or anything but booleans ("no" would count as true).
@@ -71,66 +79,82 @@ def pope_scores(
     said, true = _flags("predicted", predicted), _flags("labels", labels)
     if said.shape != true.shape or said.size == 0:
         raise ValueError(f"{said.size} answers and {true.size} labels; give each question both")
-    hits = int((said & true).sum())
+
+    def per_image(flags: Bool[np.ndarray, " n"]) -> Int[np.ndarray, " count"]:
+        return np.bincount(images[flags], minlength=count)
+
+    hits, yes, there = per_image(said & true), per_image(said), per_image(true)
     return {
-        "accuracy": float((said == true).mean()),
-        **_precision_recall_f1(hits, int(said.sum()), int(true.sum())),
-        "yes_ratio": float(said.mean()),
+        "asked": np.bincount(images, minlength=count),
+        "right": per_image(said == true),
+        "hits": hits,
+        "yes": yes,
+        "there": there,
+        "hits_twice": 2 * hits,
+        "yes_and_there": yes + there,
     }
 
 
-def chair_scores(
+def chair_columns(
     mentioned: Sequence[Collection[Hashable]],
     present: Sequence[Collection[Hashable]],
-    *,
-    lengths_words: Sequence[int] | None = None,
-) -> Scores:
-    """CHAIR (Rohrbach et al. 2018) over captions: how much of what they name is not there.
+    lengths_words: Sequence[int],
+) -> dict[str, Int[np.ndarray, " n"]]:
+    """Per caption, counts whose sums give CHAIR (Rohrbach et al. 2018).
 
-        chair_i         mentions of absent objects / all mentions; repetitions count
-        chair_s         captions with at least one absent object / captions
-        recall          different objects named and present / objects present, summed over captions
-        mean_mentions   mentions per caption, and with `lengths_words` mean_length_words
+        chair_i         invented / mentions: mentions of absent objects; repetitions count
+        chair_s         any_invented / captions
+        recall          found / there: distinct objects named and present / present
+        mean_mentions   mentions / captions; and mean_length_words is words / captions
 
     Args:
         mentioned: for each caption its object mentions in the vocabulary of `present`, with
             repetitions (a set would count each object once).
-        present: for each caption the objects that are in its picture.
+        present: for each caption the objects that are in its image.
         lengths_words: number of words of each caption.
 
     Raises:
         ValueError: no captions, different lengths, or a plain string where objects belong.
     """
     _check_collections(mentioned, present)
-    mentions = sum(len(names) for names in mentioned)
-    invented = [
-        sum(name not in there for name in names)
-        for names, there in zip(mentioned, map(set, present), strict=True)
-    ]
-    found, _, to_find = _object_counts(mentioned, present)
-    scores = {
-        "chair_i": _fraction(sum(invented), mentions),
-        "chair_s": _fraction(sum(count > 0 for count in invented), len(mentioned)),
-        "recall": _fraction(found, to_find),
-        "mean_mentions": mentions / len(mentioned),
+    if len(lengths_words) != len(mentioned):
+        raise ValueError(f"{len(lengths_words)} lengths for {len(mentioned)} captions")
+    pairs = [(names, set(there)) for names, there in zip(mentioned, present, strict=True)]
+    invented = np.array([sum(name not in there for name in names) for names, there in pairs])
+    return {
+        "mentions": np.array([len(names) for names, _ in pairs]),
+        "invented": invented,
+        "any_invented": (invented > 0).astype(np.int64),
+        "found": np.array([len(there.intersection(names)) for names, there in pairs]),
+        "there": np.array([len(there) for _, there in pairs]),
+        "words": np.array(lengths_words),
     }
-    if lengths_words is not None:
-        if len(lengths_words) != len(mentioned):
-            raise ValueError(f"{len(lengths_words)} lengths for {len(mentioned)} captions")
-        scores["mean_length_words"] = sum(lengths_words) / len(mentioned)
-    return scores
 
 
-def object_f1(
+def object_columns(
     mentioned: Sequence[Collection[Hashable]], present: Sequence[Collection[Hashable]]
-) -> Scores:
-    """Precision, recall and F1 of the different objects named, counts summed over pictures.
+) -> dict[str, Int[np.ndarray, " n"]]:
+    """Per image, counts of distinct objects; their sums give precision, recall and F1.
+
+        precision  objects_right / objects_named
+        recall     objects_right / objects_shown
+        f1         objects_right_twice / objects_named_and_shown
 
     Raises:
-        ValueError: as in `chair_scores`.
+        ValueError: no images, two lengths, or a plain string where objects belong.
     """
     _check_collections(mentioned, present)
-    return _precision_recall_f1(*_object_counts(mentioned, present))
+    pairs = [(set(names), set(there)) for names, there in zip(mentioned, present, strict=True)]
+    right = np.array([len(names & there) for names, there in pairs])
+    named = np.array([len(names) for names, _ in pairs])
+    shown = np.array([len(there) for _, there in pairs])
+    return {
+        "objects_right": right,
+        "objects_right_twice": 2 * right,
+        "objects_named": named,
+        "objects_shown": shown,
+        "objects_named_and_shown": named + shown,
+    }
 
 
 def judge_says_yes(reply: str) -> bool:
@@ -157,29 +181,16 @@ def throne_verdicts(
     return np.where((yes_votes > 0) & (yes_votes < votes), DISQUALIFIED, unanimous)
 
 
-def throne_scores(
+def throne_columns(
     yes_votes: Int[np.ndarray, "n c"],
     present: Bool[np.ndarray, "n c"],
     *,
     votes: int = THRONE_VOTES,
-) -> Scores:
-    """THRONE (arXiv 2405.05256) over n pictures and c classes; F0.5 weighs precision double.
+) -> dict[str, Float[np.ndarray, "n ..."]]:
+    """Per image, what `throne_summary` needs the sums of, over n images and c classes.
 
-    A class on which the votes differ is taken out of prediction and ground truth of that picture.
-
-        overall_*     precision and recall per picture, 0 where nothing is said or nothing is there,
-                      averaged over pictures
-        classwise_*   precision and recall per class over all pictures, averaged over the classes
-                      for which they exist
-
-    Two ways to F, because published tables have both and differ by a point or more:
-
-        *_f1, *_f0.5             of the averaged precision and recall, as in THRONE's paper
-        *_mean_f1, *_mean_f0.5   F per picture or class, averaged where it exists, as in THRONE's
-                                 released code: pictures with P = R = 0 drop out, which raises it
-
-    and `disqualified`, the share of (picture, class) cells taken out. The paper's headline number
-    is classwise_f0.5.
+    A class on which the votes differ is taken out of prediction and ground truth of that image.
+    `hits`, `said` and `true` are [n, c], all others [n].
 
     Args:
         yes_votes: how many of the votes said that the description has the class (`judge_says_yes`).
@@ -188,24 +199,6 @@ def throne_scores(
 
     Raises:
         DataError, ValueError: as in `throne_verdicts`; no cells, two shapes, or truth not boolean.
-    """
-    columns = throne_columns(yes_votes, present, votes=votes)
-    sums = {name: column.sum(axis=0)[None] for name, column in columns.items()}
-    return {name: float(value[0]) for name, value in throne_summary(sums).items()}
-
-
-def throne_columns(
-    yes_votes: Int[np.ndarray, "n c"],
-    present: Bool[np.ndarray, "n c"],
-    *,
-    votes: int = THRONE_VOTES,
-) -> dict[str, Float[np.ndarray, "n ..."]]:
-    """Per picture, what `throne_summary` needs the sums of. Arguments as in `throne_scores`.
-
-    `hits`, `said` and `true` are [n, c], all others [n].
-
-    Raises:
-        DataError, ValueError: as in `throne_scores`.
     """
     truth = _flags("present", present)
     if yes_votes.shape != truth.shape or truth.ndim != 2 or truth.size == 0:
@@ -217,6 +210,8 @@ def throne_columns(
     counts = [cells.sum(axis=1) for cells in (hits, said, true)]
     either_empty = (counts[1] == 0) | (counts[2] == 0)
     precision, recall = (np.where(either_empty, 0.0, v) for v in _precision_recall(*counts))
+    # Result files have a column "pictures", and comparisons read files of earlier versions: the
+    # stored name stays.
     columns = {
         "pictures": np.ones(len(truth)),
         "cells": np.full(len(truth), float(truth.shape[1])),
@@ -235,9 +230,25 @@ def throne_columns(
 def throne_summary(
     sums: Mapping[str, Float[np.ndarray, " ..."]],
 ) -> dict[str, Float[np.ndarray, " ..."]]:
-    """THRONE's scores from sums of `throne_columns` over pictures, for many resamples at once.
+    """THRONE's scores (arXiv 2405.05256) from sums of `throne_columns` over images.
 
-    Sums are [...], those of `hits`, `said` and `true` [..., c]; so are the scores, [...].
+    Sums are [...], those of `hits`, `said` and `true` [..., c]; so are the scores, [...]. Leading
+    axes are resamples.
+
+        overall_*     precision and recall per image, 0 where nothing is said or nothing is there,
+                      averaged over images
+        classwise_*   precision and recall per class over all images, averaged over the classes
+                      for which they exist
+
+    Two ways to F, because published tables have both and differ by a point or more (F0.5 weighs
+    precision double):
+
+        *_f1, *_f0.5             of the averaged precision and recall, as in THRONE's paper
+        *_mean_f1, *_mean_f0.5   F per image or class, averaged where it exists, as in THRONE's
+                                 released code: images with P = R = 0 drop out, which raises it
+
+    and `disqualified`, the share of (image, class) cells taken out. The paper's headline number
+    is classwise_f0.5.
     """
     overall = (
         _quotient(sums["precision"], sums["pictures"]),
@@ -275,39 +286,15 @@ def _f(
 def _quotient(
     part: Float[np.ndarray, " ..."], whole: Float[np.ndarray, " ..."]
 ) -> Float[np.ndarray, " ..."]:
-    """A fraction of nothing is 0."""
+    """The quotient; 0 / 0 is 0."""
     return np.divide(part, whole, out=np.zeros(np.shape(part)), where=np.asarray(whole) != 0)
 
 
 def _mean_of_numbers(values: Float[np.ndarray, "*_ c"]) -> Float[np.ndarray, " ..."]:
-    """The mean along the last axis without the NaNs; 0 if there is nothing else."""
+    """The mean along the last axis, ignoring NaNs; 0 if all are NaN."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nan_to_num(np.nanmean(values, axis=-1))
-
-
-def _object_counts(
-    mentioned: Sequence[Collection[Hashable]], present: Sequence[Collection[Hashable]]
-) -> tuple[int, int, int]:
-    """Different objects named and present, named, present; summed over pictures."""
-    pairs = [(set(names), set(there)) for names, there in zip(mentioned, present, strict=True)]
-    return (
-        sum(len(names & there) for names, there in pairs),
-        sum(len(names) for names, _ in pairs),
-        sum(len(there) for _, there in pairs),
-    )
-
-
-def _precision_recall_f1(hits: int, said: int, true: int) -> Scores:
-    return {
-        "precision": _fraction(hits, said),
-        "recall": _fraction(hits, true),
-        "f1": _fraction(2 * hits, said + true),
-    }
-
-
-def _fraction(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
 
 
 def _flags(name: str, values: np.ndarray | Sequence[bool]) -> Bool[np.ndarray, ...]:
@@ -321,7 +308,7 @@ def _check_collections(
     mentioned: Sequence[Collection[Hashable]], present: Sequence[Collection[Hashable]]
 ) -> None:
     if len(mentioned) != len(present) or not mentioned:
-        raise ValueError(f"{len(mentioned)} captions for {len(present)} pictures; give each one")
+        raise ValueError(f"{len(mentioned)} captions for {len(present)} images; give each one")
     for i, objects in enumerate((*mentioned, *present)):
-        if isinstance(objects, str):  # whose letters would be the objects
+        if isinstance(objects, str):  # its letters would be taken for objects
             raise ValueError(f"entry {i % len(present)} is the string {objects!r}; give a list")

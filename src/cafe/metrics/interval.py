@@ -1,25 +1,22 @@
-"""How sure a number is: bootstrap intervals over samples, paired differences, proportions.
+"""Uncertainty of a score: bootstrap intervals over samples, paired differences, several seeds.
 
 n is the number of samples: images, questions or queries, whatever was drawn independently. Where
 one image has five captions, resample the images.
 
 All intervals are two-sided. The bootstrap's are percentile intervals (Efron): the middle
-`confidence` of the statistic over `resamples` draws of n samples with replacement. They tell how
-the number would vary with other samples of the same kind, and nothing of other training seeds;
-`interval_over_seeds` knows of those too.
+`confidence` of the statistic over `resamples` draws of n samples with replacement. They show
+how the number would vary with other samples of the same kind, but not with other training seeds;
+`interval_over_seeds` includes those.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from statistics import NormalDist
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-
-from cafe.types import Scores
 
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Bool, Float, Int
@@ -27,15 +24,13 @@ if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is import
 __all__ = [
     "Interval",
     "bootstrap_interval",
-    "bootstrap_scores",
     "interval_over_seeds",
     "paired_interval",
     "percentile_interval",
     "resampled_sums",
-    "wilson_interval",
 ]
 
-_DRAWS_AT_ONCE = 1 << 22  # 32 MiB of indices
+_DRAWS_PER_BLOCK = 1 << 22  # 32 MiB of indices
 
 
 class Interval(NamedTuple):
@@ -89,38 +84,6 @@ def paired_interval(
     return bootstrap_interval(difference, confidence=confidence, resamples=resamples, seed=seed)
 
 
-def bootstrap_scores(
-    score: Callable[[Int[np.ndarray, " n"]], Scores],
-    count: int,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """Intervals of metrics that are no means over samples (F1, CHAIR_i, class-wise scores).
-
-    Args:
-        score: computes the metric on the samples with these indices, which may repeat. It is called
-            `resamples + 1` times, first with 0 .. count - 1, and must return the same keys.
-        count: number of samples, n.
-        confidence: share of the resamples that lies within the interval.
-        resamples: how many to draw.
-        seed: of the draws.
-
-    With equal seeds two metrics see the same draws, so a difference computed within `score` is
-    paired.
-
-    Raises:
-        ValueError: as in `bootstrap_interval`.
-    """
-    estimate = score(np.arange(count))
-    rows = [score(draw) for draws in _draws(count, resamples, seed) for draw in draws]
-    return {
-        name: _percentiles(value, np.array([row[name] for row in rows]), confidence)
-        for name, value in estimate.items()
-    }
-
-
 def resampled_sums(
     columns: Mapping[str, Float[np.ndarray, "n ..."] | Int[np.ndarray, "n ..."]],
     *,
@@ -130,15 +93,16 @@ def resampled_sums(
     """Column sums over the samples as they are (row 0), and over each resample (rows 1 ...).
 
     Nearly every score is a function of such sums: a mean, a ratio, an F1, BLEU, class-wise means.
-    Computed on all rows at once it gives the score and its bootstrap distribution; computed for two
-    models with equal seeds, and subtracted, the paired one.
+    Computed on all rows it gives the score and its bootstrap distribution; computed for two models
+    with equal seeds, and subtracted, the paired distribution.
 
     Args:
         columns: per sample, what is summed: [n] or [n, c], all with the same n.
         resamples: how many to draw.
         seed: of the draws; they depend on it and on n, not on the columns.
 
-    Returns [1 + resamples] or [1 + resamples, c] for each column.
+    Returns:
+        [1 + resamples] or [1 + resamples, c] for each column.
 
     Raises:
         ValueError: no columns, different lengths, no samples, or fewer than one resample.
@@ -204,38 +168,14 @@ def interval_over_seeds(
     return _percentiles(float(means[0]), means[1:], confidence)
 
 
-def wilson_interval(successes: int, trials: int, *, confidence: float = 0.95) -> Interval:
-    """A proportion with Wilson's score interval, which is sound near 0 and 1 and for few trials.
-
-    With p = successes / trials, n = trials, z the normal quantile:
-
-        ( p + z²/2n  ±  z √( p(1-p)/n + z²/4n² ) ) / (1 + z²/n)
-
-    Raises:
-        ValueError: unless 0 <= successes <= trials and trials >= 1; a confidence outside (0, 1).
-    """
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"{successes} successes in {trials} trials is no proportion")
-    _check_confidence(confidence)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    p = successes / trials
-    centre = p + z * z / (2 * trials)
-    spread = z * math.sqrt(p * (1 - p) / trials + (z / (2 * trials)) ** 2)
-    scale = 1 + z * z / trials
-    # Rounding would leave 1e-17 where the bound is exactly 0 or 1.
-    low = 0.0 if successes == 0 else (centre - spread) / scale
-    high = 1.0 if successes == trials else (centre + spread) / scale
-    return Interval(p, low, high)
-
-
 def _draws(count: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, "b n"]]:
     """Indices of all resamples, some at a time."""
     if count < 1 or resamples < 1:
         raise ValueError(f"{count} samples and {resamples} resamples; both must be at least 1")
     rng = np.random.default_rng(seed)
-    at_once = max(1, _DRAWS_AT_ONCE // count)
-    for start in range(0, resamples, at_once):
-        yield rng.integers(count, size=(min(at_once, resamples - start), count))
+    per_block = max(1, _DRAWS_PER_BLOCK // count)
+    for start in range(0, resamples, per_block):
+        yield rng.integers(count, size=(min(per_block, resamples - start), count))
 
 
 def _multiplicities(count: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "b n"]]:

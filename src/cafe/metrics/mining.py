@@ -1,9 +1,9 @@
 """Hard negatives: for each query, targets that score high and are not its own.
 
 Candidates of a query are all targets but its relevant ones, best first (equal scores: lower index
-first). The *window* (a, b) skips the a best, which are often right answers that nobody marked, and
-ends with the b-th. A *limit* relative to the score of the query's own target p then removes what is
-still too near:
+first). The *window* (a, b) skips the a best, which are often right answers without a label, and
+ends with the b-th. A *limit* relative to p, the score of the query's own target, then removes what
+is still too close:
 
     margin   keeps s <= p - margin                      (sentence-transformers' absolute_margin)
     share    keeps s <= share * p                       (NV-Retriever's perc-pos, arXiv 2407.15831;
@@ -27,12 +27,12 @@ import numpy as np
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["HardNegatives", "hard_negatives"]
+__all__ = ["HardNegatives", "check_limits", "hard_negatives"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HardNegatives:
-    """What was found, hardest first.
+    """The negatives of each query, hardest first.
 
     indices     int [n, count], the negatives' targets; -1 where there is none
     scores      float32 [n, count], NaN where there is none
@@ -47,7 +47,7 @@ class HardNegatives:
 
     @property
     def counts(self) -> Int[np.ndarray, " n"]:
-        """How many negatives each query got."""
+        """Number of negatives of each query."""
         return (self.indices >= 0).sum(axis=1)
 
 
@@ -62,18 +62,18 @@ def hard_negatives(
     share: float | None = None,
     block: int = 1024,
 ) -> HardNegatives:
-    """Hard negatives of every query; what the words mean is in the module's text.
+    """Find the hard negatives of every query; the module's docstring defines the terms.
 
     Args:
-        queries: unit-normalised.
-        targets: unit-normalised, each once.
+        queries: [n, d], unit-normalised.
+        targets: [m, d], unit-normalised, each once.
         relevant: for each query the indices of the targets that are right; the first is its own,
             whose score the limits refer to.
         window: (a, b): skip the a best candidates, end with the b-th.
-        count: negatives per query, at most.
-        margin: keep what scores at least so much below the own target; None: no such limit.
+        count: maximum number of negatives per query.
+        margin: keep what scores at least this much below the own target; None: no such limit.
         share: keep what scores at most this share of the own target; None: no such limit.
-        block: queries and targets whose scores exist at one time.
+        block: queries and targets whose scores are in memory at one time.
 
     Raises:
         ValueError: shapes that do not fit, a query without a relevant target, an index out of
@@ -174,6 +174,23 @@ def _float32(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, dtype=np.float32)
 
 
+def check_limits(
+    window: tuple[int, int], count: int, margin: float | None, share: float | None
+) -> None:
+    """Check limits before anything is embedded.
+
+    Raises:
+        ValueError: a window without room for `count`, or a limit out of range.
+    """
+    low, high = window
+    if count < 1 or low < 0 or high - low < count:
+        raise ValueError(f"window is {low}-{high}, which has no room for {count} negatives")
+    if margin is not None and not margin >= 0:
+        raise ValueError(f"margin is {margin}; use 0 or more")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"share is {share}; use more than 0 and at most 1, e.g. 0.95")
+
+
 def _check(
     queries: np.ndarray,
     targets: np.ndarray,
@@ -192,12 +209,6 @@ def _check(
         raise ValueError("relevant must name at least one target for each query")
     if any(not 0 <= int(i) < len(targets) for r in relevant for i in r):
         raise ValueError(f"relevant names a target outside 0 to {len(targets) - 1}")
-    low, high = window
-    if count < 1 or low < 0 or high - low < count:
-        raise ValueError(f"window is {low}-{high}, which has no room for {count} negatives")
-    if margin is not None and not margin >= 0:
-        raise ValueError(f"margin is {margin}; use 0 or more")
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"share is {share}; use more than 0 and at most 1, e.g. 0.95")
+    check_limits(window, count, margin, share)
     if block < 1:
         raise ValueError(f"block is {block}; use 1 or more")

@@ -1,10 +1,12 @@
-"""Retrieval: scores become ranks; ranks become recall, hit@1, NDCG. A tie counts against the model.
+"""Retrieval: scores become ranks; ranks become hit@1 and NDCG. A tie counts against the model.
+
+Recall@k is the share of ranks that are at most k.
 
 Shapes: n queries, m candidates, d embedding coordinates, c candidates of one query. Embeddings are
 unit-normalised by the caller; a score is a dot product, the cosine.
 
 **Ties.** A rank is 1 plus the number of *other* candidates whose score is at least the positive's.
-The other positives of the same query are no competitors. So a model that embeds everything alike
+The other positives of the same query do not compete. So a model that embeds everything alike
 is last everywhere. With `argmax`, which keeps the first of equals, it would answer all of MMEB
 correctly, because there the positive is the first candidate.
 
@@ -26,7 +28,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cafe.errors import DataError
-from cafe.types import Scores
 
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Bool, Float, Int
@@ -38,8 +39,6 @@ __all__ = [
     "hit_at_1",
     "ndcg_at_k",
     "rank_relevances",
-    "recall_at_k",
-    "recalls",
     "two_way_ranks",
 ]
 
@@ -48,42 +47,6 @@ TIE_TOLERANCE = 1e-10
 
 Indices = Sequence[Sequence[int] | np.ndarray]
 """For each query, indices of candidates."""
-
-
-def recall_at_k(
-    query: Float[np.ndarray, "n d"],
-    target: Float[np.ndarray, "m d"],
-    relevant: Indices,
-    ks: Sequence[int] = (1, 5, 10),
-    *,
-    block: int = 1024,
-) -> Scores:
-    """Recall both ways, as CLIP reports it for images (queries) with several captions (targets).
-
-    A hit is *any* relevant item among the first k: an image with five captions needs one of them.
-    Keys: `query_to_target_recall@k` and `target_to_query_recall@k`, fractions in [0, 1].
-
-    Arguments and errors are those of `two_way_ranks` and `recalls`.
-    """
-    forward, backward = two_way_ranks(query, target, relevant, block=block)
-    return {
-        f"{direction}_{name}": value
-        for direction, ranks in (("query_to_target", forward), ("target_to_query", backward))
-        for name, value in recalls(ranks, ks).items()
-    }
-
-
-def recalls(ranks: Int[np.ndarray, " n"], ks: Sequence[int] = (1, 5, 10)) -> Scores:
-    """Share of ranks (1-based) that are at most k, under the key `recall@k` for each k.
-
-    Raises:
-        ValueError: no ranks, a rank or a k below 1.
-    """
-    if ranks.size == 0 or ranks.min() < 1:
-        raise ValueError("ranks must be 1-based and at least one; see first_relevant_ranks")
-    if any(k < 1 for k in ks):
-        raise ValueError(f"ks is {tuple(ks)}; each k must be at least 1")
-    return {f"recall@{k}": float((ranks <= k).mean()) for k in ks}
 
 
 def first_relevant_ranks(
@@ -99,10 +62,10 @@ def first_relevant_ranks(
         queries: unit-normalised; half precision and float32 are widened block by block.
         candidates: unit-normalised; candidates that are relevant to no query are distractors.
         relevant: for each query, the indices of all its relevant candidates.
-        block: queries and candidates whose scores exist at one time; 8 * block**2 bytes.
+        block: queries and candidates per block of scores; 8 * block**2 bytes.
 
     Raises:
-        DataError: a query without a relevant candidate, an index out of range or given twice, or
+        DataError: a query without a relevant candidate, an index out of range or repeated, or
             an embedding with NaN or infinity.
         ValueError: shapes that do not fit, or a block below 1.
     """
@@ -244,7 +207,7 @@ def _ranks(
 
     rows, columns   the p relevant (query, candidate) pairs, sorted by query
 
-    A candidate without a relevant query gets a meaningless rank, which nobody reads.
+    A candidate without a relevant query gets a meaningless rank, which is not used.
     """
     n, m = len(queries), len(candidates)
     query_floor, candidate_floor = np.full(n, -np.inf), np.full(m, -np.inf)

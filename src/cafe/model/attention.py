@@ -1,17 +1,27 @@
-"""Facts of a model's attention: how far its layers see, and what it decodes with."""
+"""A model's attention: how far its layers see, the masks of rows, and the kernel for generation.
+
+The rule itself is `cafe.model.rows.trie.AttentionRule`; here it takes the form that each attention
+kernel needs.
+"""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from cafe.errors import FamilyError
+from cafe.model.families import Family
+from cafe.model.rows.rows import Rows
+from cafe.model.rows.trie import AttentionRule, padding_mask
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
     """How far each kind of layer of the language model sees, in tokens; None: to the beginning.
 
-    Raises FamilyError for a kind of layer whose attention is neither full nor a sliding window.
+    Raises:
+        FamilyError: a kind of layer whose attention is neither full nor a sliding window.
     """
     text = config.get_text_config()
     if getattr(text, "use_bidirectional_attention", False):
@@ -27,18 +37,79 @@ def layer_windows(config: Any) -> dict[str, int | None]:
         if kind not in known:
             raise FamilyError(
                 f"model type {config.model_type!r}: its {kind!r} layers cannot share a row; "
-                f"cafe knows {' and '.join(known)}"
+                f"cafe supports {' and '.join(known)}"
             )
     return {kind: known[kind] for kind in sorted(set(kinds))}
 
 
-class WhileDecoding:
-    """Within it, a model that is set to FlexAttention uses SDPA.
+def row_sharing(config: Any, family: Family) -> Literal["trie", "none"]:
+    """Whether rows may branch: FlashAttention-2 has no mask for them.
+
+    Raises:
+        FamilyError: the model's attention cannot follow the rule of its family.
+    """
+    if config._attn_implementation != "flash_attention_2":
+        return "trie"
+    if family.bidirectional_image_attention:
+        raise FamilyError(
+            f"model type {family.model_type!r}: the tokens of an image see each other, which "
+            "flash_attention_2 cannot do; use sdpa or flex_attention"
+        )
+    return "none"
+
+
+def attention_masks(rows: Rows, model: Any, windows: dict[str, int | None]) -> Any:
+    """One mask, or one for each kind of layer where a model has several kinds.
+
+    FlashAttention-2 takes only a padding mask; it applies windows itself.
+
+    Args:
+        rows: on the model's device.
+        model: the transformers model; its configuration names the kernel.
+        windows: how far each kind of layer sees (`layer_windows`).
+    """
+    if model.config._attn_implementation == "flash_attention_2":
+        return padding_mask(rows.subtree_end)
+    length = rows.input_ids.shape[1]
+    # A window as long as a whole row hides nothing.
+    effective = {k: w if w is not None and w < length else None for k, w in windows.items()}
+    masks = {window: mask_of(rows, model, window) for window in set(effective.values())}
+    if len(windows) > 1:
+        return {kind: masks[window] for kind, window in effective.items()}
+    mask = masks[next(iter(effective.values()))]
+    # transformers would take None for "guess the mask from positions", and takes "every token is
+    # real" for the causal kernel.
+    return torch.ones_like(rows.input_ids, dtype=torch.bool) if mask is None else mask
+
+
+def mask_of(rows: Rows, model: Any, window: int | None) -> Any:
+    """The mask for layers that see `window` tokens; None selects SDPA's causal kernel."""
+    attention = model.config._attn_implementation
+    if attention == "sdpa" and rows.plain and rows.visible_until is None and window is None:
+        # That kernel skips what a mask would hide. Padding is on the right, where no token looks.
+        return None
+    rule = AttentionRule(rows.subtree_end, rows.visible_until, rows.depth, window)
+    if attention == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        count, length = rows.input_ids.shape
+        device = str(rows.input_ids.device)
+        return create_block_mask(rule.mask_mod(), count, None, length, length, device=device)
+    mask = rule.dense()
+    if attention == "eager":
+        blocked = torch.finfo(model.dtype).min
+        return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, blocked)
+    return mask
+
+
+class SdpaWhileGenerating:
+    """A context in which a model that is set to FlexAttention uses SDPA.
 
     transformers' `generate` gives FlexAttention one token at a time, for which it is compiled
-    anew, and not at all on a CPU; SDPA gives the same values. Several threads may decode in turns
-    (`cafe.serve.decoding`): the last to leave brings FlexAttention back. What is embedded
-    meanwhile gets SDPA's mask, since masks are made for what the configuration says.
+    again, and which it cannot do on a CPU at all; SDPA gives the same values. Several threads may
+    generate in turns (`cafe.serving.decoding`): the last one to leave restores FlexAttention.
+    Inputs that are embedded in the meantime get SDPA's mask, because masks follow the
+    configuration.
     """
 
     def __init__(self, config: Any) -> None:
@@ -61,7 +132,7 @@ class WhileDecoding:
                 self._flex = False
 
     def _set(self, attention: str) -> None:
-        """Of the language model; the vision tower keeps its own."""
+        """For the language model; the vision tower keeps its own kernel."""
         self._config._attn_implementation = {"": attention, "text_config": attention}
 
 

@@ -1,170 +1,217 @@
-"""Encode, generate and score: batches in, answers out. `CAFe` is the front of these functions."""
+"""Encode, score and generate in batches: what the methods of `CAFe` call."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from cafe.batching import prefetch_map
 from cafe.errors import DataError
-from cafe.model.ahead import ahead
-from cafe.model.prompts import MATCH_QUESTION
-from cafe.types import Conversation, Image, Message
+from cafe.model.families import Family
+from cafe.model.head import LanguageHead, token_log_probs, token_logits
+from cafe.model.rows.collate import Collator
+from cafe.model.rows.inputs import Input, Inputs, as_conversation, as_messages
+from cafe.model.rows.rows import Rows
+from cafe.types import MATCH_QUESTION, Conversation, Image, Message
 
 if TYPE_CHECKING:
-    from cafe.model.rows import Rows
-    from cafe.model.vlm import CAFe
+    from jaxtyping import Float, Int
 
-    Vision = dict[str, Tensor]
-    Collated = tuple[Rows, Vision]
+Vision = dict[str, Tensor]
+"""The vision tower's inputs for the distinct images of a batch."""
 
 T = TypeVar("T")
 
 
+class InferenceModel(LanguageHead, Protocol):
+    """What inference needs of a model; `cafe.model.vlm.CAFe` has it.
+
+    A protocol, so that the functions which `CAFe` calls do not import `CAFe`.
+
+    model        transformers' `...ForConditionalGeneration`
+    token_cost   see `cafe.model.rows.rows.shared_rows`
+    """
+
+    model: Any
+    processor: Any
+    family: Family
+    collator: Collator
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def embedding_dimension(self) -> int: ...
+
+    @property
+    def token_cost(self) -> float: ...
+
+    def __call__(self, rows: Rows, vision: Vision, *, read_only: bool = False) -> Tensor: ...
+
+    def hidden_at(
+        self, rows: Rows, vision: Vision, token_indices: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n hidden"]: ...
+
+    def encoder_outputs(self, rows: Rows, vision: Vision) -> dict[str, Any]: ...
+
+    def generate_tokens(self, **inputs: Any) -> Int[Tensor, "rows t"]: ...
+
+
 def encode(
-    model: CAFe,
+    model: InferenceModel,
     conversations: Sequence[Conversation],
     batch_size: int,
     prompt: str,
     *,
     device: torch.device | str = "cpu",
-    done: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
     numbers: Sequence[int] | None = None,
-) -> Tensor:
-    """Embeddings before normalisation, float32 [n, d] on `device`, in input order.
+) -> Float[Tensor, "n hidden"]:
+    """Embeddings before normalisation, float32 on `device`, in input order.
 
-    Inputs are batched by length, so short texts do not pay for long ones. Inputs of a batch that
-    begin alike share that beginning (`cafe.model.packing`), and on a GPU the next batches are
-    collated while it computes.
+    Inputs are batched by length, so that short texts are not padded to long ones. Inputs of a batch
+    with equal beginnings share them (`cafe.model.rows.rows.shared_rows`), and on a GPU the next
+    batches are collated while it computes.
 
-    done      is told how many more inputs are embedded
-    numbers   what errors call the inputs; None: 0, 1, …
+    Args:
+        model: the model.
+        conversations: the inputs.
+        batch_size: inputs per forward.
+        prompt: name of the embedding prompt (`cafe.model.rows.prompts.PROMPTS`).
+        device: of the result.
+        on_progress: called after each batch with the number of its inputs.
+        numbers: what error messages call the inputs; None: 0, 1, ...
     """
     embeddings = torch.zeros(len(conversations), model.embedding_dimension, device=device)
 
-    def collate(chosen: list[Conversation], batch: list[int]) -> Collated:
+    def collate(chosen: list[Conversation], batch: list[int]) -> tuple[Rows, Vision]:
         names = batch if numbers is None else [numbers[i] for i in batch]
         return model.collator.embedding_rows(chosen, prompt, names, model.token_cost)
 
     with torch.inference_mode():
         for batch, (rows, vision) in _batches(model, conversations, batch_size, collate):
-            embeddings[batch] = model.read(rows, vision).to(embeddings)
-            if done is not None:
-                done(len(batch))
+            embeddings[batch] = model.hidden_at(rows, vision).to(embeddings)
+            if on_progress is not None:
+                on_progress(len(batch))
     return embeddings
 
 
 def _batches(
-    model: CAFe,
+    model: InferenceModel,
     conversations: Sequence[Conversation],
     batch_size: int,
     collate: Callable[[list[Conversation], list[int]], T],
 ) -> Iterator[tuple[list[int], T]]:
-    """Indices of each batch (`buckets`), and what `collate` makes of its conversations."""
-    batches = buckets(conversations, batch_size)
+    """Indices of each batch (`length_buckets`), and what `collate` makes of its conversations."""
+    batches = length_buckets(conversations, batch_size)
 
     def collated(batch: list[int]) -> T:
         return collate([conversations[i] for i in batch], batch)
 
-    return zip(batches, ahead(collated, batches, _threads(model)), strict=True)
+    return zip(batches, prefetch_map(collated, batches, _threads(model)), strict=True)
 
 
-def _threads(model: CAFe) -> int:
+def _threads(model: InferenceModel) -> int:
     """How many batches are collated while the model computes.
 
-    On a CPU the model has every core already; threads beside it take turns with it, and lose more
-    by waiting for the interpreter than they gain.
+    On a CPU the model already uses every core: collating threads would compete with it, and lose
+    more by waiting for the interpreter than they gain.
     """
     return 0 if model.device.type == "cpu" else 2
 
 
 @torch.inference_mode()
-def log_odds(model: CAFe, questions: Sequence[Conversation], batch_size: int) -> Tensor:
-    """How far "yes" is ahead of "no" as the answer to each question: float32 [n], on the CPU.
+def log_odds(
+    model: InferenceModel, questions: Sequence[Conversation], batch_size: int
+) -> Float[Tensor, " n"]:
+    """Log-odds, log P("yes") - log P("no"), of the answer to each question; float32 on the CPU.
 
-    log P("yes") - log P("no"). Questions about one picture share it: its features are computed once
-    for a batch, and its tokens once for a row.
+    Questions about one image share it: its features are computed once per batch, and its tokens
+    once per row.
     """
-    found, odds = torch.zeros(len(questions)), yes_over_no(model)
+    result, odds = torch.zeros(len(questions)), yes_over_no(model)
 
-    def collate(chosen: list[Conversation], batch: list[int]) -> Collated:
+    def collate(chosen: list[Conversation], batch: list[int]) -> tuple[Rows, Vision]:
         return model.collator.prompt_rows(chosen, batch, model.token_cost)
 
     for batch, (rows, vision) in _batches(model, questions, batch_size, collate):
-        found[batch] = odds(model.read(rows, vision)).cpu()
-    return found
+        result[batch] = odds(model.hidden_at(rows, vision)).cpu()
+    return result
 
 
-def yes_over_no(model: CAFe) -> Callable[[Tensor], Tensor]:
-    """A function: states [n, hidden] -> log P("yes") - log P("no") of what comes next, [n]."""
+def match_odds(
+    model: InferenceModel, query: Input, candidates: Inputs, batch_size: int
+) -> Float[Tensor, " n"]:
+    """`log_odds` of the matching question between the query and each candidate."""
+    conversation = as_conversation(query)
+    questions = [match_question(conversation, candidate) for candidate in as_messages(candidates)]
+    return log_odds(model, questions, batch_size)
+
+
+def yes_over_no(
+    model: InferenceModel,
+) -> Callable[[Float[Tensor, "n hidden"]], Float[Tensor, " n"]]:
+    """A function from states to log P("yes") - log P("no") as the beginning of what follows."""
     yes, no = _answer_ids(model, "yes"), _answer_ids(model, "no")
 
-    def odds(states: Tensor) -> Tensor:
-        log_p = _log_probabilities(model, states)
-        return log_p[:, yes].logsumexp(-1) - log_p[:, no].logsumexp(-1)
+    def odds(states: Tensor) -> Tensor:  # the softmax's normaliser cancels out
+        logits = token_logits(model, states, [*yes, *no])
+        return logits[:, : len(yes)].logsumexp(-1) - logits[:, len(yes) :].logsumexp(-1)
 
     return odds
 
 
 @torch.inference_mode()
-def log_likelihood(model: CAFe, conversations: Sequence[Conversation], batch_size: int) -> Tensor:
-    """Log P of the answer that ends each conversation, given what comes before it: float32 [n].
+def log_likelihood(
+    model: InferenceModel, conversations: Sequence[Conversation], batch_size: int
+) -> Float[Tensor, " n"]:
+    """Log P of the answer that ends each conversation, given what comes before it.
 
-    In nats, over all tokens of the answer and the one that ends it, on the CPU. Answers in one
-    conversation share it, and its picture. Raises DataError for an answer that is empty.
+    In nats, summed over the answer's tokens and the token that ends it; float32 on the CPU.
+    Answers to one conversation share its tokens and its images.
+
+    Raises:
+        DataError: an empty answer.
     """
-    found = torch.zeros(len(conversations))
+    result = torch.zeros(len(conversations))
 
     def collate(chosen: list[Conversation], batch: list[int]) -> tuple[Rows, Vision, Tensor]:
         return model.collator.answer_rows(chosen, batch, model.token_cost)
 
-    for batch, (rows, vision, whose) in _batches(model, conversations, batch_size, collate):
-        states = model.read(rows, vision, rows.label_source)
-        ids = rows.label_ids.to(states.device)
-        blocks = zip(states.split(_AT_ONCE), ids.split(_AT_ONCE), strict=True)
-        log_p = [_log_probabilities(model, s).gather(1, i[:, None])[:, 0] for s, i in blocks]
-        found[batch] = torch.zeros(len(batch)).index_add(0, whose, torch.cat(log_p).cpu())
-    return found
-
-
-_AT_ONCE = 512
-"""Tokens whose probabilities are held at once: a vocabulary is 150,000 numbers for each."""
-
-
-def _log_probabilities(model: CAFe, states: Tensor) -> Tensor:
-    """Of every token to come after these states [n, hidden]: float32 [n, vocabulary]."""
-    logits = model.lm_head(states).float()
-    if (cap := model.logit_softcap) is not None:
-        logits = cap * torch.tanh(logits / cap)
-    return logits.log_softmax(-1)
+    for batch, (rows, vision, owner) in _batches(model, conversations, batch_size, collate):
+        states = model.hidden_at(rows, vision, rows.label_source)
+        log_p, _ = token_log_probs(model, states, rows.label_ids)
+        result[batch] = torch.zeros(len(batch)).index_add(0, owner, log_p.cpu())
+    return result
 
 
 def match_question(a: Conversation, b: Conversation) -> Conversation:
-    """The question whether a picture shows what a text says.
+    """The yes/no matching prompt: does the image (one side) show what the text (the other) says?
 
-    Raises DataError unless one side is one picture and the other is text.
+    Raises:
+        DataError: unless one side is one image and the other is text.
     """
     sides = [[p for m in side for p in m.content] for side in (a, b)]
-    picture_side, text_side = sorted(
+    image_side, text_side = sorted(
         sides, key=lambda side: not any(isinstance(p, Image) for p in side)
     )
     statement = " ".join(p for p in text_side if isinstance(p, str))
-    match picture_side:
-        case [Image() as picture] if len(statement) and all(isinstance(p, str) for p in text_side):
+    match image_side:
+        case [Image() as image] if len(statement) and all(isinstance(p, str) for p in text_side):
             question = MATCH_QUESTION.format(statement=statement)
-            return (Message("user", (picture, question)),)
+            return (Message("user", (image, question)),)
     raise DataError(
-        "score compares one picture with a text: one side is a picture alone, the other text alone"
+        "score compares one image with a text: one side must be a single image, the other text only"
     )
 
 
 @torch.inference_mode()
 def generate(
-    model: CAFe,
+    model: InferenceModel,
     conversations: Sequence[Conversation],
     max_new_tokens: int,
     batch_size: int,
@@ -172,9 +219,11 @@ def generate(
 ) -> list[str]:
     """Answers in input order."""
     answers = [""] * len(conversations)
-    for batch in buckets(conversations, batch_size):
+    for batch in length_buckets(conversations, batch_size):
         inputs = generation_inputs(model, [conversations[i] for i in batch], batch)
-        tokens = model.decode(**inputs, **generation_settings(model, max_new_tokens, sampling))
+        tokens = model.generate_tokens(
+            **inputs, **generation_settings(model, max_new_tokens, sampling)
+        )
         texts = model.processor.tokenizer.batch_decode(
             tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
@@ -184,84 +233,116 @@ def generate(
 
 
 def stream(
-    model: CAFe, conversation: Conversation, max_new_tokens: int, sampling: dict[str, Any]
+    model: InferenceModel, conversation: Conversation, max_new_tokens: int, sampling: dict[str, Any]
 ) -> Iterator[str]:
-    """One answer, piece by piece; joined, the pieces are what `generate` gives.
+    """One answer, piece by piece; joined, the pieces are what `generate` returns.
 
-    An error in generation is raised here, not lost in a thread; closing the iterator early stops
+    Generation runs in a thread, and its errors are raised here. Closing the iterator early stops
     the generation.
     """
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
+    settings = generation_settings(model, max_new_tokens, sampling)
+    if (settings.get("num_beams") or model.model.generation_config.num_beams or 1) > 1:
+        # A beam search knows no token of its answer before the last: one piece.
+        yield from generate(model, [conversation], max_new_tokens, 1, sampling)
+        return
     inputs = generation_inputs(model, [conversation], [0])
     streamer = TextIteratorStreamer(
         model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
     )
     failure: list[BaseException] = []
-    left = threading.Event()
+    consumer_gone = threading.Event()
 
-    def nobody_reads(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((len(tokens),), left.is_set(), device=tokens.device)
+    def stop_when_abandoned(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(tokens),), consumer_gone.is_set(), device=tokens.device)
 
     def run() -> None:
         try:
             with torch.inference_mode():
-                model.decode(
+                model.generate_tokens(
                     **inputs,
-                    **generation_settings(model, max_new_tokens, sampling),
+                    **settings,
                     streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([nobody_reads]),
+                    stopping_criteria=StoppingCriteriaList([stop_when_abandoned]),
                 )
-        except BaseException as error:  # handed to the consumer below
+        except BaseException as error:  # raised in the consumer's thread below
             failure.append(error)
             streamer.end()
 
     worker = threading.Thread(target=run, daemon=True)
     worker.start()
     try:
-        yield from _stripped(streamer)
+        yield from stripped_pieces(streamer)
     finally:
-        left.set()
+        consumer_gone.set()
         worker.join()
     if failure:
         raise failure[0]
 
 
-def _stripped(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces of a text without the white space around the whole."""
-    begun, held = False, ""
+def stripped_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text, without white space at the beginning and the end of the whole text."""
+    started, pending = False, ""
     for piece in pieces:
-        text = held + piece
-        text = text if begun else text.lstrip()
+        text = pending + piece
+        text = text if started else text.lstrip()
         body = text.rstrip()
-        held = text[len(body) :]
+        pending = text[len(body) :]
         if body:
-            begun = True
+            started = True
             yield body
 
 
-_SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p", "typical_p"})
-"""Who gives one of these wants samples; transformers would warn, and not sample."""
+_UNASKED: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""What shapes the sampled distribution, with the defaults of transformers. Any of these implies
+`do_sample=True` (transformers would only warn), and then the others have these values, not those of
+generation_config.json: with top_k 1 there (as Qwen2-VL is published) no temperature has an effect.
+"""
 
 
 def generation_settings(
-    model: CAFe, max_new_tokens: int, sampling: dict[str, Any]
+    model: InferenceModel, max_new_tokens: int, sampling: dict[str, Any]
 ) -> dict[str, Any]:
-    """Greedy unless `sampling` asks for something that samples; ends where a turn ends."""
+    """Arguments of transformers' `generate`: greedy unless `sampling` implies sampling.
+
+    What `sampling` asks for holds; generation_config.json has a say only where it asks for nothing.
+    A temperature of 0 is greedy decoding.
+    """
     end = model.processor.tokenizer.convert_tokens_to_ids(model.collator.pooled_token)
+    shaping = sampling.keys() & _UNASKED.keys()
+    if is_greedy(sampling):
+        sampling = {k: v for k, v in sampling.items() if k not in shaping} | {"do_sample": False}
+    elif shaping:
+        sampling = _UNASKED | {"do_sample": True} | sampling
     return {
         "max_new_tokens": max_new_tokens,
-        "do_sample": not _SAMPLING.isdisjoint(sampling),
+        "do_sample": False,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
         "eos_token_id": [end],
         "pad_token_id": model.collator.pad_id,
         **sampling,
     }
 
 
+def is_greedy(sampling: dict[str, Any]) -> bool:
+    """Whether settings ask for no sampling, by a temperature of 0 or in words."""
+    return sampling.get("temperature") == 0 or sampling.get("do_sample") is False
+
+
 def generation_inputs(
-    model: CAFe, conversations: Sequence[Conversation], numbers: Sequence[int]
+    model: InferenceModel, conversations: Sequence[Conversation], numbers: Sequence[int]
 ) -> dict[str, Any]:
-    """Prompts padded on the left, as transformers' `generate` wants them."""
+    """Prompts and image features for transformers' `generate`, which needs padding on the left."""
     rows, vision = model.collator.prompt_rows(conversations, numbers)
     rows = rows.to(model.device)
     length = rows.input_ids.shape[1]
@@ -270,16 +351,16 @@ def generation_inputs(
     index = torch.arange(length, device=model.device)[None] - shift[:, None]
     real = index >= 0
 
-    def left(tensor: Tensor, padding: int) -> Tensor:
-        """Move what is padded on the right, [rows, t] or [axes, rows, t], to the right."""
+    def left_padded(tensor: Tensor, padding: int) -> Tensor:
+        """[rows, t] or [axes, rows, t], with the padding moved from the right to the left."""
         shifted = tensor.gather(-1, index.clamp(min=0).expand_as(tensor))
         return shifted.masked_fill(~real, padding)
 
-    ids = left(rows.input_ids, model.collator.pad_id)
+    ids = left_padded(rows.input_ids, model.collator.pad_id)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": real.long()}
     if rows.positions.ndim == 3:
-        inputs["position_ids"] = left(rows.positions, 0)
-    if rows.sight_end is not None:
+        inputs["position_ids"] = left_padded(rows.positions, 0)
+    if rows.visible_until is not None:
         placeholder = model.family.placeholder_id(model.processor)
         inputs["token_type_ids"] = (ids == placeholder).long()
     if len(rows.image_order) or len(rows.video_order):
@@ -289,10 +370,10 @@ def generation_inputs(
     return inputs
 
 
-def buckets(conversations: Sequence[Conversation], batch_size: int) -> list[list[int]]:
-    """Indices in batches of like length, longest first (memory runs out early or never).
+def length_buckets(conversations: Sequence[Conversation], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first (memory runs out early or never).
 
-    Conversations about the same pictures stay together, for they share them.
+    Conversations about the same images stay together, because they share them.
     """
 
     def length(i: int) -> tuple[int, int]:
@@ -304,29 +385,16 @@ def buckets(conversations: Sequence[Conversation], batch_size: int) -> list[list
     groups: dict[object, list[int]] = {}
     for i in sorted(range(len(conversations)), key=length, reverse=True):
         parts = [p for message in conversations[i] for p in message.content]
-        shown = tuple(part.key for part in parts if not isinstance(part, str))
-        groups.setdefault(shown or i, []).append(i)
+        images = tuple(part.key for part in parts if not isinstance(part, str))
+        groups.setdefault(images or i, []).append(i)
     order = [i for group in groups.values() for i in group]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _answer_ids(model: CAFe, word: str) -> list[int]:
-    """First tokens of a word as an answer may begin with it."""
+def _answer_ids(model: InferenceModel, word: str) -> list[int]:
+    """First tokens of the ways in which an answer may begin with `word`."""
     forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
     tokenizer = model.processor.tokenizer
     firsts = {tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms}
     # A lone space as first token (a tokenizer without " yes") says nothing about the word.
     return sorted(t for t in firsts if tokenizer.decode([t]).strip())
-
-
-@contextmanager
-def progress(label: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A function that is told of every so many inputs that are done, and a bar if wanted."""
-    if not show:
-        yield lambda count: None
-        return
-    from rich.progress import Progress
-
-    with Progress() as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)

@@ -1,14 +1,14 @@
-"""Reranking: what the embedding and the answer say of a candidate, added.
+"""Reranking: the evidence of the embedding and of the yes/no question, added.
 
-Contrastive training makes cosine / temperature the log of how much likelier a candidate is beside
-this query than by itself, up to a constant (van den Oord et al., arXiv 1807.03748, §2.3). The
-log-odds of "yes" to the match question are a second witness. Taken as independent, and with all
-candidates alike beforehand, they give by Bayes' rule
+Contrastive training makes cosine / temperature the log-ratio of a candidate's probability given
+this query to its probability without one, up to a constant (van den Oord et al., arXiv 1807.03748,
+§2.3). The log-odds of "yes" to the match question are a second score. Taken as conditionally
+independent (naive Bayes), with a uniform prior over the candidates, they give
 
     P(candidate i is the one meant) = softmax_i( cosine_i / temperature + log P(yes) / P(no) )
 
-The order by P(yes) alone throws the first witness away, and the match question was trained on one
-picture at a time: nothing made its answers comparable between pictures.
+Ordering by P(yes) alone would discard the first score, and the match question was trained on one
+image at a time: nothing made its answers comparable between images.
 """
 
 from __future__ import annotations
@@ -24,31 +24,35 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 DEFAULT_TEMPERATURE = 0.05
-"""Of a model that says nothing of its training: the published scale of 20."""
+"""For a model whose configuration names none: the published logit scale of 20."""
 
 TEMPERATURE_KEY = "contrastive_temperature"
-"""Of config.json. (transformers takes "temperature" for a setting of generation.)"""
+"""In config.json. (transformers takes "temperature" for a generation setting.)"""
 
 
 class Reranked(NamedTuple):
-    """What is known of each candidate, in the candidates' order.
+    """Scores of each candidate, in the candidates' order.
 
-    match      float32 [n]: the probability of "yes" to the match question, each by itself
+    match      float32 [n]: the probability of "yes" to each candidate's match question
     posterior  float64 [n], sum 1: the probability that this candidate is the one meant, if one is
     """
 
-    match: np.ndarray
-    posterior: np.ndarray
+    match: Float[np.ndarray, " n"]
+    posterior: Float[np.ndarray, " n"]
 
 
 def reranked(
     cosines: Float[np.ndarray, " n"], log_odds: Float[np.ndarray, " n"], temperature: float
 ) -> Reranked:
-    """Both witnesses together.
+    """Combine both scores.
 
-    cosines    of the query's embedding with each candidate's
-    log_odds   log P(yes) / P(no) of each match question
-    Raises ValueError for two different lengths.
+    Args:
+        cosines: of the query's embedding with each candidate's.
+        log_odds: log P(yes) / P(no) of each match question.
+        temperature: of the contrastive training (`trained_temperature`).
+
+    Raises:
+        ValueError: different lengths.
     """
     if cosines.shape != log_odds.shape or cosines.ndim != 1:
         raise ValueError(f"cosines {cosines.shape} and log-odds {log_odds.shape}: use [n] and [n]")
@@ -59,22 +63,27 @@ def reranked(
     return Reranked(match, softmax(cosines.astype(np.float64) / temperature + odds))
 
 
-def softmax(evidence: Float[np.ndarray, " n"]) -> np.ndarray:
-    """exp(evidence), to sum 1. Some of it may be -inf, not all."""
+def softmax(evidence: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """exp(evidence), normalised to sum 1. Some values may be -inf, but not all."""
     weights = np.exp(evidence - evidence.max())
     return weights / weights.sum()
 
 
 def trained_temperature(config: Any) -> float:
-    """The temperature that a model's embeddings were trained with, as its configuration says.
+    """The temperature that a model's embeddings were trained with, from its configuration.
 
-    Raises CheckpointError when that is no positive number.
+    Raises:
+        CheckpointError: it is not a positive number.
     """
     return as_temperature(getattr(config, TEMPERATURE_KEY, DEFAULT_TEMPERATURE), "config.json")
 
 
 def as_temperature(value: Any, file: str) -> float:
-    """What `file` says, as a number. Raises CheckpointError when it is no positive one."""
+    """`value`, read from `file`, as a number.
+
+    Raises:
+        CheckpointError: it is not a positive number.
+    """
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -82,6 +91,6 @@ def as_temperature(value: Any, file: str) -> float:
     if not 0 < number < math.inf:
         raise CheckpointError(
             f"{file}: {TEMPERATURE_KEY} is {value!r}; use the positive number that the embeddings "
-            f"were trained with, or take it out (then it is {DEFAULT_TEMPERATURE})"
+            f"were trained with, or remove the key (then it is {DEFAULT_TEMPERATURE})"
         )
     return number

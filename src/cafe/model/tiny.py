@@ -1,8 +1,8 @@
-"""The small real LLaVA-OneVision that ships with the package: its configuration and its place.
+"""The small LLaVA-OneVision that ships with the package: its configuration and its directory.
 
-About 6M parameters: a SigLIP tower of 4 layers x 192 over 96 px pictures in patches of 24, a
-two-layer projector, a Qwen2 language model of 4 layers x 256, a byte-level word-piece vocabulary
-under 1,000. A picture takes 16 tokens of overview, 16 of its one tile and 4 line ends.
+About 6M parameters: a SigLIP tower of 4 layers x 192 over 96 px images in patches of 24, a
+two-layer projector, a Qwen2 language model of 4 layers x 256, a byte-level BPE vocabulary
+under 1,000. An image takes 16 tokens of overview, 16 of its one tile and 4 line ends.
 `scripts/pretrain_tiny.py` made the weights in `tiny_base/`.
 """
 
@@ -18,6 +18,12 @@ TINY_DIR = Path(__file__).parent / "tiny_base"
 IMAGE_PIXELS = 96
 PATCH_PIXELS = 24
 VOCABULARY = 960
+
+ONE_IMAGE_KEY = "cafe_answers_from_one_image"
+"""In config.json, true: the model was trained on one image at a time, and answers from one only.
+
+A checkpoint inherits it from its base with the rest of the configuration.
+"""
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
 
@@ -41,7 +47,7 @@ CHAT_TEMPLATE = (
 def tiny_processor(
     texts: Iterable[str], image_pixels: int = IMAGE_PIXELS, patch_pixels: int = PATCH_PIXELS
 ) -> Any:
-    """A LLaVA-OneVision processor whose tokenizer learns its pieces from `texts`."""
+    """A LLaVA-OneVision processor whose tokenizer is trained on `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
         LlavaOnevisionImageProcessor,
@@ -91,7 +97,7 @@ def tiny_model(
     language_width: int = 256,
     dropout: float = 0.0,
 ) -> Any:
-    """A randomly initialised model for `processor`. The sizes are arguments for the tests."""
+    """A randomly initialised model for `processor`; tests use other sizes."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
     tokenizer, images = processor.tokenizer, processor.image_processor
@@ -117,7 +123,7 @@ def tiny_model(
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # as Qwen2 has it
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},  # as in Qwen2
             "attention_dropout": dropout,
             "tie_word_embeddings": True,
             "bos_token_id": None,
@@ -132,4 +138,5 @@ def tiny_model(
         vision_aspect_ratio="anyres_max_9",
         tie_word_embeddings=True,
     )
+    setattr(config, ONE_IMAGE_KEY, True)  # `scripts/pretrain_tiny.py` shows one scene at a time
     return LlavaOnevisionForConditionalGeneration(config)

@@ -1,26 +1,28 @@
 """Make torchvision import next to a torch it was not built for.
 
-torchvision's registry wheel is compiled against CUDA. Beside a CPU-only torch its compiled
-operators do not load; that alone is harmless, but importing it also registers shape functions for
-two of them, `nms` and `qnms`, and dies with "operator torchvision::nms does not exist". Declaring
-the two schemas lets the import pass. Whoever calls these operators still gets a clear
-NotImplementedError; resizing and cropping, all that processors need, are plain torch.
+torchvision's registry wheel is compiled against CUDA. With a CPU-only torch its compiled operators
+do not load. That would be harmless, but importing it also registers shape functions for two of
+them, `nms` and `qnms`, and fails with "operator torchvision::nms does not exist". Declaring the two
+schemas makes the import succeed. Calling these operators still raises a clear NotImplementedError;
+resizing and cropping, all that processors need, are plain torch.
 
 Without torchvision, transformers can build no processor that has a video part (LLaVA-OneVision,
-Qwen-VL, SmolVLM, InternVL), and says so obscurely. So `ensure_torchvision` comes before any
-processor is built.
+Qwen-VL, SmolVLM, InternVL), and its error does not name the cause. So `ensure_torchvision` runs
+before any processor is built.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+from dataclasses import dataclass
 
 import torch
 
-from cafe.errors import CafeError
+from cafe.errors import CafeError, first_line
 
-MEND = "install the pair again, e.g. pip install torch==2.13.0 torchvision==0.28.0"
+FIX = "reinstall the pair, e.g. pip install torch==2.13.0 torchvision==0.28.0"
 
 _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -33,13 +35,16 @@ _declared: list[torch.library.Library] = []
 def ensure_torchvision() -> None:
     """Import torchvision; declare the two missing operators first where that fails without them.
 
-    Changes nothing where torchvision works. Raises CafeError when it is missing or broken.
+    Changes nothing where torchvision works.
+
+    Raises:
+        CafeError: torchvision is missing or broken.
     """
     try:
         importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
         raise CafeError(
-            f"{error.name} is not installed, picture processors need it; {MEND}"
+            f"{error.name} is not installed, but image processors need it; {FIX}"
         ) from error
     except (ImportError, OSError, RuntimeError) as error:
         if "torchvision::" not in str(error) or _declared:
@@ -56,6 +61,51 @@ def operators_declared() -> bool:
     return bool(_declared)
 
 
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Two builds that do not belong together: what they are, and the command that mends it."""
+
+    what: str
+    fix: str
+
+
+def mismatch(torch_version: str, torchvision_version: str, torch_package: str) -> Mismatch | None:
+    """A torch for CPUs only next to a torchvision for GPUs, or the reverse.
+
+    The wrong one is torchvision: which torch is there decides where models run.
+
+    Args:
+        torch_version: `torch.__version__`, such as "2.13.0+cpu".
+        torchvision_version: `torchvision.__version__`; the package's own metadata may lack the
+            label after the plus sign.
+        torch_package: The version of torch in its metadata, as pip knows it.
+
+    Returns:
+        None where the two fit, or where a version has no label.
+    """
+    labels = torch_version.partition("+")[2], torchvision_version.partition("+")[2]
+    if not all(labels) or labels[0] == labels[1] or "cpu" not in labels:
+        return None
+    builds = [_build(label) for label in labels]
+    label = torch_package.partition("+")[2]
+    wanted = torchvision_version.partition("+")[0] + (f"+{label}" if label else "")
+    index = ", with the --index-url that torch was installed from" if label else ""
+    return Mismatch(
+        f"torchvision {torchvision_version} is built for {builds[1]}, and torch {torch_version} "
+        f"for {builds[0]}",
+        f"reinstall torchvision to match torch: pip install --force-reinstall --no-deps "
+        f"torchvision=={wanted}{index}",
+    )
+
+
+def _build(label: str) -> str:
+    """What the label of a version says, in words."""
+    if label == "cpu":
+        return "CPUs only"
+    cuda = re.fullmatch(r"cu(\d+)(\d)", label)
+    return f"CUDA {cuda[1]}.{cuda[2]}" if cuda else label
+
+
 def _declare() -> None:
     half_imported = [name for name in sys.modules if name.split(".")[0] == "torchvision"]
     for name in half_imported:
@@ -67,5 +117,6 @@ def _declare() -> None:
 
 
 def _broken(error: Exception) -> CafeError:
-    reason = str(error).splitlines()[0]
-    return CafeError(f"torchvision does not work with torch {torch.__version__} ({reason}); {MEND}")
+    return CafeError(
+        f"torchvision does not work with torch {torch.__version__} ({first_line(error)}); {FIX}"
+    )

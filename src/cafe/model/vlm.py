@@ -8,30 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cafe.errors import FamilyError
 from cafe.model import inference
-from cafe.model.attention import WhileDecoding, layer_windows
+from cafe.model.attention import SdpaWhileGenerating, layer_windows, row_sharing
 from cafe.model.best_of import candidates
-from cafe.model.checkpoint import load_pretrained, save_checkpoint
-from cafe.model.collate import Collator
+from cafe.model.checkpoint.directory import load_pretrained, save_checkpoint
 from cafe.model.families import family_of
-from cafe.model.inference import match_question
-from cafe.model.inputs import EncodeOptions, Input, as_conversation, as_messages, is_many
-from cafe.model.last_layer import prepare, read_only_at
-from cafe.model.masks import attention_masks
-from cafe.model.precision import PRECISIONS, Precision, quantized
-from cafe.model.prompts import DEFAULT_PROMPT, turn_end
+from cafe.model.families.base import distinct_features
+from cafe.model.hidden import features_of_rows, hidden_states
+from cafe.model.inference import Vision
+from cafe.model.last_layer import compute_last_layer_at, prepare
+from cafe.model.quantization import PRECISIONS, EmbeddingPrecision, quantized
 from cafe.model.rerank import Reranked, reranked, trained_temperature
-from cafe.model.rows import Rows
-from cafe.model.workers import Source, encode_on
+from cafe.model.rows.collate import Collator
+from cafe.model.rows.inputs import EncodeOptions, Input, Inputs, as_messages, is_many
+from cafe.model.rows.inspect import embedding_contract
+from cafe.model.rows.prompts import DEFAULT_PROMPT, TrainedPrompts, own_prompt, turn_end
+from cafe.model.rows.rows import Rows
+from cafe.model.workers import ModelSource, encode_on
+from cafe.precision import warn_if_emulated
+from cafe.progress import progress_bar
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
 
@@ -39,37 +44,41 @@ Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
 class CAFe(nn.Module):
     """A vision-language model for retrieval and for answers.
 
-    Attributes: `model` (transformers' `…ForConditionalGeneration`), `processor`, `family`,
-    `collator` (how inputs become rows), `source` (what it was loaded from; None: it was built).
+    Building one changes the transformers model that it wraps: parameters that no forward reads
+    (layers above the one that image features come from) are frozen, because they never get a
+    gradient; and the last language layer gets hooks, with which `hidden_at` computes it only at the
+    tokens that are asked for (`cafe.model.last_layer`).
+
+    model      transformers' `...ForConditionalGeneration`, with its `processor`
+    family     the facts of its model family
+    collator   turns inputs into rows
+    source     what it was loaded from; None: it was built
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, *, source: Source | None = None
+        self, model: PreTrainedModel, processor: Any, *, source: ModelSource | None = None
     ) -> None:
         super().__init__()
         self.model: Any = model
         self.processor = processor
         self.source = source
         self.family = family_of(model.config)
+        self._trained_prompts = TrainedPrompts(model.config)
         self._windows = layer_windows(model.config)
-        self._decoding = WhileDecoding(model.config)
+        self._sdpa_while_generating = SdpaWhileGenerating(model.config)
         prepare(model.get_decoder())
-        alone = model.config._attn_implementation == "flash_attention_2"
-        if alone and self.family.pictures_see_themselves:
-            raise FamilyError(
-                f"model type {self.family.model_type!r}: the tokens of a picture see each other, "
-                "which flash_attention_2 cannot do; use sdpa or flex_attention"
-            )
         unused = self.family.unused(model.config)
         for name, parameter in model.named_parameters():
             if name.startswith(unused):
                 parameter.requires_grad_(False)
+        text_config = model.config.get_text_config()
         self.collator = Collator(
             processor=processor,
             family=self.family,
             pooled_token=turn_end(processor),
-            max_tokens=_context_tokens(model),
-            sharing="none" if alone else "trie",
+            max_tokens=int(getattr(text_config, "max_position_embeddings", 4096)),
+            sharing=row_sharing(model.config, self.family),
+            own_prompt=own_prompt(model.config),
         )
 
     @classmethod
@@ -82,24 +91,41 @@ class CAFe(nn.Module):
         attention: Attention = "sdpa",
         adapter: str | Path | None = None,
     ) -> CAFe:
-        """Load a directory, a hub id, or "tiny" (the base that ships with the package).
+        """Load a model for inference or training.
 
-        dtype     of the weights; None: float32 on CPU, bfloat16 on a GPU
-        adapter   a directory or hub id of LoRA or DoRA weights for this model; an adapter that
-                  names its base can be loaded by itself
-        Raises CheckpointError when there is no model there or its weights do not fit;
-        FamilyError for a family without facts.
+        >>> CAFe.from_pretrained("tiny", device="cpu").embedding_dimension
+        256
+
+        Args:
+            name_or_dir: a directory, a hub id (owner/name), or "tiny", the small model that ships
+                with the package. An adapter that names its base is loaded on that base.
+            dtype: of the weights; None: float32 on a CPU, bfloat16 on a GPU.
+            device: None: a GPU where there is one.
+            attention: the language model's attention kernel.
+            adapter: directory or hub id of LoRA or DoRA weights for this model.
+
+        Raises:
+            CheckpointError: there is no model, or its weights do not match its configuration.
+            FamilyError: the model's family is not supported.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        if dtype == torch.bfloat16:
+            warn_if_emulated(device)
         model, processor = load_pretrained(
             name_or_dir, dtype=dtype, attention=attention, adapter=adapter
         )
-        source = Source(name_or_dir, attention, adapter)
+        source = ModelSource(cls.from_pretrained, name_or_dir, attention, adapter)
         return cls(model, processor, source=source).to(device).eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write one directory for every tool: transformers, sentence-transformers, vLLM, cafe."""
+        """Write one directory for every tool: transformers, sentence-transformers, vLLM, cafe.
+
+        >>> CAFe.from_pretrained("tiny").save_pretrained("my-model")
+        >>> model = CAFe.from_pretrained("my-model")
+
+        A model with an adapter writes an adapter directory, in peft's format.
+        """
         save_checkpoint(self.model, self.processor, self.collator, Path(directory))
 
     # ------------------------------------------------------------------ rows -> states
@@ -114,10 +140,10 @@ class CAFe(nn.Module):
 
     @property
     def token_cost(self) -> float:
-        """What a token costs in the matrices, in tokens that it could attend to instead.
+        """The cost of one token's matrix products, in tokens attended to at the same cost.
 
-        A layer's matrices are about 12 width² multiplications for a token, attention is 2 width
-        for each pair of tokens; and it is taken to run at a third of the speed (an estimate).
+        A layer's matrices take about 12 width² multiplications per token, and attention 2 width per
+        pair of tokens, assumed to run at a third of the speed: 12 width² / (3 * 2 width).
         """
         return 2.0 * self.embedding_dimension
 
@@ -127,138 +153,127 @@ class CAFe(nn.Module):
 
     @property
     def logit_softcap(self) -> float | None:
-        """Gemma bounds its logits; others do not."""
+        """The bound of the logits' absolute value (Gemma); None: unbounded."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
-    def read(self, rows: Rows, vision: dict[str, Tensor], places: Tensor | None = None) -> Tensor:
-        """States at some places, [n, hidden]; the last layer computes no others.
+    def hidden_at(
+        self,
+        rows: Rows,
+        vision: Vision,
+        token_indices: Int[Tensor, " n"] | None = None,
+    ) -> Float[Tensor, "n hidden"]:
+        """Final hidden states at some tokens; the last layer computes no others.
 
-        places   int64 [n], flat indices row * t + token; None: the pooled ones
+        Args:
+            rows: on any device.
+            vision: the vision tower's inputs, on any device.
+            token_indices: flat indices, row * t + token; None: `rows.pooled`.
         """
         device = self.device
         rows = rows.to(device)
-        places = rows.pooled if places is None else places.to(device)
-        with read_only_at(places, rows.input_ids.shape):
+        token_indices = rows.pooled if token_indices is None else token_indices.to(device)
+        with compute_last_layer_at(token_indices, rows.input_ids.shape):
             hidden = self(rows, {name: tensor.to(device) for name, tensor in vision.items()})
-        return hidden.flatten(0, 1)[places]
+        return hidden.flatten(0, 1)[token_indices]
 
-    def forward(self, rows: Rows, vision: dict[str, Tensor]) -> Tensor:
-        """Rows and their pictures -> hidden states after the final norm.
+    def forward(
+        self, rows: Rows, vision: Vision, *, read_only: bool = False
+    ) -> Float[Tensor, "rows t hidden"]:
+        """Hidden states after the final norm.
 
-        Returns float [rows, t, hidden]; each state is the one that its sequence would have had
-        alone (`cafe.model.trie`). The vision tower runs once per distinct picture.
+        Each state equals the one that its sequence has in a row of its own
+        (`cafe.model.rows.trie`). The vision tower runs once per distinct image.
+
+        Args:
+            rows: on the model's device.
+            vision: the vision tower's inputs, on the model's device.
+            read_only: only the states at `rows.read` are needed; the last layer computes no others
+                where that can be (`cafe.model.last_layer`).
         """
-        features = self._features(vision)
-        hidden = self.model.model(
-            input_ids=rows.input_ids,
-            attention_mask=attention_masks(rows, self.model, self._windows),
-            position_ids=rows.positions,
-            mm_encoder_outputs=self._in_order(features, rows),
-            use_cache=False,
-        ).last_hidden_state
-        shown = {*rows.image_order.tolist(), *rows.video_order.tolist()}
-        unused = set(range(len(features))) - shown
-        if unused and torch.is_grad_enabled():
-            # Every rank runs the tower's backward, or the others wait for its gradients.
-            hidden = hidden + 0 * sum(features[i].sum() for i in unused)
-        return hidden
-
-    def encoder_outputs(self, rows: Rows, vision: dict[str, Tensor]) -> dict[str, Any]:
-        """Picture features as transformers' forward and `generate` take them, in row order."""
-        return self._in_order(self._features(vision), rows)
-
-    def _in_order(self, features: list[Tensor], rows: Rows) -> dict[str, Any]:
-        def shown(order: Tensor) -> list[Tensor]:
-            return [features[i] for i in order.tolist()]
-
-        outputs: dict[str, Any] = {}
-        if len(rows.image_order):
-            pictures = shown(rows.image_order)
-            outputs["image"] = self.family.encoder_output(pictures, self.embedding_dimension)
-        if len(rows.video_order):
-            videos = shown(rows.video_order)
-            outputs["video"] = self.family.video_output(videos, self.embedding_dimension)
-        return outputs
-
-    def _features(self, vision: dict[str, Tensor]) -> list[Tensor]:
-        if not vision:
-            return []
-        dtype = self.model.dtype
-        return self.family.image_features(
-            self.model.model,
-            {k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()},
+        return hidden_states(
+            self.model, self.family, self._windows, rows, vision, read_only=read_only
         )
+
+    def encoder_outputs(self, rows: Rows, vision: Vision) -> dict[str, Any]:
+        """Image features as transformers' forward and `generate` take them, in row order."""
+        features = distinct_features(self.family, self.model, vision)
+        return features_of_rows(self.model, self.family, features, rows)
 
     # ------------------------------------------------------------------ what users call
 
     @overload
     def encode(
         self,
-        inputs: Sequence[Input] | Input,
+        inputs: Inputs,
         *,
         convert_to_tensor: Literal[False] = False,
         **options: Unpack[EncodeOptions],
     ) -> np.ndarray: ...
     @overload
     def encode(
-        self,
-        inputs: Sequence[Input] | Input,
-        *,
-        convert_to_tensor: Literal[True],
-        **options: Unpack[EncodeOptions],
+        self, inputs: Inputs, *, convert_to_tensor: Literal[True], **options: Unpack[EncodeOptions]
     ) -> Tensor: ...
     def encode(
         self,
-        inputs: Sequence[Input] | Input,
+        inputs: Inputs,
         *,
         batch_size: int = 32,
         normalize: bool = True,
         truncate_dim: int | None = None,
         prompt_name: str = DEFAULT_PROMPT,
-        precision: Precision = "float32",
+        precision: EmbeddingPrecision = "float32",
         ranges: np.ndarray | None = None,
         convert_to_tensor: bool = False,
         devices: Sequence[str | torch.device] = (),
         show_progress_bar: bool = False,
     ) -> np.ndarray | Tensor:
-        """Embed strings, pictures, paths, {"text", "image"} dicts and chat messages, mixed.
+        """Embed strings, images, paths, {"text", "image"} dicts and chat messages, mixed.
 
-        normalize      to unit length (after truncation)
-        truncate_dim   keep the first so many coordinates (Matryoshka)
-        prompt_name    "compress" (default) or "none" (the instruction is in the text)
-        precision      float32, float16, int8, uint8, binary or ubinary (`cafe.model.precision`)
-        ranges         [2, d] for int8 and uint8: lowest and highest value of each dimension;
-                       None: those of these inputs
-        convert_to_tensor   a tensor on the model's device, not an array
-        devices        a process with a copy of the model on each: ["cuda:0", "cuda:1"], or
-                       ["cpu"] * 4; none: this process
-        Returns [n, d] in input order, float32 unless `precision` says otherwise; [d] for a single
-        input. A list of chat messages is a single input: one conversation.
-        Raises DataError, naming the input, for one that cannot be read or is too long; WorkerError
-        when one of several processes dies.
+        >>> CAFe.from_pretrained("tiny").encode(["a red mug", Path("mug.png")]).shape
+        (2, 256)
+
+        Args:
+            inputs: one or several. A list of chat messages is one input: a conversation.
+            batch_size: inputs per forward.
+            normalize: to unit length, after truncation.
+            truncate_dim: keep this many leading coordinates (Matryoshka).
+            prompt_name: "compress" (as the model was trained) or "none" (the text says it all).
+            precision: float32, float16, int8, uint8, binary, ubinary (`cafe.model.quantization`).
+            ranges: [2, d], bounds of int8 and uint8 values; None: those of these inputs.
+            convert_to_tensor: return a tensor on the model's device instead of an array.
+            devices: run a process with a copy of the model on each (["cuda:0", "cuda:1"]); empty:
+                use this process.
+            show_progress_bar: on stderr.
+
+        Returns:
+            [n, d] in input order, [d] for a single input; float32 unless `precision` differs.
+
+        Raises:
+            DataError: an input that cannot be read or is too long; the message names it.
+            WorkerError: a process on one of `devices` died.
         """
         width = self.embedding_dimension if truncate_dim is None else truncate_dim
         if not 1 <= width <= self.embedding_dimension:
             raise ValueError(f"truncate_dim={width}: use 1 to {self.embedding_dimension}")
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-        asked, many = as_messages(inputs), is_many(inputs)
+        conversations = as_messages(inputs)
+        self._trained_prompts.check(prompt_name)
         device = self.device if convert_to_tensor else "cpu"
-        with inference.progress("encode", len(asked), show_progress_bar) as done:
+        with progress_bar("encode", len(conversations), show=show_progress_bar, stays=True) as bar:
+            options = (conversations, batch_size, prompt_name)
             if devices:
-                found = encode_on(devices, self, asked, batch_size, prompt_name, done)
+                vectors = encode_on(devices, self, self.source, *options, bar.more)
             else:
-                found = inference.encode(
-                    self, asked, batch_size, prompt_name, device=device, done=done
-                )
-        found = found[:, :width]
+                vectors = inference.encode(self, *options, device=device, on_progress=bar.more)
+        vectors = vectors[:, :width]
         if normalize:
-            found = torch.nn.functional.normalize(found, dim=1)
-        found = found if many else found[0]
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
+        vectors = vectors if is_many(inputs) else vectors[0]
         if precision == "float32":
-            return found.to(device) if convert_to_tensor else found.numpy()
-        less = quantized(found.cpu().numpy(), precision, ranges)
-        return torch.from_numpy(less).to(device) if convert_to_tensor else less
+            return vectors.to(device) if convert_to_tensor else vectors.numpy()
+        compact = quantized(vectors.cpu().numpy(), precision, ranges)
+        return torch.from_numpy(compact).to(device) if convert_to_tensor else compact
 
     def generate(
         self,
@@ -270,13 +285,28 @@ class CAFe(nn.Module):
         batch_size: int = 32,
         **sampling: Any,
     ) -> str | list[str] | Iterator[str]:
-        """Answer a conversation (str), several (list[str]), or stream one (iterator of text).
+        """Answer one conversation or several.
 
-        messages   a string, a picture, a {"text", "image"} dict, chat messages, or a list of these
-        best_of    sample so many answers (temperature 0.6 unless given), and of these and the
-                   greedy one return the one that, by the model's own embedding and judgement, fits
-                   the conversation's pictures best (`cafe.model.best_of`)
-        sampling   passed to transformers' `generate` (temperature, top_p, …); greedy without
+        >>> image = PIL.Image.new("RGB", (96, 96), "red")  # and the model is "tiny"
+        >>> model.generate({"image": image, "text": "Is there a dog in the picture?"})
+        'no'
+
+        A model with FlexAttention generates with SDPA: its configuration is changed for that time,
+        and restored (`cafe.model.attention.SdpaWhileGenerating`).
+
+        Args:
+            messages: a string, image, {"text", "image"} dict, chat messages, or a list of these.
+            max_new_tokens: the longest answer.
+            stream: return an iterator over the pieces of one answer (without `best_of`).
+            best_of: sample this many answers (temperature 0.6 by default) and return, of these and
+                the greedy one, the answer that fits the images best (`cafe.model.best_of`).
+            batch_size: conversations per forward.
+            **sampling: passed to transformers' `generate` (temperature, top_p, ...); without it,
+                or with temperature=0, decoding is greedy. Where it asks for sampling, the sampling
+                values of generation_config.json do not count.
+
+        Returns:
+            A string, a list of strings for a list of inputs, or an iterator with `stream`.
         """
         conversations = as_messages(messages)
         if stream:
@@ -285,83 +315,81 @@ class CAFe(nn.Module):
             return inference.stream(self, conversations[0], max_new_tokens, sampling)
         if best_of is not None:
             ranked = candidates(self, conversations, best_of, max_new_tokens, batch_size, sampling)
-            answers = [found[0].text for found in ranked]
+            answers = [best.text for best, *_ in ranked]
         else:
             answers = inference.generate(self, conversations, max_new_tokens, batch_size, sampling)
         return answers if is_many(messages) else answers[0]
 
-    def decode(self, **inputs: Any) -> Tensor:
-        """What transformers' `generate` gives, by an attention that can decode."""
-        with self._decoding:
+    def generate_tokens(self, **inputs: Any) -> Int[Tensor, "rows t"]:
+        """Token ids from transformers' `generate`, with a kernel that can decode step by step."""
+        with self._sdpa_while_generating:
             return self.model.generate(**inputs)
 
     def score(
         self, query: Input, candidates: Sequence[Input], *, batch_size: int = 32
-    ) -> np.ndarray:
-        """How well each candidate matches the query: the probability of "yes" to that question.
+    ) -> Float[np.ndarray, " n"]:
+        """How well each candidate matches the query, judged separately for each candidate.
 
-        One side is a picture and the other is text (else DataError). Returns float32 [n]. Texts
-        about one picture share its features and its tokens. To order what a search found, use
+        >>> model.score(image, ["a dog", "an empty scene"]).round(2)  # as in `generate`
+        array([0.01, 0.04], dtype=float32)
+
+        Texts about one image share its features and its tokens. To order search results, use
         `rerank`, which also weighs the embeddings.
+
+        Args:
+            query: one image, with texts as candidates; or a text, with images as candidates
+                (otherwise a DataError).
+            candidates: what to judge.
+            batch_size: pairs per forward.
+
+        Returns:
+            The probability of "yes" to the matching question, float32.
         """
-        return self._match_odds(query, candidates, batch_size).sigmoid().numpy()
+        odds = inference.match_odds(self, query, candidates, batch_size)
+        return odds.sigmoid().numpy()
 
     def rerank(
         self,
         query: Input,
         candidates: Sequence[Input],
-        cosines: np.ndarray | None = None,
+        cosines: Float[np.ndarray, " n"] | None = None,
         *,
         batch_size: int = 32,
     ) -> Reranked:
-        """How likely each candidate is the one meant, by its embedding and by `score` together.
+        """Judge candidates by their embeddings and by `score` together.
 
-        cosines   [n] of the query with the candidates, as a search gave them; None: embed them now
-        Returns `match` (as `score`) and `posterior`, which orders best (`cafe.model.rerank`).
-        Raises DataError as `score` does; ValueError for so many cosines and so many candidates.
+        >>> model.rerank(image, ["a red square", "a blue dog"]).posterior.round(2)
+        array([0.61, 0.39])
+
+        Args:
+            query: as for `score`, and so are `candidates` and `batch_size`.
+            candidates: what to judge.
+            cosines: of the query with the candidates, from a search; None: embed them now.
+            batch_size: inputs per forward.
+
+        Returns:
+            `match` (as `score`) and `posterior`, which orders best (`cafe.model.rerank`); [n] each.
         """
-        odds = self._match_odds(query, candidates, batch_size).numpy()
+        odds = inference.match_odds(self, query, candidates, batch_size).numpy()
         if cosines is None:
-            both = [as_conversation(query), *as_messages(candidates)]
-            near = self.encode(both, batch_size=batch_size)
-            cosines = near[1:] @ near[0]
+            both = [*as_messages([query]), *as_messages(candidates)]
+            vectors = self.encode(both, batch_size=batch_size)
+            cosines = vectors[1:] @ vectors[0]
         return reranked(np.asarray(cosines), odds, trained_temperature(self.model.config))
 
-    def _match_odds(self, query: Input, candidates: Sequence[Input], batch_size: int) -> Tensor:
-        asked = as_conversation(query)
-        questions = [match_question(asked, found) for found in as_messages(candidates)]
-        return inference.log_odds(self, questions, batch_size)
-
     @staticmethod
-    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Cosine similarity of every row of a [n, d] with every row of b [m, d]: [n, m]."""
+    def similarity(
+        a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]
+    ) -> Float[np.ndarray, "n m"]:
+        """Cosine similarity of every row of `a` with every row of `b`.
+
+        >>> CAFe.similarity(np.array([[3.0, 4.0]]), np.array([[6.0, 8.0], [4.0, -3.0]])).round(2)
+        array([[1., 0.]])
+        """
         a = a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-12)
         b = b / np.maximum(np.linalg.norm(b, axis=-1, keepdims=True), 1e-12)
         return a @ b.T
 
     def embedding_contract(self) -> dict[str, str]:
-        """What an embedding is read from, for people and for `cafe doctor`.
-
-        The prompts, token counts and pooled tokens of an example text and an example picture.
-        """
-        size = (384, 384)
-        contract: dict[str, str] = {}
-        for kind, example in {"text": "a red mug", "image": PIL.Image.new("RGB", size)}.items():
-            conversation = as_conversation(example)
-            rendered = self.collator.render.embedding(conversation, DEFAULT_PROMPT)
-            rows, _ = self.collator.embedding_rows([conversation])
-            pooled = rows.input_ids.flatten()[rows.pooled]
-            contract |= {
-                f"embedding prompt ({kind})": rendered.text,
-                f"tokens ({kind})": str(rows.input_ids.shape[1]),
-                f"pooled token ({kind})": self.processor.tokenizer.decode(pooled),
-            }
-        return {
-            **contract,
-            "dimension": str(self.embedding_dimension),
-            "max tokens": str(self.collator.max_tokens),
-        }
-
-
-def _context_tokens(model: PreTrainedModel) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
+        """What an embedding is read from, for people and for `cafe doctor`."""
+        return embedding_contract(self.collator, self.embedding_dimension)

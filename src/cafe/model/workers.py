@@ -1,8 +1,8 @@
 """Embeddings from several processes, each with the model on a device of its own.
 
-Every process loads what the caller's model was loaded from, and says what it has: a model that was
-changed since (trained, say) is an error and not another embedding. Inputs go out in pieces, to
-whichever process is free. When a process dies its pipe closes, so nothing waits for it.
+Every process loads what the caller's model was loaded from and compares weights: a model that was
+changed since (trained, say) is an error, not silently another embedding. Inputs are sent in shards
+to whichever process is free. When a process dies its pipe closes, so nothing waits for it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,29 @@ import torch
 from torch import Tensor, nn
 
 from cafe.errors import CafeError, WorkerError
-from cafe.model.inference import buckets, encode
+from cafe.model.inference import InferenceModel, encode, length_buckets
 from cafe.types import Conversation
 
 if TYPE_CHECKING:
-    from cafe.model.collate import Collator
-    from cafe.model.vlm import CAFe
+    from jaxtyping import Float
 
-_PIECES_PER_WORKER = 4
-"""So that none waits long for the last one; a piece of many batches is prepared ahead better."""
+    from cafe.model.rows.collate import Collator
+
+_SHARDS_PER_WORKER = 4
+"""So that no process waits long for the last one. Fewer and longer shards prefetch better."""
 
 _MAX_BATCHES = 16
-"""Of a piece: results come back now and then, and what is sent stays small."""
+"""In a shard: results come back regularly, and messages stay small."""
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """What a model was loaded from; the arguments of `CAFe.from_pretrained`."""
+class ModelSource:
+    """What a model was loaded from, so that another process can load it too.
 
+    load   `CAFe.from_pretrained`; it must be picklable, as must its arguments below
+    """
+
+    load: Callable[..., InferenceModel]
     name_or_dir: str | Path
     attention: Any
     adapter: str | Path | None
@@ -45,13 +50,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """All that a process is told at its start.
+    """What a process receives when it starts.
 
     digest    of the caller's weights
-    threads   of the process, for torch
+    threads   for torch in the process
     """
 
-    source: Source
+    source: ModelSource
     digest: str
     dtype: torch.dtype
     device: str
@@ -71,13 +76,13 @@ class _Worker:
         self.process.join(10)
         return WorkerError(
             f"the process that encodes on {self.device} has ended (exit code "
-            f"{self.process.exitcode}); its own message is above. Out of memory: use a smaller "
-            "batch_size or fewer devices. Before it began: call encode from a script under "
-            'if __name__ == "__main__":'
+            f"{self.process.exitcode}); its own message is above. If it ran out of memory: use a "
+            "smaller batch_size or fewer devices. If it died before it began: call encode from a "
+            'script under if __name__ == "__main__":'
         )
 
     def stop(self) -> None:
-        """Once its connection is closed: an idle one ends by itself, a busy one is killed."""
+        """With its connection closed: an idle process ends on its own, a busy one is killed."""
         self.process.join(0.5)
         if self.process.is_alive():
             self.process.kill()
@@ -85,7 +90,7 @@ class _Worker:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Tells weights apart by some values of each; training changes all of them."""
+    """A fingerprint of the weights, from up to 64 values of each; training changes all weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.state_dict().items()):
         some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
@@ -96,30 +101,40 @@ def weights_digest(model: nn.Module) -> str:
 
 def encode_on(
     devices: Sequence[str | torch.device],
-    model: CAFe,
+    model: InferenceModel,
+    source: ModelSource | None,
     conversations: Sequence[Conversation],
     batch_size: int,
     prompt: str,
-    done: Callable[[int], None],
-) -> Tensor:
-    """What `cafe.model.inference.encode` gives, computed by a process for each of `devices`.
+    on_progress: Callable[[int], None],
+) -> Float[Tensor, "n hidden"]:
+    """What `cafe.model.inference.encode` returns, computed by one process per device.
 
-    done   is told how many more inputs are embedded
-    Raises WorkerError when the model was not loaded or was changed since, and when a process dies;
-    DataError, naming the input, as in one process.
+    Args:
+        devices: one process is started for each.
+        model: the caller's.
+        source: what it was loaded from; None: it was built, which is an error here.
+        conversations: the inputs.
+        batch_size: inputs per forward.
+        prompt: name of the embedding prompt.
+        on_progress: called with the number of inputs that were embedded since the last call.
+
+    Raises:
+        WorkerError: the model was not loaded, or was changed since; or a process died.
+        DataError: an input cannot be used; the message names it, as in one process.
     """
-    if model.source is None:
+    if source is None:
         raise WorkerError(
             "several processes need a model that was loaded: use save_pretrained, then "
             "CAFe.from_pretrained"
         )
     embeddings = torch.zeros(len(conversations), model.embedding_dimension)
-    pieces = _pieces(buckets(conversations, batch_size), len(devices))
-    names = [str(device) for device in devices[: len(pieces)]]
+    shards = shards_of(length_buckets(conversations, batch_size), len(devices))
+    names = [str(device) for device in devices[: len(shards)]]
     if not names:
         return embeddings
     job = _Job(
-        source=model.source,
+        source=source,
         digest=weights_digest(model.model),
         dtype=model.model.dtype,
         device="",
@@ -132,9 +147,9 @@ def encode_on(
     try:
         for name in names:
             workers.append(_start(job, name))
-        for numbers, vectors in _answers(workers, pieces, conversations):
+        for numbers, vectors in _results(workers, shards, conversations):
             embeddings[numbers] = vectors
-            done(len(numbers))
+            on_progress(len(numbers))
     finally:
         for worker in workers:
             worker.connection.close()
@@ -143,9 +158,9 @@ def encode_on(
     return embeddings
 
 
-def _pieces(batches: Sequence[Sequence[int]], workers: int) -> list[list[int]]:
-    """Whole batches one after the other, some of them together: what goes out at once."""
-    size = min(_MAX_BATCHES, max(1, len(batches) // (workers * _PIECES_PER_WORKER)))
+def shards_of(batches: Sequence[Sequence[int]], workers: int) -> list[list[int]]:
+    """What is sent to a process in one message: the indices of a few whole batches, in order."""
+    size = min(_MAX_BATCHES, max(1, len(batches) // (workers * _SHARDS_PER_WORKER)))
     groups = [batches[i : i + size] for i in range(0, len(batches), size)]
     return [[i for batch in group for i in batch] for group in groups]
 
@@ -157,67 +172,65 @@ def _start(job: _Job, device: str) -> _Worker:
         target=_serve, args=(theirs, replace(job, device=device)), daemon=True
     )
     process.start()
-    theirs.close()  # or its end would stay open when the process dies
+    theirs.close()  # otherwise this end would stay open when the process dies
     return _Worker(device, process, ours)
 
 
-def _answers(
-    workers: Sequence[_Worker], pieces: Sequence[list[int]], conversations: Sequence[Conversation]
+def _results(
+    workers: Sequence[_Worker], shards: Sequence[list[int]], conversations: Sequence[Conversation]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Numbers and embeddings of every piece, as they come; one piece at a time for each worker."""
-    left = iter(pieces)
+    """Indices and embeddings of every shard as they arrive; each worker has one at a time."""
+    remaining = iter(shards)
     working: dict[Connection, tuple[_Worker, list[int]]] = {}
 
-    def give(worker: _Worker) -> None:
-        for piece in left:
-            worker.connection.send((piece, [conversations[i] for i in piece]))
-            working[worker.connection] = (worker, piece)
+    def send_next(worker: _Worker) -> None:
+        for shard in remaining:
+            worker.connection.send((shard, [conversations[i] for i in shard]))
+            working[worker.connection] = (worker, shard)
             break
 
     for worker in workers:
         try:
-            give(worker)
+            send_next(worker)
         except OSError:
             raise worker.died() from None
     while working:
         for connection in wait(list(working)):
-            worker, piece = working.pop(connection)  # type: ignore[index]
+            worker, shard = working.pop(connection)  # type: ignore[index]
             try:
-                answer = worker.connection.recv()
-                if isinstance(answer, Exception):
-                    raise answer
-                yield piece, torch.from_numpy(answer)
-                give(worker)
+                result = worker.connection.recv()
+                if isinstance(result, Exception):
+                    raise result
+                yield shard, torch.from_numpy(result)
+                send_next(worker)
             except (EOFError, OSError):
                 raise worker.died() from None
 
 
 def _serve(connection: Connection, job: _Job) -> None:
-    """The life of a worker: a piece in, its embeddings or what went wrong out, until the end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle
+    """The main loop of a process: receive a shard, send its embeddings or an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C
     torch.set_num_threads(job.threads)
-    model: CAFe | None = None
+    model: InferenceModel | None = None
     while True:
         try:
             numbers, conversations = connection.recv()
-        except (EOFError, OSError):  # the caller needs no more, or is gone
+        except (EOFError, OSError):  # the caller is done, or has died
             return
         try:
             model = model or _load(job)
             vectors = encode(model, conversations, job.batch_size, job.prompt, numbers=numbers)
-            answer: Any = vectors.numpy()
+            result: Any = vectors.numpy()
         except CafeError as error:
-            answer = error
-        except Exception as error:  # not all of torch's can be sent
-            answer = WorkerError(f"encoding on {job.device}: {type(error).__name__}: {error}")
-        connection.send(answer)
+            result = error
+        except Exception as error:  # not all of torch's exceptions can be pickled
+            result = WorkerError(f"encoding on {job.device}: {type(error).__name__}: {error}")
+        connection.send(result)
 
 
-def _load(job: _Job) -> CAFe:
-    from cafe.model.vlm import CAFe
-
+def _load(job: _Job) -> InferenceModel:
     source = job.source
-    model = CAFe.from_pretrained(
+    model = source.load(
         source.name_or_dir,
         dtype=job.dtype,
         device=job.device,
@@ -226,7 +239,7 @@ def _load(job: _Job) -> CAFe:
     )
     if weights_digest(model.model) != job.digest:
         raise WorkerError(
-            f"model {str(source.name_or_dir)!r} was changed after it was loaded, and the other "
+            f"model {str(source.name_or_dir)!r} was changed after it was loaded, and other "
             "processes would load the old one: use save_pretrained, then CAFe.from_pretrained"
         )
     model.collator = job.collator

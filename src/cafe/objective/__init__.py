@@ -1,4 +1,4 @@
-"""What is learned: losses as pure functions from tensors to tensors.
+"""The training objective: losses as pure functions from tensors to tensors.
 
 No module, no configuration, no ranks. `cafe.model` never imports this package.
 """

@@ -2,24 +2,28 @@
 
 Row i of `query` and row i of `target` belong together. Everything else in the batch is a negative,
 unless its id says that it is the same thing. No function here knows a model, a rank or a world
-size: whoever calls gathers first and passes the whole batch.
+size: the caller gathers first and passes the whole batch.
 
 Shapes: n pairs, m explicit hard negatives, d embedding coordinates; s are the n x (n + m) cosines
 of queries against targets, then negatives; T is the temperature.
 
 **Precision.** Cosines are computed in float32 (float64 for float64 inputs) also when the inputs are
-bfloat16 or autocast is on: a bfloat16 cosine near 1 is off by up to 0.002, at T = 0.05 a logit by
-0.04. The loss has the dtype of the cosines.
+bfloat16 or autocast is on: a bfloat16 cosine near 1 is off by up to 0.002, and at T = 0.05 a
+logit by 0.04. The loss has the dtype of the cosines.
 
 **Memory.** One matrix of n * (n + m) floats stays until backward, a second one if the temperature
 is learned, and a boolean one if ids are given; backward peaks at five or six. For n = 4,096 in
 float32 one is 64 MiB. Each Matryoshka width keeps its own.
 
-**Duplicates.** Where `target_ids[j] == target_ids[i]` and j != i, pair j is left out of the
-denominators of pair i in both directions: it is no negative, and no second positive either. A hard
-negative is a column for every query; it is left out for queries whose target id equals its own.
+**Duplicates.** Where `target_ids[j] == target_ids[i]` and j != i, pair j is excluded from the
+denominators of pair i in both directions: it is not a negative, and not a second positive either. A
+hard negative is a column for every query; it is excluded for queries with the same target id.
+With `query_ids`, a candidate is excluded for query i also where any pair of the batch with an equal
+query has that candidate as its target (another caption of the same image, and whatever equals it),
+and where the candidate is the query itself. `content_ids` are a second numbering of the targets:
+candidates are equal if either says so.
 
-**Hardness** (LLaVE, arXiv 2503.04812, eq. 5). A negative's term in a denominator is weighed by
+**Hardness** (LLaVE, arXiv 2503.04812, eq. 5). A negative's term in a denominator is weighted by
 w_ij = exp(hardness * sg(s_ij)), that is, `hardness * sg(s_ij)` is added to its logit; the positive
 keeps weight 1. For the direction query -> target of pair i,
 
@@ -27,9 +31,9 @@ keeps weight 1. For the direction query -> target of pair i,
 
     d loss_i / d s_ij = (1/T) * w_ij exp(s_ij/T) / Z_i    (j != i)
 
-sg stops the gradient: the weight says how much a negative counts and is nothing to descend. Without
+sg stops the gradient: the weight says how much a negative counts and must not be optimised. Without
 sg the factor would be (1/T + hardness), and negatives would merely have a lower temperature than
-the positive. Both directions and explicit negatives are weighed (what sentence-transformers calls
+the positive. Both directions and explicit negatives are weighted (what sentence-transformers calls
 `all_negatives`). LLaVE uses 9.
 """
 
@@ -58,12 +62,16 @@ def info_nce(
     negatives: Float[Tensor, "m d"] | None = None,
     target_ids: Int[Tensor, " n"] | None = None,
     negative_ids: Int[Tensor, " m"] | None = None,
+    query_ids: Int[Tensor, " n"] | None = None,
+    content_ids: Int[Tensor, " n"] | None = None,
     temperature: float | Float[Tensor, ""] = 0.05,
     directions: Directions = "both",
     hardness: float = 0.0,
     dims: Sequence[int] | None = None,
 ) -> Float[Tensor, ""]:
-    """InfoNCE over cosines, averaged over the n pairs; duplicates, hardness: see the module's text.
+    """InfoNCE over cosines, averaged over the n pairs.
+
+    Duplicates and hardness are explained in the module's docstring.
 
         query_to_target   mean over i of  -log( exp(s_ii/T) / sum_j exp(s_ij/T) )
         target_to_query   mean over i of  -log( exp(s_ii/T) / sum_j exp(s_ji/T) )
@@ -73,25 +81,28 @@ def info_nce(
     Args:
         query: embeddings of any length; they are L2-normalised here.
         target: embeddings of what belongs to each query.
-        negatives: embeddings of explicit hard negatives, more columns for every query. They have
-            no query of their own, hence no part in `target_to_query`.
-        target_ids: equal ids mark equal targets; unique over everything that was gathered.
+        negatives: embeddings of explicit hard negatives, additional columns for every query. They
+            have no query of their own, so they take no part in `target_to_query`.
+        target_ids: equal ids mark equal targets, over everything that was gathered.
         negative_ids: ids of the negatives in the same numbering; needs `target_ids`.
+        query_ids: equal ids mark equal queries; needs `target_ids`.
+        content_ids: a second numbering of targets and negatives, shared with `query_ids`.
         temperature: a number, or a scalar tensor, which receives a gradient.
         directions: which softmaxes to average.
-        hardness: strength of the weighting of hard negatives; 0 weighs all alike.
+        hardness: strength of the weighting of hard negatives; 0 weights all equally.
         dims: Matryoshka widths: the loss is the mean over widths w of the loss on the first w
-            coordinates, normalised anew. None is the full width only.
+            coordinates, normalised again. None is the full width only.
 
     Raises:
         ValueError: no pairs, shapes that do not fit, a width out of range, a temperature that is
-            not positive, a negative hardness, an unknown direction, or ids of nothing.
+            not positive, a negative hardness, an unknown direction, or ids without what they name.
     """
     _check_batch(query, target, negatives, target_ids, negative_ids)
     _check_options(temperature, directions, hardness)
     n = len(query)
     candidates = target if negatives is None else torch.cat([target, negatives])
-    duplicates = _duplicates(n, len(candidates), target_ids, negative_ids)
+    ids = target_ids, negative_ids, query_ids, content_ids
+    duplicates = _duplicates(n, len(candidates), *ids)
     losses = []
     for width in _widths(dims, query.shape[1]):
         cosines = _cosines(query, candidates, width)
@@ -106,7 +117,7 @@ def info_nce(
         if directions != "target_to_query":
             terms.append((torch.logsumexp(logits, dim=1) - positives).mean())
         if directions != "query_to_target":
-            # Explicit negatives are targets without a query, so they have no say in this direction.
+            # Explicit negatives are targets without a query: they have no row here.
             terms.append((torch.logsumexp(logits[:, :n], dim=0) - positives).mean())
         losses.append(torch.stack(terms).mean())
     return torch.stack(losses).mean()
@@ -121,17 +132,19 @@ def sigmoid_loss(
     negatives: Float[Tensor, "m d"] | None = None,
     target_ids: Int[Tensor, " n"] | None = None,
     negative_ids: Int[Tensor, " m"] | None = None,
+    query_ids: Int[Tensor, " n"] | None = None,
+    content_ids: Int[Tensor, " n"] | None = None,
     dims: Sequence[int] | None = None,
 ) -> Float[Tensor, ""]:
-    """The pairwise sigmoid loss of SigLIP (arXiv 2303.15343): each cell is its own yes/no question.
+    """The pairwise sigmoid loss of SigLIP (arXiv 2303.15343): a yes/no question per pair.
 
         -(1/n) sum_i sum_j log sigmoid( z_ij (s_ij / T + bias) ),   z_ii = 1, z_ij = -1 elsewhere
 
-    j runs over targets and negatives. Duplicates (as in `info_nce`) are left out of the sum. SigLIP
-    starts learning at T = 0.1 and bias = -10, so that the many negatives do not swamp the start.
+    j runs over targets and negatives. Duplicates (as in `info_nce`) are excluded. SigLIP starts
+    training at T = 0.1 and bias = -10, so that the many negatives do not swamp the start.
 
-    Everything not named here is as in `info_nce`; temperature and bias are numbers, or scalar
-    tensors, which receive gradients.
+    All other arguments are as in `info_nce`; temperature and bias are numbers, or scalar tensors,
+    which receive gradients.
 
     Raises:
         ValueError: as in `info_nce`.
@@ -141,7 +154,8 @@ def sigmoid_loss(
 
     n = len(query)
     candidates = target if negatives is None else torch.cat([target, negatives])
-    not_negative = _duplicates(n, len(candidates), target_ids, negative_ids)
+    ids = target_ids, negative_ids, query_ids, content_ids
+    not_negative = _duplicates(n, len(candidates), *ids)
     if not_negative is None:
         not_negative = torch.zeros(n, len(candidates), dtype=torch.bool, device=query.device)
     not_negative.fill_diagonal_(True)
@@ -149,7 +163,7 @@ def sigmoid_loss(
     for width in _widths(dims, query.shape[1]):
         logits = _cosines(query, candidates, width) / temperature + bias
         yes = functional.logsigmoid(logits.diagonal()).sum()
-        # log sigmoid(+inf) is 0 and so is its derivative: what is no negative adds nothing.
+        # log sigmoid(+inf) and its derivative are 0: excluded cells add nothing.
         no = functional.logsigmoid(-logits.masked_fill(not_negative, -math.inf)).sum()
         losses.append(-(yes + no) / n)
     return torch.stack(losses).mean()
@@ -166,15 +180,15 @@ def clamped_temperature(
         log_temperature <= log(minimum): passes only a negative gradient (descent raises it)
         log_temperature >= log(maximum): passes only a positive gradient (descent lowers it)
 
-    A plain clamp has no gradient out there at all: one overshoot, and the temperature never moves
-    again. Passing everything (straight-through) lets the parameter wander off without end under a
-    steady push, and it then needs as many steps to return. Exclude the parameter from weight decay,
-    which pulls it towards temperature 1.
+    A plain clamp has no gradient beyond the bounds: after one overshoot the temperature never moves
+    again. Passing every gradient (straight-through) lets the parameter drift away under a steady
+    push, and it then needs as many steps to return. Exclude the parameter from weight decay, which
+    pulls it towards temperature 1.
 
     Args:
         log_temperature: the parameter, a scalar tensor (natural logarithm).
-        minimum: least temperature; 0.01 is CLIP's (a logit scale of 100).
-        maximum: greatest temperature.
+        minimum: lowest temperature; 0.01 is CLIP's (a logit scale of 100).
+        maximum: highest temperature.
 
     Raises:
         ValueError: unless 0 < minimum < maximum.
@@ -211,7 +225,7 @@ class _ClampedExp(torch.autograd.Function):
 def _cosines(
     query: Float[Tensor, "n d"], candidates: Float[Tensor, "k d"], width: int
 ) -> Float[Tensor, "n k"]:
-    """Cosines of the first `width` coordinates, in float32 or wider whatever autocast says."""
+    """Cosines of the first `width` coordinates, in float32 or wider even under autocast."""
     dtype = torch.promote_types(torch.promote_types(query.dtype, candidates.dtype), torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         left = functional.normalize(query[:, :width].to(dtype), dim=1)
@@ -220,14 +234,33 @@ def _cosines(
 
 
 def _duplicates(
-    n: int, k: int, target_ids: Int[Tensor, " n"] | None, negative_ids: Int[Tensor, " m"] | None
+    n: int,
+    k: int,
+    target_ids: Int[Tensor, " n"] | None,
+    negative_ids: Int[Tensor, " m"] | None,
+    query_ids: Int[Tensor, " n"] | None = None,
+    content_ids: Int[Tensor, " n"] | None = None,
 ) -> Bool[Tensor, "n k"] | None:
-    """True where a candidate is the query's target under another index, and so no negative."""
+    """True where a candidate is right for a query under another index, so not a negative."""
     if target_ids is None:
         return None
-    ids = target_ids if negative_ids is None else torch.cat([target_ids, negative_ids])
-    same = (target_ids[:, None] == ids[None, :]).fill_diagonal_(False)
-    return same if same.shape[1] == k else functional.pad(same, (0, k - n), value=False)
+    same = torch.zeros(n, k, dtype=torch.bool, device=target_ids.device)
+    for ids in (target_ids, content_ids):
+        if ids is None:
+            continue
+        candidates = ids if negative_ids is None else torch.cat([ids, negative_ids])
+        known = same[:, : len(candidates)]
+        if query_ids is None:
+            known |= ids[:, None] == candidates[None, :]
+            continue
+        _, query = query_ids.unique(return_inverse=True)
+        distinct, candidate = candidates.unique(return_inverse=True)
+        pairs = same.new_zeros(n, len(distinct))  # a row per distinct query
+        pairs[query, candidate[:n]] = True
+        known |= pairs[query][:, candidate]
+        if ids is content_ids:
+            known |= query_ids[:, None] == candidates[None, :]
+    return same.fill_diagonal_(False)
 
 
 def _widths(dims: Sequence[int] | None, full: int) -> Sequence[int]:
@@ -241,7 +274,7 @@ def _widths(dims: Sequence[int] | None, full: int) -> Sequence[int]:
 def _check_options(
     temperature: float | Tensor, directions: Directions = "both", hardness: float = 0.0
 ) -> None:
-    # A tensor is not looked at: a GPU would have to wait. `clamped_temperature` keeps it positive.
+    # A tensor is not checked: that would synchronise a GPU. `clamped_temperature` is positive.
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature is {temperature}; use a positive number")
     if directions not in get_args(Directions):

@@ -23,15 +23,15 @@ def joint_loss(
     """contrastive_weight * contrastive + language_weight * nll_sum / token_count.
 
     The language term is a mean over tokens, not over examples, chunks or ranks: `token_count`
-    counts the labels of the whole batch over all ranks, while `nll_sum` may be the part of one
-    chunk. The parts of all chunks then add up to the term of the batch. The official CAFe code is
+    counts the labels of the whole batch over all ranks, while `nll_sum` may be the sum of one
+    chunk. The terms of all chunks then add up to the term of the batch. The official CAFe code is
     (1, 1) on one GPU; its contrastive gradient on W GPUs is that of contrastive_weight = 1/W.
 
     Args:
-        contrastive: the contrastive loss, or its stand-in for one chunk (<embedding, cached
-            gradient>). None leaves the term out.
-        nll_sum: summed negative log-likelihood in nats (`next_token_nll`). None leaves it out.
-        token_count: labels that the sum is to be divided by. 0 makes the language term 0, with
+        contrastive: the contrastive loss, or its surrogate for one chunk (<embedding, cached
+            gradient>, as in GradCache). None omits the term.
+        nll_sum: summed negative log-likelihood in nats (`next_token_nll`). None omits it.
+        token_count: number of labels to divide the sum by. 0 makes the language term 0, with
             zero gradients where there is a graph, so that no rank waits for another.
         contrastive_weight: alpha_con of the paper's formula.
         language_weight: alpha_lm of the paper's formula.

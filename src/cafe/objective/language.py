@@ -1,11 +1,11 @@
-"""Next-token loss without the logits: one chunk of positions meets the vocabulary at a time.
+"""Next-token loss without all logits in memory: they are computed for one chunk at a time.
 
 The logits of all labelled positions are the largest tensor of a training step (5,000 positions and
 152,000 words in float32: 2.8 GiB, and as much again for their gradient). They are never needed
-together: each position's loss and gradient depend on its own row only.
+together, because each position's loss and gradient depend on its own row only.
 
-The gradient is computed in the forward pass, chunk by chunk, while the chunk's probabilities are at
-hand. That costs the same three matrix products as the plain loss. Recomputing logits in backward
+The gradient is computed in the forward pass, chunk by chunk, while the chunk's probabilities are in
+memory. That costs the same three matrix products as the plain loss. Recomputing logits in backward
 would cost a fourth (a third more time) and save only the two results kept here until backward, of
 the sizes of `hidden` and of `lm_head_weight`, which backward must produce in any case.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is import
 __all__ = ["IGNORE_LABEL", "next_token_nll"]
 
 IGNORE_LABEL = -100
-"""A label that is no target: transformers' and `torch.nn.functional.cross_entropy`'s value."""
+"""The label of an ignored position, as in transformers and in `cross_entropy`."""
 
 
 def next_token_nll(
@@ -36,26 +36,27 @@ def next_token_nll(
     softcap: float | None = None,
     chunk_tokens: int = 1024,
 ) -> tuple[Float[Tensor, ""], int]:
-    """Summed negative log-likelihood of the labels, and how many labels were counted.
+    """Summed negative log-likelihood of the labels, and the number of labels counted.
 
     logits = hidden @ lm_head_weight.T + bias, with `softcap` c (Gemma) then c * tanh(logits / c).
 
-    Positions are chosen and shifted by the caller: `hidden[i]` is the state that predicts the token
+    The caller selects and shifts positions: `hidden[i]` is the state that predicts the token
     `labels[i]`. Divide once, by the count over all chunks and ranks (`joint_loss`).
 
     Under autocast the matrix products run in its dtype, as a linear layer would; otherwise in the
-    wider of the two dtypes given. Log-softmax, its gradient, and all sums over chunks are float32
-    (float64 for float64 inputs), and so is the result. No gradient is computed for what does not
-    require one, and none at all under `no_grad`. Differentiable once. With no label to count the
-    sum is 0, still part of the graph, and the gradients are zeros. Prefer bfloat16 to float16: a
-    loss scale comes after the gradient is formed here, too late for what float16 rounds to zero.
+    wider of the two dtypes. Log-softmax, its gradient, and all sums over chunks are float32
+    (float64 for float64 inputs), and so is the result. No gradient is computed for tensors that do
+    not require one, and none at all under `no_grad`. Differentiable once. Without any label the sum
+    is 0, still part of the graph, and the gradients are zeros. Prefer bfloat16 to float16: a
+    loss scale is applied after the gradient is formed here, too late for values that float16 rounds
+    to zero.
 
     Args:
         hidden: last hidden states, after the final norm, at labelled positions.
-        labels: token ids in [0, v), or `IGNORE_LABEL` (-100), which adds nothing to sum or count.
+        labels: token ids in [0, v), or `IGNORE_LABEL` (-100), which is not counted.
         lm_head_weight: the output matrix, tied to the input embedding or not, frozen or not.
         bias: added to the logits.
-        softcap: bound of the logits' absolute value.
+        softcap: bound of the logits' absolute value; None: unbounded.
         chunk_tokens: positions whose logits exist at one time; about 2 * chunk_tokens * v floats.
 
     Returns:
@@ -63,7 +64,7 @@ def next_token_nll(
         count: tokens.
 
     Raises:
-        ValueError: a chunk or soft cap that is not positive, or shapes that do not fit.
+        ValueError: a chunk or soft cap that is not positive, or shapes that do not match.
     """
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; use 1 or more")

@@ -3,8 +3,8 @@
 Pure data: nothing here imports torch, and nothing here knows who runs a recipe.
 """
 
-from cafe.recipes.ablation import Ablation
-from cafe.recipes.load import load_ablation, load_recipe, load_source
+from cafe.recipes.ablation import Ablation, load_ablation
+from cafe.recipes.load import is_recipe, load_recipe, load_source
 from cafe.recipes.tree import (
     Batch,
     Checkpoint,
@@ -28,6 +28,7 @@ __all__ = [
     "Recipe",
     "Schedule",
     "Tuning",
+    "is_recipe",
     "load_ablation",
     "load_recipe",
     "load_source",

@@ -1,11 +1,14 @@
-"""The typed tree of an ablation: one training run, again and again with other weights and seeds."""
+"""The typed tree of an ablation: one training run, repeated with other weights and seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from cafe.recipes.load import load_tree
 from cafe.recipes.tree import Count, Name, Positive, Section
 
 Seed = Annotated[int, Field(ge=0)]
@@ -14,31 +17,31 @@ Seed = Annotated[int, Field(ge=0)]
 class Ablation(Section):
     """Which runs, on which scenes, measured by which tasks.
 
-    The arms come from the objective of `recipe`: `joint` is that run as it is, `language` and
-    `contrastive` are the same without the other loss, and `sweep` has other contrastive weights.
+    The arms (variants of the run) derive from the objective of `recipe`: `joint` is the run itself,
+    `language` and `contrastive` drop the other loss, and `sweep` has other contrastive weights.
     """
 
     recipe: Name = "demo"
-    """The run that every arm is: the name of a recipe that ships, or a file (.yaml) relative to
-    this one's folder. Its sources captions.json and questions.json become the written scenes."""
+    """The run that every arm varies: the name of a shipped recipe, or a file (.yaml) relative to
+    this one's folder. The generated scenes replace its sources captions.json and questions.json."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Changes to that recipe, under its own keys, e.g. {schedule: {steps: 100}}."""
+    """Overrides of that recipe's keys, e.g. {schedule: {steps: 100}}."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    """Of training, one run of each of the three arms for each."""
+    """Random seeds of training; each of the three arms is run once per seed."""
     sweep: list[Positive] = Field(default_factory=list)
     """Further contrastive weights of the joint objective."""
     sweep_seeds: Count = 1
-    """How many of the seeds, from the first on, the sweep's runs have."""
+    """Number of seeds, from the first on, that the sweep's arms are run with."""
     train_scenes: Annotated[int, Field(ge=2)] = 3000
-    """Scenes to train on, the same in all runs."""
+    """Number of training scenes, the same ones in all runs."""
     train_questions: Count = 3
-    """Questions about each of them."""
+    """Number of questions about each training scene."""
     scenes_seed: Seed = 0
-    """Of the scenes to train on."""
+    """Random seed of the training scenes."""
     test_scenes: Annotated[int, Field(ge=2, le=500)] = 250
-    """The first so many of the held-out scenes that `cafe evaluate` draws."""
+    """Evaluate on the first N of the held-out scenes of `cafe evaluate`."""
     tasks: Annotated[list[Name], Field(min_length=1)]
-    """Tasks of `cafe evaluate` that run on scenes."""
+    """Tasks of `cafe evaluate` that use scenes."""
 
     @model_validator(mode="after")
     def _check_runs(self) -> Self:
@@ -53,3 +56,15 @@ class Ablation(Section):
                 "expected at most as many"
             )
         return self
+
+
+def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
+    """As `load_recipe`, for an ablation. Its `recipe`, if a file, is relative as data paths are."""
+    return load_tree(Path(path), overrides, Ablation, _anchor_recipe)
+
+
+def _anchor_recipe(tree: dict[str, Any], folder: Path) -> None:
+    """Make the path of a `recipe` that is a file, not a name, relative to `folder` absolute."""
+    name = tree.get("recipe")
+    if isinstance(name, str) and Path(name).suffix in (".yaml", ".yml"):
+        tree["recipe"] = str((folder / Path(name).expanduser()).absolute())

@@ -1,13 +1,13 @@
-"""A recipe file and its `key=value` overrides become one checked `Recipe`, or an `Ablation`.
+"""A recipe file and its `key=value` overrides become one checked `Recipe`.
 
-Every mistake is one RecipeError that names the place (the file, or the override), the dotted key
+Every mistake is one RecipeError that names the file or the override, the dotted key
 (`optimizer.learning_rate`, `data.0.path`), and what to write instead.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -17,9 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cafe.errors import RecipeError
-from cafe.recipes.ablation import Ablation
-from cafe.recipes.tree import DataSource, Recipe
-from cafe.recipes.yaml_text import parse_yaml
+from cafe.recipes.tree import DataSource, Recipe, Section, parse_yaml
 
 _SECTIONS = (
     "objective",
@@ -31,31 +29,46 @@ _SECTIONS = (
     "log",
     "training",
 )
-_Tree = TypeVar("_Tree", Recipe, Ablation)
+_Tree = TypeVar("_Tree", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe at `path` and apply `overrides` such as `optimizer.learning_rate=1e-4`.
 
-    An override's value is a YAML scalar or list; `data.0.limit=100` reaches into a list. Data
-    paths of the file are relative to its folder, those of overrides to the working directory.
-    Raises RecipeError.
+    An override's value is a YAML scalar or list; `data.0.limit=100` sets a key of a list entry.
+    Data paths in the file are relative to its folder, those in overrides to the working directory.
+
+        >>> recipe = load_recipe("caption.yaml", ["optimizer.learning_rate=1e-4"])
+        >>> recipe.optimizer.learning_rate, recipe.batch.examples
+        (0.0001, 256)
+
+    Raises:
+        RecipeError: the file cannot be read, or a key or value is not valid.
     """
-    return _load(Path(path), overrides, Recipe, _anchor_data_paths)
+    return load_tree(Path(path), overrides, Recipe, _anchor_data_paths)
 
 
-def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> Ablation:
-    """As `load_recipe`, for `cafe ablate`. `recipe`, if a file, is relative as data paths are."""
-    return _load(Path(path), overrides, Ablation, _anchor_recipe)
+def is_recipe(path: str | Path) -> bool:
+    """Whether the file is a recipe, not data: LLaVA-NeXT's mixtures of data files are YAML, too."""
+    if Path(path).suffix.lower() not in {".yaml", ".yml"} or not Path(path).is_file():
+        return False
+    try:
+        return not {"model", "data"}.isdisjoint(_read(Path(path)))
+    except RecipeError:
+        return False  # reading it as data reports what is wrong
 
 
-def _load(
+def load_tree(
     path: Path,
     overrides: Sequence[str],
     kind: type[_Tree],
     anchor: Callable[[dict[str, Any], Path], None],
 ) -> _Tree:
-    """The file and then the overrides, each with its paths made absolute by `anchor`."""
+    """Read the file and apply the overrides; `anchor` makes the paths of each absolute.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
     tree = _read(path)
     anchor(tree, path.parent)
     for override in overrides:
@@ -67,12 +80,16 @@ def _load(
         raise _recipe_error(error, str(path), overrides, kind) from None
 
 
-def load_source(path: str, overrides: Sequence[str] = ()) -> DataSource:
-    """One data source, with `overrides` such as `mode=chat`, as `data.0` of a recipe has them.
+def load_source(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> DataSource:
+    """One data source, with `overrides` such as `mode=chat`, which are keys of a recipe's `data.0`.
 
-    Paths are relative to the working directory. Raises RecipeError.
+    `source` is its path or its keys. Paths are relative to the working directory.
+
+    Raises:
+        RecipeError: a key or value is not valid.
     """
-    tree: dict[str, Any] = {"data": [{"path": path}], **_ANY_RUN}
+    keys = {"path": source} if isinstance(source, str) else dict(source)
+    tree: dict[str, Any] = {"data": [keys], **_ANY_RUN}
     prefixed = [f"data.0.{override}" for override in overrides]
     for override in prefixed:
         _apply(tree, override)
@@ -80,7 +97,7 @@ def load_source(path: str, overrides: Sequence[str] = ()) -> DataSource:
     try:
         return Recipe.model_validate(tree).data[0]
     except ValidationError as error:
-        raise _recipe_error(error, path, prefixed) from None
+        raise _recipe_error(error, str(keys.get("path", "data")), prefixed) from None
 
 
 _ANY_RUN: dict[str, Any] = {
@@ -90,7 +107,7 @@ _ANY_RUN: dict[str, Any] = {
     "optimizer": {"learning_rate": 1.0},
     "schedule": {"steps": 1},
 }
-"""What a recipe needs besides its data."""
+"""The required keys of a recipe other than its data."""
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -115,20 +132,13 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def _anchor_data_paths(tree: dict[str, Any], folder: Path) -> None:
-    """Make relative data paths absolute, starting at `folder`. Leaves wrong types for the check."""
+    """Make data paths relative to `folder` absolute. Wrong types are left to validation."""
     sources = tree.get("data")
     for source in sources if isinstance(sources, list) else []:
         for key in ("path", "image_root"):
             value = source.get(key) if isinstance(source, dict) else None
             if isinstance(value, str) and value and not value.startswith("hub:"):
                 source[key] = str((folder / Path(value).expanduser()).absolute())
-
-
-def _anchor_recipe(tree: dict[str, Any], folder: Path) -> None:
-    """A recipe that is a file, not a name, starts at `folder`."""
-    name = tree.get("recipe")
-    if isinstance(name, str) and Path(name).suffix in (".yaml", ".yml"):
-        tree["recipe"] = str((folder / Path(name).expanduser()).absolute())
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -150,7 +160,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             slot = part
         else:
             raise RecipeError(
-                f"override {override!r}: {'.'.join(parts[:depth])} is a value and has no keys"
+                f"override {override!r}: {'.'.join(parts[:depth])} is a value without keys"
             )
         if last:
             node[slot] = _value(override, text)
@@ -161,7 +171,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _value(override: str, text: str) -> Any:
-    """The YAML value of `text`. Plain text is taken as it stands, `#` and `: ` included."""
+    """The YAML value of `text`. Plain text is taken literally, including `#` and `: `."""
     text = text.strip()
     if text[:1] in {"[", "{", '"', "'"}:
         try:
@@ -181,17 +191,17 @@ def _recipe_error(
     overrides: Sequence[str],
     kind: type[BaseModel] = Recipe,
 ) -> RecipeError:
-    """The first problem, in one sentence; misspelt keys first, as they make others missing."""
+    """The first problem in one sentence; misspelled keys first, since they make others missing."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     problem = problems[0]
     key = ".".join(str(part) for part in problem["loc"])
     unknown = problem["type"] == "extra_forbidden"
-    place = next((f"override {o!r}" for o in overrides if _concerns(o, key, unknown)), path)
-    return RecipeError(f"{place}: {_describe(problem, key, kind)}")
+    location = next((f"override {o!r}" for o in overrides if _concerns(o, key, unknown)), path)
+    return RecipeError(f"{location}: {_describe(problem, key, kind)}")
 
 
 def _concerns(override: str, key: str, unknown: bool) -> bool:
-    """Whether `override` wrote the value at `key`, or made the unknown section `key`."""
+    """Whether `override` set the value at `key`, or created the unknown section `key`."""
     name = override.partition("=")[0].strip()
     within = key == name or key.startswith(f"{name}.")
     return bool(key) and (within or (unknown and name.startswith(f"{key}.")))
@@ -201,9 +211,9 @@ def _describe(problem: ErrorDetails, key: str, tree: type[BaseModel]) -> str:
     kind, message = problem["type"], problem["msg"]
     if kind == "extra_forbidden":
         nearest = _nearest(key, tree)
-        return f"{key} is no key of a recipe" + (f"; did you mean {nearest}?" if nearest else "")
+        return f"unknown recipe key {key}" + (f"; did you mean {nearest}?" if nearest else "")
     if kind == "missing":
-        return f"{key} is missing; it has no default"
+        return f"{key} is missing and has no default"
     if kind == "value_error":
         message = message.removeprefix("Value error, ")
         if not message.startswith("expected"):  # a sentence about a whole section
@@ -215,9 +225,9 @@ def _describe(problem: ErrorDetails, key: str, tree: type[BaseModel]) -> str:
 
 
 def _nearest(key: str, tree: type[BaseModel]) -> str | None:
-    """The valid key most like `key`: of the same section, else one of that name elsewhere."""
+    """The valid key closest to `key`: in the same section, else one with its name in another."""
     *section, leaf = key.split(".")
-    # The index of a list entry is no part of a key's name.
+    # The index of a list entry is not part of a key's name.
     schema_section = [part for part in section if not part.isdecimal()]
     siblings: dict[str, str] = {}
     others: dict[str, str] = {}

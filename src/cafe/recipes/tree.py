@@ -2,13 +2,18 @@
 
 Values are strict: `seed: "3"` is an error, not 3. Sections are frozen; a variant of a recipe is a
 new recipe (`load_recipe` with overrides).
+
+In the YAML of a recipe `1e-3` is a number, and a key that is written twice is an error: PyYAML
+follows YAML 1.1, where `1e-3` (no dot) is a string, and keeps the last of two equal keys.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -19,37 +24,35 @@ from pydantic import (
     model_validator,
 )
 
-from cafe.recipes.yaml_text import to_yaml
-
 Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
-Part = Literal["vision", "projector", "language"]
+ModelPart = Literal["vision", "projector", "language"]
 UserPath = Annotated[Path, Strict(False), AfterValidator(Path.expanduser)]
 
 
 def _check_warmup(value: object) -> object:
-    """One message for `float | int`, where pydantic would give two."""
+    """One message for `float | int`, where pydantic would report two."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("expected a share of all steps (0.03) or a number of steps (100)")
+        raise ValueError("expected a fraction of all steps (0.03) or a number of steps (100)")
     if value < 0 or (isinstance(value, float) and value >= 1):
-        raise ValueError("expected a share of all steps below 1.0, or a whole number of steps")
+        raise ValueError("expected a fraction of all steps below 1.0, or a whole number")
     return value
 
 
 def _check_rejected(value: object) -> object:
     """As `_check_warmup`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("expected a share of all records (0.05) or a number of records (100)")
+        raise ValueError("expected a fraction of all records (0.05) or a number of records (100)")
     if value < 0 or (isinstance(value, float) and value >= 1):
-        raise ValueError("expected a share of all records below 1.0, or a whole number of records")
+        raise ValueError("expected a fraction of all records below 1.0, or a whole number")
     return value
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys are errors, values are not coerced."""
+    """Base of all sections: unknown keys are errors, values are not coerced."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -67,32 +70,32 @@ class DataSource(Section):
     """A file or folder of records, relative to the recipe's folder; shard-{000..127}.tar; or
     hub:OWNER/NAME[:CONFIG], a data set of the Hugging Face hub."""
     format: Literal["auto", "llava", "messages", "swift", "mmeb", "pairs", "captions"] = "auto"
-    """What a record means (`cafe.data.formats`); auto: found by its columns."""
+    """Format of the records (`cafe.data.formats`); auto: detected from the columns."""
     mode: Literal["caption", "chat", "pair"] | None = None
-    """caption: the picture is the query, its caption the target. chat: conversations, no pair.
-    pair: query and target as the records give them. None: pair where the format has no other, else
+    """caption: the image is the query, its caption the target. chat: conversations, no pair.
+    pair: query and target as in the records. None: pair for formats that have no other mode, else
     caption."""
     language_loss: bool = True
-    """Also learn to write the answers; false: the pairs only."""
+    """Also train on the answers; false: contrastive pairs only."""
     embedding_prompt: Literal["compress", "none"] | None = None
-    """What is added to both sides of a pair. None: nothing where records bring instructions (mmeb,
+    """Prompt appended to both sides of a pair. None: none if records have instructions (mmeb,
     conversations as pairs), else "Compress … in one word:"."""
     columns: dict[Name, Name] | None = None
-    """Names that the formats know -> columns of this data set, e.g. {image: photo, text: title}."""
+    """Column names of the format -> those of this data set, e.g. {image: photo, text: title}."""
     split: Name | None = None
-    """Of a data set that has several; None: train, or the only one."""
+    """Split of the data set; None: train, or the only one."""
     image_root: UserPath | None = None
-    """Where picture paths start, relative to the recipe's folder; None: the file's own folder."""
+    """Folder of the image paths, relative to the recipe's folder; None: the file's own folder."""
     max_pixels: Count | None = None
-    """Larger pictures (width x height) are made smaller before the model's processor sees them."""
+    """Larger images (width x height) are downscaled before the model's processor sees them."""
     weight: NotNegative = 1.0
-    """How often this source is drawn, relative to the others."""
+    """How often this source is sampled, relative to the others."""
     turns: Literal["conversation", "branches"] = "conversation"
-    """branches: every question-and-answer pair about the picture stands alone."""
+    """branches: each question-answer pair about an image is a conversation of its own."""
     task: Name = "default"
-    """Records about the same picture are merged (merge_by_image) within a task only."""
+    """Records about the same image are merged (merge_by_image) within a task only."""
     limit: Count | None = None
-    """Use the first so many records only."""
+    """Use the first N records only."""
 
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
@@ -109,17 +112,17 @@ class Objective(Section):
     language_weight: NotNegative = 1.0
     """Weight of the mean negative log-likelihood per answer token; 0 trains embeddings only."""
     contrastive: Literal["info_nce", "sigmoid"] = "info_nce"
-    """info_nce: softmax over the batch (CAFe). sigmoid: each pair on its own (SigLIP)."""
+    """info_nce: softmax over the batch (CAFe). sigmoid: each pair independently (SigLIP)."""
     temperature: Positive = 0.05
     """Divides the cosine similarities. 0.05 is the published scale of 20."""
     learn_temperature: bool = False
     """Learn the temperature, starting from `temperature`."""
     directions: Literal["both", "query_to_target", "target_to_query"] = "both"
-    """Which side chooses among the other; both is the mean of the two."""
+    """Direction of the softmax; both is the mean of the two."""
     hardness: NotNegative = 0.0
-    """Extra weight of negatives that look like positives (LLaVE); 0 is off."""
+    """Extra weight of negatives that resemble positives (LLaVE); 0 is off."""
     matryoshka_dims: Annotated[list[Count], Field(min_length=1)] | None = None
-    """Also train embeddings cut to these numbers of dimensions."""
+    """Also train embeddings truncated to these numbers of dimensions."""
     compat: Literal["none", "official"] = "none"
     """official: the published code's labels, prompts and scaling by processes (ChatML models)."""
 
@@ -131,62 +134,74 @@ class Objective(Section):
 
 
 class Batch(Section):
-    """What contrasts, what fits in memory, and how sequences become rows."""
+    """Contrastive batch size, what fits in memory, and how sequences become rows."""
 
     examples: Count
-    """Examples of one optimizer step, over all processes: all of them contrast."""
+    """Examples per optimizer step over all processes, all contrasted with one another."""
     chunk: Count | None = None
-    """Examples per process that are in memory at once; None: the process's whole share."""
+    """Examples in memory at a time, per process; None: the process's whole share."""
+    chunk_tokens: Count | None = None
+    """Instead of chunk: tokens in memory at a time, those of images and padding included. Examples
+    are sorted by the length of their rows. None: counted by chunk."""
+    kept_chunks: Count = 8
+    """Chunks of a step that stay in host memory for its second pass; the images of the others are
+    decoded once more."""
     max_tokens: Count | None = None
-    """Longest sequence; text is cut, image tokens never. None: the model's context."""
+    """Maximum sequence length; only text is truncated. None: the model's context."""
     max_frames: Count = 16
-    """Frames of a video that the model sees, evenly spaced."""
+    """Maximum number of frames of a video, evenly spaced."""
     row_tokens: Count | None = None
-    """Pack several examples into rows of so many tokens; None: one row per example."""
+    """Pack several examples into rows of up to N tokens; None: one row per example."""
     sharing: Literal["trie", "none"] = "trie"
-    """trie: sequences that begin alike share their tokens. none: each is its own row."""
+    """trie: sequences share the tokens of their common prefix. none: each is its own row."""
     workers: Annotated[int, Field(ge=0)] = 1
-    """Processes that decode pictures; 0: the training process itself."""
+    """Processes that decode images; 0: the training process itself."""
+
+    @model_validator(mode="after")
+    def _check_chunk(self) -> Self:
+        if self.chunk is not None and self.chunk_tokens is not None:
+            raise ValueError("chunk and chunk_tokens are both set; set one of them (null unsets)")
+        return self
 
 
 class Optimizer(Section):
     """AdamW, one learning rate per part of the model."""
 
     learning_rate: Positive
-    """Peak rate of the language model, and of every part without its own."""
+    """Peak rate of the language model, and of the parts without a rate of their own."""
     vision_learning_rate: Positive | None = None
     """Peak rate of the vision tower; None: learning_rate."""
     projector_learning_rate: Positive | None = None
     """Peak rate of the projector; None: learning_rate."""
-    freeze: list[Part] = []
-    """Parts that stay as they are."""
+    freeze: list[ModelPart] = []
+    """Parts that are not trained."""
     weight_decay: NotNegative = 0.0
-    """Decoupled; matrices only."""
-    betas: Annotated[tuple[Share, Share], Strict(False)] = (0.9, 0.999)
-    """Decay of the running mean of the gradient and of its square."""
+    """Decoupled weight decay, of matrices only."""
+    betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square."""
     epsilon: Positive = 1e-8
-    """Added to the denominator."""
+    """Added to the denominator of AdamW's update."""
     max_grad_norm: Positive | None = 1.0
     """Gradients are clipped to this global norm; None: never."""
 
 
 class Tuning(Section):
-    """Which weights learn: the model's own, or an adapter's beside them (LoRA and its kin)."""
+    """Which weights are trained: the model's own, or an adapter's (LoRA and its variants)."""
 
     kind: Literal["full", "lora", "dora", "qlora"] = "full"
-    """full: the weights themselves. qlora: LoRA on a base in 4 bits (needs bitsandbytes)."""
+    """full: the model's own weights. qlora: LoRA on a 4-bit base (needs bitsandbytes)."""
     rank: Count = 16
     """Rank of each adapted matrix's update."""
     alpha: Count = 32
     """The update is scaled by alpha / rank."""
-    dropout: Share = 0.0
-    """Of what the adapter reads."""
-    parts: Annotated[list[Part], Field(min_length=1)] = ["language"]
-    """Parts whose linear layers are adapted. Other parts stay as they are."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    parts: Annotated[list[ModelPart], Field(min_length=1)] = ["language"]
+    """Parts whose linear layers are adapted. Other parts are frozen."""
     targets: Annotated[list[Name], Field(min_length=1)] | None = None
-    """Only these layers of the parts, e.g. [q_proj, v_proj]; None: every linear layer."""
+    """Adapt only these layers of the parts, e.g. [q_proj, v_proj]; None: every linear layer."""
     full_parts: list[Literal["vision", "projector"]] = []
-    """Parts that learn their own weights beside the adapter, which then holds those too."""
+    """Parts that are fully trained next to the adapter, which then stores their weights too."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
@@ -205,22 +220,22 @@ class Tuning(Section):
 
 
 class Schedule(Section):
-    """How long, and the learning rate's course."""
+    """Length of the run, and the learning rate schedule."""
 
     steps: Count | None = None
-    """Optimizer steps. Set this or epochs."""
+    """Number of optimizer steps. Set this or epochs."""
     epochs: Positive | None = None
-    """Passes over the data; a fraction is fine. Set this or steps."""
+    """Number of passes over the data, which may be fractional. Set this or steps."""
     kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """From the peak to zero along a cosine or a line, or never."""
+    """Decay from the peak to zero along a cosine or a line, or none."""
     warmup: Annotated[float | int, BeforeValidator(_check_warmup)] = 0.03
-    """From zero to the peak: a float below 1 is a share of all steps, a whole number is steps."""
+    """Linear warmup: a float below 1 is a fraction of all steps, a whole number counts steps."""
 
     @model_validator(mode="after")
     def _check_length(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
-            found = "neither is" if self.steps is None else "both are"
-            raise ValueError(f"set exactly one of steps and epochs (null unsets); {found} set")
+            state = "neither is" if self.steps is None else "both are"
+            raise ValueError(f"set exactly one of steps and epochs (null unsets); {state} set")
         return self
 
 
@@ -228,18 +243,18 @@ class Checkpoint(Section):
     """When the state of the run is saved."""
 
     every_steps: Count | None = None
-    """None: at the end only (and when the run is interrupted)."""
+    """Steps between checkpoints. None: at the end only (and when the run is interrupted)."""
     keep: Count = 2
-    """The newest so many are kept."""
+    """Number of most recent checkpoints to keep."""
 
 
 class Log(Section):
-    """What the run tells."""
+    """What the run reports."""
 
     every_steps: Count = 1
-    """One line of the JSONL log per so many steps."""
+    """Steps between lines of the JSONL log."""
     trackers: list[Name] = []
-    """Trackers that accelerate knows, e.g. tensorboard or wandb."""
+    """Experiment trackers of accelerate, e.g. tensorboard or wandb."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -250,38 +265,39 @@ class Recipe(Section):
     model: Name
     """`tiny` (ships with the package), a directory, or a hub id."""
     output_dir: UserPath
-    """Where the run writes, relative to the working directory."""
+    """Folder that the run writes to, relative to the working directory."""
     seed: int = 0
-    """Of weights, dropout and the order of the data."""
+    """Random seed of weights, dropout and the order of the data."""
     data: Annotated[list[DataSource], Field(min_length=1)]
-    """Where examples come from; several sources are mixed by weight."""
+    """Sources of examples; several are sampled by weight."""
     merge_by_image: bool = False
-    """Records about the same picture become branches of one row."""
+    """Records about the same image share one row."""
     max_rejected: Annotated[float | int, BeforeValidator(_check_rejected)] = 0.05
-    """Broken records that are left out before the run ends: a share, or a whole number."""
+    """Broken records that may be skipped; more end the run. A fraction, or a whole number."""
     objective: Objective = Objective()
     """The joint loss."""
     batch: Batch
-    """Sizes."""
+    """Batch sizes."""
     optimizer: Optimizer
     """Learning rates and frozen parts."""
     tuning: Tuning = Tuning()
     """The model's own weights, or an adapter."""
     schedule: Schedule
     """Length of the run."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of forward and backward; weights and optimizer state stay fp32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of forward and backward passes; weights and optimizer state stay fp32. auto: bf16
+    on a GPU or CPU that has instructions for it, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     offload_activations: bool = False
-    """What gradient_checkpointing keeps waits in the host's memory: still less, still slower."""
+    """Keep gradient_checkpointing's activations in host memory: even less memory, even slower."""
     compile: bool = False
-    """torch.compile each layer of the language model: faster steps, after minutes of compiling.
+    """torch.compile each layer of the language model: minutes of compiling, then faster steps.
     Not with dropout."""
     sharding: Literal["none", "fsdp"] = "none"
-    """fsdp: each process holds a piece of weights, gradients and optimizer state, not all."""
+    """fsdp: weights, gradients and optimizer state are sharded over the processes."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
-    """Attention kernel. flash_attention_2 cannot share tokens: it needs batch.sharing none."""
+    """Attention kernel. flash_attention_2 cannot share prefixes: it needs batch.sharing none."""
     checkpoint: Checkpoint = Checkpoint()
     """When the state is saved."""
     log: Log = Log()
@@ -296,7 +312,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_tuning(self) -> Self:
         if self.tuning.kind == "qlora" and self.sharding == "fsdp":
-            raise ValueError("weights in 4 bits cannot be cut; set sharding: none, or kind: lora")
+            raise ValueError("4-bit weights cannot be sharded; set sharding: none, or kind: lora")
         if self.tuning.kind != "full":
             frozen = [p for p in self.optimizer.freeze if p in self.tuning.parts]
             frozen += [p for p in self.optimizer.freeze if p in self.tuning.full_parts]
@@ -308,7 +324,8 @@ class Recipe(Section):
     def _check_memory(self) -> Self:
         if self.offload_activations and not self.gradient_checkpointing:
             raise ValueError(
-                "offload_activations moves what gradient_checkpointing keeps; set that to true too"
+                "offload_activations offloads what gradient_checkpointing keeps; set "
+                "gradient_checkpointing: true"
             )
         return self
 
@@ -318,17 +335,52 @@ class Recipe(Section):
             return self
         if self.batch.sharing != "none" or self.batch.row_tokens is not None:
             raise ValueError(
-                "attention is flash_attention_2, whose kernel takes no mask of branches; set "
+                "attention is flash_attention_2, whose kernel supports no tree attention mask; set "
                 "attention: flex_attention, which does, or batch.sharing: none without row_tokens"
             )
-        if self.precision == "fp32":
+        if self.precision == "fp32":  # what auto means depends on the machine: checked in training
             raise ValueError("attention is flash_attention_2, which needs precision: bf16")
         return self
 
     def dump(self) -> str:
-        """The resolved recipe as YAML, defaults included; it loads again to an equal tree."""
+        """The resolved recipe as YAML, including defaults; loading it gives an equal tree."""
         return to_yaml(self.model_dump(mode="json"))
 
     def save(self, path: Path) -> None:
-        """Write `dump()` to `path`, which then is a recipe itself."""
+        """Write `dump()` to `path`, which is then itself a recipe."""
         path.write_text(self.dump(), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- YAML
+
+_FLOAT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+\Z")
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is written twice", key_node.start_mark
+                )
+            seen.add(key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Knows what the loader reads as a number, so that it quotes the string `1e-3`."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of the YAML `text`. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+
+
+def to_yaml(tree: dict[str, Any]) -> str:
+    """`tree` as YAML, keys in order; `parse_yaml` returns it unchanged."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

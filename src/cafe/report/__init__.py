@@ -1,1 +1,1 @@
-"""Results become pictures and pages. No torch: a report is made of numbers that exist already."""
+"""Results become figures. No torch: a report is made of numbers that exist already."""

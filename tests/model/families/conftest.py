@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import builders
+from helpers import builders
+from helpers.models import in_float64
 
 
 @pytest.fixture(scope="session", params=builders.NAMES)
@@ -25,4 +23,4 @@ def family_model(family_dir: Path) -> Any:
     """That checkpoint in float64, in evaluation mode. Tests leave it as they find it."""
     from cafe.model.vlm import CAFe
 
-    return builders.in_float64(CAFe.from_pretrained(family_dir, dtype=torch.float64, device="cpu"))
+    return in_float64(CAFe.from_pretrained(family_dir, dtype=torch.float64, device="cpu"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,58 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
-
-import plain
-import twin
-
-from cafe.model import masks
+from cafe.model import attention
 from cafe.model.families import family_of
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
-from cafe.types import Conversation, Example, Image, Message, user
+from cafe.types import user
+from helpers import plain, twin
+from helpers.family_examples import EXACT, EXAMPLES, TALL, WIDE, A, B
+from helpers.models import in_float64
 
-EXACT = 1e-6
 JOINT = Objective(contrastive_weight=0.7, language_weight=1.3)
-
-
-def noise(seed: int, width: int = 96, height: int = 96) -> Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image(PIL.Image.fromarray(pixels))
-
-
-A, B, WIDE, TALL = noise(1), noise(2), noise(3, 90, 40), noise(4, 33, 120)
-
-
-def turn(*content: Any) -> Conversation:
-    *asked, answer = content
-    return (Message("user", tuple(asked)), Message("assistant", (answer,)))
-
-
-EXAMPLES = [
-    Example("text only", query=user("a cat"), target=user("a red cat")),
-    Example(
-        "shared picture",
-        query=user(A),
-        target=user("a cat"),
-        dialogues=(turn(A, "Is it?", "yes"), turn(A, "Is it?", "yellow"), turn(A, "It?", "no")),
-    ),
-    Example("picture in the target", query=user(WIDE, "which"), target=user("yes", TALL)),
-    Example(
-        "several pictures",
-        query=user(A, B, "which"),
-        target=user(B, A),
-        negatives=(user(TALL), user("a dog")),
-        dialogues=((*turn(A, "What?", "a cat"), *turn(WIDE, "\n\nAnd this?", "a dog")),),
-    ),
-    Example(
-        "system",
-        query=user(A, A, "same?"),
-        target=(Message("system", ("Be brief.",)), *user("a cat")),
-    ),
-    Example("words only", dialogues=(turn("Why?", "so"), turn("Why not?", "so"))),
-]
 
 
 @pytest.mark.parametrize("sharing", ["trie", "none"])
@@ -108,7 +65,7 @@ def states(model: CAFe, rows: Any, vision: dict[str, Tensor]) -> Tensor:
         return model(rows, vision).flatten(0, 1)[rows.pooled]
 
 
-def test_wrong_positions_masks_and_pictures_would_be_noticed(family_model: CAFe):
+def test_wrong_positions_masks_and_images_would_be_noticed(family_model: CAFe):
     rows, hidden, vision = plain.run(family_model, EXAMPLES[1:2])
     right = hidden.flatten(0, 1)[rows.pooled]
     length = rows.input_ids.shape[1]
@@ -118,11 +75,11 @@ def test_wrong_positions_masks_and_pictures_would_be_noticed(family_model: CAFe)
         "a causal mask": replace(rows, subtree_end=torch.full_like(rows.subtree_end, length)),
     }
     if rows.positions.ndim == 3:
-        wrong["text positions for pictures"] = replace(
+        wrong["text positions for images"] = replace(
             rows, positions=rows.depth.expand_as(rows.positions)
         )
-    if rows.sight_end is not None:
-        wrong["no look ahead"] = replace(rows, sight_end=None)
+    if rows.visible_until is not None:
+        wrong["no look ahead"] = replace(rows, visible_until=None)
     for name, changed in wrong.items():
         difference = (states(family_model, changed, vision) - right).abs().amax(-1)
         assert float(difference.max()) > 1e-4, name
@@ -136,12 +93,12 @@ def test_a_window_measured_in_row_indices_would_be_noticed(
     """What a branch sees must not depend on the branches before it."""
     rows, right, vision = plain.run(family_model, EXAMPLES[1:2])
     index = torch.arange(rows.input_ids.shape[1]).expand_as(rows.depth)
-    by_depth = masks.mask_of
+    by_depth = attention.mask_of
 
     def by_index(rows: Any, model: Any, window: int | None) -> Any:
         return by_depth(replace(rows, positions=index), model, window)
 
-    monkeypatch.setattr(masks, "mask_of", by_index)
+    monkeypatch.setattr(attention, "mask_of", by_index)
     with torch.inference_mode():
         difference = float((family_model(rows, vision) - right).abs().max())
     has_window = family_model.family.model_type in {
@@ -177,7 +134,7 @@ def test_what_is_said_to_be_unused_is_unused_and_nothing_else_is(family_model: C
     assert all(name.startswith(family_model.family.unused(model.config)) for name in frozen)
 
 
-def test_an_unused_picture_gives_the_tower_a_gradient_and_changes_no_state(family_model: CAFe):
+def test_an_unused_image_gives_the_tower_a_gradient_and_changes_no_state(family_model: CAFe):
     _, hidden, _ = plain.run(family_model, EXAMPLES[:1])
     chunk = replace(family_model.collator, dummy_image=True)(EXAMPLES[:1])
     found = family_model(chunk.rows, chunk.vision)
@@ -224,9 +181,8 @@ def test_encode_and_generate_survive_saving_and_loading(family_model: CAFe, tmp_
     family_model.save_pretrained(tmp_path / "saved")
     loaded = CAFe.from_pretrained(tmp_path / "saved", dtype=torch.float64, device="cpu")
     original = CAFe(family_model.model, family_model.processor)
-    import builders
 
-    builders.in_float64(loaded)
+    in_float64(loaded)
     np.testing.assert_array_equal(loaded.encode(ENCODED), original.encode(ENCODED))
     assert loaded.generate(ASKED, max_new_tokens=4) == original.generate(ASKED, max_new_tokens=4)
     assert loaded.collator.pooled_token == family_model.collator.pooled_token
@@ -239,7 +195,7 @@ def test_a_batch_of_embeddings_is_that_of_each_input_alone(family_model: CAFe):
 
 
 def test_generated_tokens_are_those_of_the_plain_model(family_model: CAFe):
-    """Left padding, positions and pictures of a batch against each prompt alone."""
+    """Left padding, positions and images of a batch against each prompt alone."""
     settings = {
         "max_new_tokens": 6,
         "do_sample": False,
@@ -247,7 +203,7 @@ def test_generated_tokens_are_those_of_the_plain_model(family_model: CAFe):
         "pad_token_id": family_model.collator.pad_id,
     }
     answers = family_model.generate(ASKED, max_new_tokens=6, eos_token_id=None)
-    from cafe.model.inputs import as_conversation
+    from cafe.model.rows.inputs import as_conversation
 
     for asked, answer in zip(ASKED, answers, strict=True):
         rendered = family_model.collator.render.prompt(as_conversation(asked))

@@ -6,7 +6,6 @@ and transformers' way to it are those of a GPU.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import builders
-import plain
-from test_family import EXAMPLES
-
 from cafe.errors import CheckpointError
-from cafe.model.checkpoint import kernels
+from cafe.model.checkpoint.directory import kernels
 from cafe.model.vlm import CAFe
+from helpers import builders, plain
+from helpers.family_examples import EXAMPLES
 
 
 def uncompiled(query: Tensor, key: Tensor, value: Tensor, training: bool, **settings: Any) -> Any:
@@ -49,6 +44,7 @@ def flexible(model: CAFe) -> Iterator[None]:
         model.model.set_attn_implementation("sdpa")
 
 
+@pytest.mark.slow
 def test_the_states_are_those_of_sdpa(family_model: CAFe, monkeypatch: pytest.MonkeyPatch) -> None:
     if not takes_it(family_model):
         return  # see the test below
@@ -77,7 +73,7 @@ def test_it_is_for_the_language_model_or_the_model_is_refused(
 
 @pytest.mark.slow
 def test_the_kernel_that_is_compiled_for_a_cpu_has_the_states(tmp_path: Path) -> None:
-    directory = builders.build("gemma3", tmp_path / "gemma3")  # windows, and pictures that see
+    directory = builders.build("gemma3", tmp_path / "gemma3")  # windows, and images that see
     model = CAFe.from_pretrained(directory, dtype=torch.float32, device="cpu")
     rows, expected, vision = plain.run(model, EXAMPLES[1:2])
     with flexible(model), torch.inference_mode():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,33 +14,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import builders
-from test_family import EXAMPLES, A, B, turn
-
 from cafe.errors import FamilyError
-from cafe.model import vlm
+from cafe.model import hidden
 from cafe.model.families import Grid
 from cafe.model.families.mrope import mrope_positions
-from cafe.model.trie import (
-    AttentionRule,
-    TokenSequence,
-    build_row,
-    image_keys,
-    padding_mask,
-    picture_runs,
-    sight_ends,
-    stack_rows,
-)
+from cafe.model.image_keys import image_keys, image_runs, visible_until
+from cafe.model.rows.trie import AttentionRule, TokenSequence, build_row, padding_mask, stack_rows
 from cafe.model.vlm import CAFe, layer_windows
 from cafe.types import Example, user
+from helpers import builders
+from helpers.family_examples import EXAMPLES, A, B, turn
 
 TEXT = [7]
 
 
 def keys_of(*parts: Any) -> np.ndarray:
-    """Ints are text tokens; (picture, features) is a picture."""
+    """Ints are text tokens; (image, features) is an image."""
     return np.concatenate([[p] if isinstance(p, int) else image_keys(*p) for p in parts])
 
 
@@ -49,7 +37,7 @@ def keys_of(*parts: Any) -> np.ndarray:
 
 
 def test_positions_that_a_person_can_check():
-    """Two words, a picture of 2 lines and 3 columns, two words: the longer side counts."""
+    """Two words, an image of 2 lines and 3 columns, two words: the longer side counts."""
     found = mrope_positions(keys_of(5, 6, (0, 6), 8, 9), [Grid(1, 2, 3)])
     assert found.tolist() == [
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
@@ -63,7 +51,7 @@ def test_text_counts_alike_on_every_axis():
     assert mrope_positions(keys_of(5, 6, 7), []).tolist() == [[0, 1, 2]] * 4
 
 
-def test_a_later_picture_is_looked_up_by_its_number():
+def test_a_later_image_is_looked_up_by_its_number():
     found = mrope_positions(keys_of((1, 2), 5, (0, 1)), [Grid(1, 1, 1), Grid(1, 2, 1)])
     assert found[1:].tolist() == [[0, 0, 2, 3], [0, 1, 2, 3], [0, 0, 2, 3]]
 
@@ -83,7 +71,7 @@ def random_model(name: str) -> Any:
     )
 )
 def test_positions_are_those_of_the_model_itself(name: str, parts: list[Any]):
-    """`get_rope_index` of transformers; between pictures there is always a token, as there is."""
+    """`get_rope_index` of transformers; between images there is always a token, as there is."""
     model = random_model(name)
     grids = [Grid(*p) for p in parts if isinstance(p, tuple)]
     pieces: list[Any] = []
@@ -111,7 +99,7 @@ def test_a_row_carries_the_positions_of_its_sequences_and_refuses_unequal_ones()
     sequences = [TokenSequence(np.abs(k), k, mrope_positions(k, grids)) for k in keys]
     row = build_row(sequences)
     assert row.positions.shape == (4, 7)
-    for sequence, places in zip(sequences, row.places, strict=True):
+    for sequence, places in zip(sequences, row.token_indices, strict=True):
         assert row.positions[:, places].tolist() == sequence.positions.tolist()  # type: ignore[union-attr]
     batch = stack_rows([row, build_row(sequences[:1])], pad_token=0)
     assert batch.positions.shape == (4, 2, 7)
@@ -124,12 +112,12 @@ def test_a_row_carries_the_positions_of_its_sequences_and_refuses_unequal_ones()
 
 
 def test_runs_and_sight_that_a_person_can_check():
-    """The same picture twice, and two parts of one picture with a word between them."""
+    """The same image twice, and two parts of one image with a word between them."""
     first, second = image_keys(1, 4)[:2], image_keys(1, 4)[2:]
     keys = np.concatenate([TEXT, image_keys(0, 2), image_keys(0, 2), TEXT, first, TEXT, second])
-    assert picture_runs(keys) == [(1, 3), (3, 5), (6, 8), (9, 11)]
-    assert sight_ends(keys[None]).tolist() == [[1, 3, 3, 5, 5, 6, 8, 8, 9, 11, 11]]
-    assert picture_runs(np.array([5, 6])) == []
+    assert image_runs(keys) == [(1, 3), (3, 5), (6, 8), (9, 11)]
+    assert visible_until(keys[None]).tolist() == [[1, 3, 3, 5, 5, 6, 8, 8, 9, 11, 11]]
+    assert image_runs(np.array([5, 6])) == []
 
 
 ROWS = st.lists(
@@ -146,14 +134,14 @@ ROWS = st.lists(
 def test_a_row_allows_what_each_sequence_alone_allows(
     group: list[np.ndarray], window: int | None, sighted: bool
 ):
-    """Against the definition: causal, or in one run of a picture; within the window."""
+    """Against the definition: causal, or in one run of an image; within the window."""
     row = build_row([TokenSequence(np.abs(keys), keys) for keys in group])
     batch = stack_rows([row], pad_token=0)
-    sight = torch.from_numpy(sight_ends(batch.keys)) if sighted else None
+    sight = torch.from_numpy(visible_until(batch.keys)) if sighted else None
     rule = AttentionRule(batch.subtree_end, sight, batch.positions, window)
     mask = rule.dense()[0, 0].numpy()
-    for keys, places in zip(group, row.places, strict=True):
-        runs = picture_runs(keys) if sighted else []
+    for keys, places in zip(group, row.token_indices, strict=True):
+        runs = image_runs(keys) if sighted else []
         for i in range(len(keys)):
             for j in range(len(keys)):
                 together = any(a <= i < b and a <= j < b for a, b in runs)
@@ -172,7 +160,7 @@ def test_flex_attention_gets_the_same_rule():
         build_row([TokenSequence(np.abs(group[1]), group[1])]),
     ]
     batch = stack_rows(rows, pad_token=0)
-    sight = torch.from_numpy(sight_ends(batch.keys))
+    sight = torch.from_numpy(visible_until(batch.keys))
     length = batch.input_ids.shape[1]
     for sighted in (None, sight):
         for window in (None, 3):
@@ -201,14 +189,14 @@ def test_windows_of_each_kind_of_language_model():
 # ------------------------------------------------------------------ templates
 
 
-def test_a_pictures_line_ends_join_with_the_words_around_it(tmp_path: Path):
-    """Gemma3 writes line ends around a picture; tokenised apart they would be other tokens."""
+def test_a_images_line_ends_join_with_the_words_around_it(tmp_path: Path):
+    """Gemma3 writes line ends around an image; tokenised apart they would be other tokens."""
     model = CAFe.from_pretrained(builders.build("gemma3", tmp_path / "gemma3"))
     rows, _ = model.collator.embedding_rows([user(A)])
     tokenizer = model.processor.tokenizer
     three = tokenizer("\n\n\n", add_special_tokens=False)["input_ids"]
     assert len(three) == 1
-    # "user\n" and the "\n\n" that begin the picture.
+    # "user\n" and the "\n\n" that begin the image.
     assert rows.input_ids[0].tolist().count(three[0]) == 1
 
 
@@ -222,7 +210,7 @@ def test_an_answer_begins_as_the_template_writes_it_and_turns_end_where_it_says(
     assert model.collator.pooled_token == "<end_of_utterance>"
 
 
-def test_examples_that_share_a_picture_share_its_tokens(tmp_path: Path):
+def test_examples_that_share_a_image_share_its_tokens(tmp_path: Path):
     model = CAFe.from_pretrained(builders.build("qwen3_vl", tmp_path / "qwen3_vl"))
     example = Example("e", dialogues=(turn(A, "Is it?", "yes"), turn(A, B, "Which?", "no")))
     rows = model.collator([example]).rows
@@ -238,13 +226,13 @@ def test_a_padding_mask_is_enough_where_nothing_is_shared(
     family_model: CAFe, monkeypatch: pytest.MonkeyPatch
 ):
     """What FlashAttention-2 is given; here SDPA reads it, as transformers makes of it."""
-    if family_model.family.pictures_see_themselves:
+    if family_model.family.bidirectional_image_attention:
         return
     chunk = replace(family_model.collator, sharing="none")(EXAMPLES)
     with torch.inference_mode():
         expected = family_model(chunk.rows, chunk.vision)
         real = padding_mask(chunk.rows.subtree_end)
-        monkeypatch.setattr(vlm, "attention_masks", lambda *_: real)
+        monkeypatch.setattr(hidden, "attention_masks", lambda *_: real)
         found = family_model(chunk.rows, chunk.vision)
     assert 0 < int(real.sum()) < real.numel()
     assert float((found - expected)[real.bool()].abs().max()) <= 1e-6
@@ -256,13 +244,13 @@ def test_a_row_with_branches_has_no_padding_mask(family_model: CAFe):
         padding_mask(rows.subtree_end)
 
 
-def test_flash_attention_shares_nothing_and_refuses_pictures_that_see_themselves(
+def test_flash_attention_shares_nothing_and_refuses_images_that_see_themselves(
     family_model: CAFe,
 ):
     config = family_model.model.config
     config._attn_implementation = "flash_attention_2"
     try:
-        if family_model.family.pictures_see_themselves:
+        if family_model.family.bidirectional_image_attention:
             with pytest.raises(FamilyError, match="flash_attention_2 cannot do; use sdpa or flex"):
                 CAFe(family_model.model, family_model.processor)
         else:

@@ -1,8 +1,7 @@
-"""Videos: sampled evenly, shared as pictures are, and equal to what the plain processor makes."""
+"""Videos: sampled evenly, shared as images are, and equal to what the plain processor makes."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,27 +9,24 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import builders
-import plain
 import torch
-from test_family import EXACT, A, noise, turn
 
 from cafe.errors import ImageError
 from cafe.media import evenly_spaced, open_video
 from cafe.model.families import Grid
 from cafe.model.families.mrope import mrope_positions
-from cafe.model.trie import image_keys
+from cafe.model.image_keys import image_keys
 from cafe.model.vlm import CAFe
 from cafe.types import Example, Message, Video, user
+from helpers import builders, plain
+from helpers.family_examples import EXACT, A, turn
+from helpers.images import noise
 
 NATIVE = {"llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"}
 
 
 def video(seed: int, frames: int, width: int = 64, height: int = 48) -> Video:
-    return Video(tuple(noise(100 * seed + i, width, height).source for i in range(frames)))  # type: ignore[misc]
+    return Video(tuple(noise(100 * seed + i, width, height) for i in range(frames)))  # type: ignore[misc]
 
 
 SHORT, OTHER, LONG = video(1, 4), video(3, 4, 50, 60), video(2, 6, 40, 70)
@@ -47,7 +43,7 @@ EXAMPLES = [
     Example("text", query=user("a cat"), target=user("a red cat")),
 ]
 MIXED = Example(
-    "beside a picture",
+    "beside an image",
     query=user(A, "and", SHORT),
     target=user(SHORT, A, "which"),
     dialogues=(turn(A, "It?", "no"),),
@@ -57,7 +53,7 @@ MIXED = Example(
 def test_every_state_is_that_of_the_plain_processor_and_model(family_model: CAFe):
     examples = [*EXAMPLES]
     if family_model.family.model_type != "smolvlm":
-        # transformers' SmolVLM overwrites the pictures of a call with its videos.
+        # transformers' SmolVLM overwrites the images of a call with its videos.
         examples.append(MIXED)
     if family_model.family.model_type not in NATIVE:
         rows, _, _ = plain.run(family_model, EXAMPLES[1:2])
@@ -69,7 +65,7 @@ def test_every_state_is_that_of_the_plain_processor_and_model(family_model: CAFe
     assert plain.worst_difference(family_model, examples, sharing="none") <= EXACT
 
 
-def test_pictures_and_videos_of_one_batch_train_and_answer(family_model: CAFe):
+def test_images_and_videos_of_one_batch_train_and_answer(family_model: CAFe):
     chunk = family_model.collator([*EXAMPLES, MIXED])
     hidden = family_model(chunk.rows, chunk.vision)
     hidden.square().sum().backward()

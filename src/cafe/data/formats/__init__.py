@@ -19,11 +19,15 @@ from cafe.data.formats.swift import SWIFT
 from cafe.data.records import Record
 from cafe.errors import DataError
 
-__all__ = ["FORMATS", "Format", "check_columns", "detect_format", "renamed"]
+__all__ = ["FORMATS", "Format", "NoFormat", "check_columns", "detect_format", "renamed"]
 
 FORMATS: dict[str, Format] = {
     format.name: format for format in (LLAVA, MESSAGES, SWIFT, MMEB, PAIRS, CAPTIONS)
 }
+
+
+class NoFormat(DataError):
+    """The columns of some records fit no format."""
 
 
 def detect_format(columns: Collection[str]) -> Format:
@@ -43,7 +47,7 @@ def detect_format(columns: Collection[str]) -> Format:
     if names >= EVALUATION_COLUMNS:
         raise DataError("these are queries of MMEB-eval, which are for evaluation, not training")
     layouts = "; ".join(f"{f.name}: {f.layout}" for f in FORMATS.values())
-    raise DataError(
+    raise NoFormat(
         f"the columns ({shown}) fit no format; map them, for example columns: "
         f"{{image: …, caption: …}}. Formats are {layouts}"
     )

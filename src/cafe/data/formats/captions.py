@@ -1,12 +1,13 @@
-"""Pictures with captions: an image folder's metadata, WebDataset samples, tables of two columns.
+"""Images with captions: an image folder's metadata, WebDataset samples, files of captions, tables.
 
-Records of `metadata.jsonl` (an image folder), of a tar archive, and of a table:
+Records of `metadata.jsonl` (an image folder), of a tar archive, and of a table; those of the files
+in `cafe.data.tables.captions` and `cafe.data.tables.published` are like the last:
 
     {"file_name": "0001.png", "text": "A red mug on a table."}
     0001.jpg + 0001.txt
     {"image": {"bytes": …, "path": …}, "caption": ["A red mug.", "A mug on a table."]}
 
-Several captions of a picture give as many examples, none of which is a negative of another. In a
+Several captions of an image give as many examples, none of which is a negative of another. In a
 dialogue the caption answers a fixed request. Format of the folder:
 https://huggingface.co/docs/datasets/image_load#imagefolder.
 """
@@ -15,41 +16,42 @@ from __future__ import annotations
 
 from typing import Any
 
+from cafe.data.columns import CAPTION, IMAGE
 from cafe.data.formats.base import Format
-from cafe.data.pictures import Media, media_value
-from cafe.data.records import Meaning, Record, kind
+from cafe.data.media_paths import MediaResolver, media_value
+from cafe.data.records import ReadOptions, Record, kind
 from cafe.errors import DataError
 from cafe.types import Example, Message, user
 
 REQUEST = "Describe this image."
 
-_IMAGE = ("image", "file_name")
-_CAPTION = ("caption", "captions", "text")
 _OTHERS = {"conversations", "messages"}
 
 
-def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tuple[Example, ...]:
-    shown = media.images(media_value(record, *_IMAGE))
+def _read(
+    identity: str, record: Record, media: MediaResolver, options: ReadOptions
+) -> tuple[Example, ...]:
+    shown = media.images(media_value(record, *IMAGE))
     if not shown:
-        raise DataError("it has no picture")
-    captions = _captions(media_value(record, *_CAPTION))
+        raise DataError("it has no image")
+    captions = _captions(media_value(record, *CAPTION))
     several = len(captions) > 1
     examples: list[Example] = []
     for number, caption in enumerate(captions, 1):
         name = f"{identity}-{number}" if several else identity
         dialogue = (*user(*shown, REQUEST), Message("assistant", (caption,)))
-        if meaning.mode == "chat":
-            examples.append(Example(name, dialogues=(dialogue,), task=meaning.task))
+        if options.mode == "chat":
+            examples.append(Example(name, dialogues=(dialogue,), task=options.task))
             continue
         examples.append(
             Example(
                 name,
                 query=user(*shown),
                 target=user(caption),
-                dialogues=(dialogue,) if meaning.language_loss else (),
+                dialogues=(dialogue,) if options.language_loss else (),
                 target_id=identity if several else caption,
-                task=meaning.task,
-                embedding_prompt=meaning.embedding_prompt,
+                task=options.task,
+                embedding_prompt=options.prompt,
             )
         )
     return tuple(examples)
@@ -69,9 +71,9 @@ def _captions(value: object) -> list[str]:
 CAPTIONS = Format(
     name="captions",
     layout="image (or file_name), caption (or text)",
-    columns=frozenset({*_IMAGE, *_CAPTION, "id"}),
+    columns=frozenset({*IMAGE, *CAPTION, "id"}),
     fits=lambda columns: (
-        bool(columns & {*_IMAGE}) and bool(columns & {*_CAPTION}) and not columns & _OTHERS
+        bool(columns & {*IMAGE}) and bool(columns & {*CAPTION}) and not columns & _OTHERS
     ),
     modes=("caption", "chat"),
     pair_prompt="compress",

@@ -8,22 +8,24 @@ One record, from LLaVA's own pretraining data:
     ]}
 
 `image` is a path, a list of paths (also named `images`), or absent; so is `video` (`videos`).
-In pair mode the question is the query and the answer the target, which may show a picture: so the
+In pair mode the question is the query and the answer the target, which may show an image: so the
 published code writes MMEB. Formats: https://github.com/haotian-liu/LLaVA,
 docs/Finetune_Custom_Data.md; https://github.com/hiyouga/LLaMA-Factory, data/README.md.
 """
 
 from __future__ import annotations
 
-from cafe.data.formats.base import Format
-from cafe.data.formats.turns import Shown, conversation_example, read_conversation
-from cafe.data.pictures import Media, media_value
-from cafe.data.records import Meaning, Record
+from cafe.data.formats.base import Format, conversation_example
+from cafe.data.formats.turns import ListedMedia, read_conversation
+from cafe.data.media_paths import MediaResolver, media_value
+from cafe.data.records import ReadOptions, Record
 from cafe.types import Example
 
 
-def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tuple[Example, ...]:
-    shown = Shown(
+def _read(
+    identity: str, record: Record, media: MediaResolver, options: ReadOptions
+) -> tuple[Example, ...]:
+    shown = ListedMedia(
         media.images(media_value(record, "image", "images")),
         media.videos(media_value(record, "video", "videos")),
     )
@@ -32,9 +34,9 @@ def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tupl
         shown,
         media,
         field="conversations",
-        answers_show=meaning.mode == "pair",
+        answers_show=options.mode == "pair",
     )
-    return (conversation_example(identity, conversation, meaning),)
+    return (conversation_example(identity, conversation, options, media.changes),)
 
 
 LLAVA = Format(

@@ -1,6 +1,6 @@
 """OpenAI messages, as TRL's data sets and many others hold them.
 
-One record, with pictures in a column beside (`{"type": "image"}` takes the next of them) or in the
+One record, with images in a separate column (`{"type": "image"}` takes the next of them) or in the
 parts themselves (a path or a data URL):
 
     {"images": ["a.jpg"], "messages": [
@@ -13,21 +13,23 @@ parts themselves (a path or a data URL):
             {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": "A red mug."}]}
 
-Where `content` is a string, `<image>` in it takes the next picture. Format:
+Where `content` is a string, `<image>` in it takes the next image. Format:
 https://huggingface.co/docs/trl/dataset_formats#vision-datasets.
 """
 
 from __future__ import annotations
 
-from cafe.data.formats.base import Format
-from cafe.data.formats.turns import Shown, conversation_example, read_conversation
-from cafe.data.pictures import Media, media_value
-from cafe.data.records import Meaning, Record
+from cafe.data.formats.base import Format, conversation_example
+from cafe.data.formats.turns import ListedMedia, read_conversation
+from cafe.data.media_paths import MediaResolver, media_value
+from cafe.data.records import ReadOptions, Record
 from cafe.types import Example
 
 
-def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tuple[Example, ...]:
-    shown = Shown(
+def _read(
+    identity: str, record: Record, media: MediaResolver, options: ReadOptions
+) -> tuple[Example, ...]:
+    shown = ListedMedia(
         media.images(media_value(record, "images", "image"), "images"),
         media.videos(media_value(record, "videos", "video"), "videos"),
     )
@@ -37,9 +39,9 @@ def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tupl
         media,
         field="messages",
         parts=True,
-        answers_show=meaning.mode == "pair",
+        answers_show=options.mode == "pair",
     )
-    return (conversation_example(identity, conversation, meaning),)
+    return (conversation_example(identity, conversation, options, media.changes),)
 
 
 MESSAGES = Format(

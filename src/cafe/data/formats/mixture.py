@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from cafe.errors import DataError
+from cafe.errors import DataError, quoted
 
 _STRATEGY = re.compile(r"all|(?P<which>first|end|random):(?P<count>\d+(?:\.\d+)?)(?P<share>%)?")
 
@@ -58,7 +58,7 @@ def _portion(mixture: Path, number: int, entry: Any) -> Portion:
     strategy = entry.get("sampling_strategy", "all")
     if not isinstance(strategy, str) or not _STRATEGY.fullmatch(strategy):
         raise DataError(
-            f"{place}: sampling_strategy is {strategy!r}, expected all, first:N, end:N or "
+            f"{place}: sampling_strategy is {quoted(strategy)}, expected all, first:N, end:N or "
             "random:N, where N is a number or a share such as 10%"
         )
     return Portion(mixture.parent / Path(entry["json_path"]).expanduser(), strategy)

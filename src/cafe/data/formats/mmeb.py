@@ -1,6 +1,6 @@
 r"""MMEB's own tables: pairs to train on, and queries with candidates to evaluate on.
 
-One row of TIGER-Lab/MMEB-train (empty strings where there is no text or picture):
+One row of TIGER-Lab/MMEB-train (empty strings where there is no text or image):
 
     qry             "<|image_1|>\nRepresent the given image with the following question: What ..."
     qry_image_path  "images/A-OKVQA/Train/A-OKVQA_0.jpg"
@@ -15,7 +15,7 @@ One row of TIGER-Lab/MMEB-eval; the first candidate is the right one:
     tgt_img_path    ["", "", ...]
 
 Instructions are part of the text, so no embedding prompt is added (arXiv 2503.19900, MMEB mode).
-`<|image_1|>` is where the picture stands; blanks at the ends of texts are left out.
+`<|image_1|>` is where the image stands; blanks at the ends of texts are left out.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cafe.data.formats.base import Format
-from cafe.data.formats.turns import pair_example
-from cafe.data.pictures import Media
-from cafe.data.records import Meaning, Record, kind
+from cafe.data.formats.base import Format, pair_example
+from cafe.data.media_paths import MediaResolver
+from cafe.data.records import ReadOptions, Record, kind
 from cafe.errors import DataError
 from cafe.types import Conversation, Example, Part, user
 
@@ -51,17 +50,19 @@ class Ranked:
     positives: tuple[int, ...]
 
 
-def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tuple[Example, ...]:
+def _read(
+    identity: str, record: Record, media: MediaResolver, options: ReadOptions
+) -> tuple[Example, ...]:
     query = _side(record, "qry", "qry_image_path", media)
     target = _side(record, "pos_text", "pos_image_path", media)
     negative = _side(record, "neg_text", "neg_image_path", media)
     for name, side in (("qry", query), ("pos_text", target)):
         if side is None:
-            raise DataError(f"{name!r} is empty, and so is its picture")
+            raise DataError(f"{name!r} is empty, and so is its image")
     assert query is not None
     assert target is not None
     negatives = () if negative is None else (negative,)
-    return (pair_example(identity, query, target, meaning, negatives),)
+    return (pair_example(identity, query, target, options, negatives),)
 
 
 MMEB = Format(
@@ -84,14 +85,14 @@ MMEB = Format(
 class RankedReader:
     """Rows of MMEB-eval -> `Ranked`. Candidates that come again are the same object."""
 
-    media: Media
+    media: MediaResolver
     _known: dict[tuple[Any, Any], Conversation] = field(default_factory=dict)
 
     def read(self, identity: str, record: Record) -> Ranked:
         """Raises DataError for a row that cannot be used."""
         query = _side(record, "qry_text", "qry_img_path", self.media)
         if query is None:
-            raise DataError("'qry_text' is empty, and so is its picture")
+            raise DataError("'qry_text' is empty, and so is its image")
         candidates = tuple(self._candidates(record))
         if not candidates:
             raise DataError(
@@ -100,16 +101,16 @@ class RankedReader:
         return Ranked(identity, query, candidates, positives=(0,))
 
     def _candidates(self, record: Record) -> Iterator[Conversation]:
-        texts, pictures = _listed(record, "tgt_text"), _listed(record, "tgt_img_path")
-        if len(texts) != len(pictures):
+        texts, images = _listed(record, "tgt_text"), _listed(record, "tgt_img_path")
+        if len(texts) != len(images):
             raise DataError(
-                f"'tgt_text' has {len(texts)} candidates, 'tgt_img_path' has {len(pictures)}"
+                f"'tgt_text' has {len(texts)} candidates, 'tgt_img_path' has {len(images)}"
             )
-        for number, key in enumerate(zip(texts, pictures, strict=True)):
+        for number, key in enumerate(zip(texts, images, strict=True)):
             if key not in self._known:
                 side = _built(*key, "tgt_text", self.media)
                 if side is None:
-                    raise DataError(f"candidate {number} has neither text nor picture")
+                    raise DataError(f"candidate {number} has neither text nor image")
                 self._known[key] = side
             yield self._known[key]
 
@@ -124,19 +125,19 @@ def _listed(record: Record, name: str) -> list[Any]:
 # ---------------------------------------------------------------------- one side
 
 
-def _side(record: Record, text: str, picture: str, media: Media) -> Conversation | None:
-    return _built(record.get(text), record.get(picture), text, media)
+def _side(record: Record, text: str, value: str, media: MediaResolver) -> Conversation | None:
+    return _built(record.get(text), record.get(value), text, media)
 
 
-def _built(text: object, picture: object, name: str, media: Media) -> Conversation | None:
-    """Text and at most one picture, at its marker or in front; None when there is neither."""
+def _built(text: object, value: object, name: str, media: MediaResolver) -> Conversation | None:
+    """Text and at most one image, at its marker or in front; None when there is neither."""
     if not isinstance(text, str | None):
         raise DataError(f"{name!r} is {kind(text)}, expected text")
     pieces = _MARKER.split(text or "")
-    shown = media.images(picture or None, name)
+    shown = media.images(value or None, name)
     if len(pieces) - 1 > len(shown):
         raise DataError(
-            f"{name!r}: number of <|image_1|> markers is {len(pieces) - 1}, number of pictures is "
+            f"{name!r}: number of <|image_1|> markers is {len(pieces) - 1}, number of images is "
             f"{len(shown)}; they must be equal"
         )
     if shown and len(pieces) == 1:

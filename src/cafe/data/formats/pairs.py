@@ -1,13 +1,13 @@
 """Columns of pairs, as sentence-transformers names them, and FlagEmbedding's.
 
-Two records; a value is text, the path of a picture, a picture as the `datasets` library stores it,
-or text and picture together:
+Two records; a value is text, the path of an image, an image as the `datasets` library stores it,
+or text and image together:
 
     {"anchor": "a red mug", "positive": "mug.jpg", "negative_1": "cup.jpg", "negative_2": "a cat"}
     {"query": {"text": "in blue", "image": "mug.jpg"}, "pos": ["blue-mug.jpg"], "neg": ["cat.jpg"]}
 
 `anchor` is also named `query`; `positive` also `pos` or `target`; `negative` also `negatives` or
-`neg`, and a number may follow. A column of the same name with `_image` behind it holds pictures
+`neg`, and a number may follow. A column of the same name with `_image` behind it holds images
 only (`query_image`). A list in `positive` gives as many examples, none of which is a negative of
 another. Format: https://sbert.net/docs/sentence_transformer/training_overview.html.
 """
@@ -17,19 +17,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from cafe.data.formats.base import Format
-from cafe.data.formats.turns import pair_example
-from cafe.data.pictures import Media
-from cafe.data.records import Meaning, Record, kind
+from cafe.data.formats.base import Format, pair_example
+from cafe.data.media_paths import MediaResolver
+from cafe.data.records import ReadOptions, Record, kind
 from cafe.errors import DataError
-from cafe.types import Conversation, Example, Part, Stored, user
+from cafe.types import Conversation, Example, Part, StoredImage, user
 
 _QUERY = ("anchor", "query")
 _TARGET = ("positive", "pos", "target")
 _NEGATIVE = re.compile(r"(?P<side>(negatives?|neg)(_\d+)?)(_image)?")
 
 
-def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tuple[Example, ...]:
+def _read(
+    identity: str, record: Record, media: MediaResolver, options: ReadOptions
+) -> tuple[Example, ...]:
     queries = list(_sides(record, _QUERY, media))
     targets = list(_sides(record, _TARGET, media))
     if len(queries) != 1:
@@ -44,7 +45,7 @@ def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tupl
             f"{identity}-{number}" if several else identity,
             queries[0],
             target,
-            meaning,
+            options,
             negatives,
             target_id=identity if several else None,
         )
@@ -52,34 +53,34 @@ def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tupl
     )
 
 
-def _sides(record: Record, names: tuple[str, ...], media: Media) -> Iterator[Conversation]:
-    """What the first filled column of `names`, and the picture column beside it, hold."""
+def _sides(record: Record, names: tuple[str, ...], media: MediaResolver) -> Iterator[Conversation]:
+    """What the first filled column of `names`, and its image column, contain."""
     for name in names:
-        text, picture = record.get(name), record.get(f"{name}_image")
-        if text is None and picture is None:
+        text, image = record.get(name), record.get(f"{name}_image")
+        if text is None and image is None:
             continue
         values = text if isinstance(text, list) else [text]
         for value in values:
-            shown = media.images(picture or None, f"{name}_image")
+            shown = media.images(image or None, f"{name}_image")
             content = (*shown, *_parts(value, name, media))
             if content:
                 yield user(*content)
         return
 
 
-def _parts(value: object, name: str, media: Media) -> tuple[Part, ...]:
+def _parts(value: object, name: str, media: MediaResolver) -> tuple[Part, ...]:
     match value:
         case None:
             return ()
         case str():
-            if media.looks_like_picture(value):
+            if media.looks_like_image(value):
                 return (media.image(value, name),)
             return (value,) if value.strip() else ()
-        case bytes() | Stored() | {"bytes": _} | {"path": _}:
+        case bytes() | StoredImage() | {"bytes": _} | {"path": _}:
             return (media.image(value, name),)
         case {"text": text, "image": image}:
             return (*media.images(image, name), *_parts(text, name, media))
-    raise DataError(f"{name!r} holds {kind(value)}, expected text or a picture")
+    raise DataError(f"{name!r} holds {kind(value)}, expected text or an image")
 
 
 def _fits(columns: frozenset[str]) -> bool:

@@ -1,6 +1,6 @@
 """Contrastive records of ms-swift: messages of a query, its positives and its negatives.
 
-One record; `<image>` takes the next picture of the list beside:
+One record; `<image>` takes the next image of the list:
 
     {"messages": [{"role": "user", "content": "<image>Find the same mug."}], "images": ["q.jpg"],
      "positive_messages": [[{"role": "user", "content": "<image>"}]],
@@ -13,15 +13,17 @@ https://swift.readthedocs.io/en/latest/BestPractices/Embedding.html.
 
 from __future__ import annotations
 
-from cafe.data.formats.base import Format
-from cafe.data.formats.turns import Shown, pair_example, read_conversation
-from cafe.data.pictures import Media
-from cafe.data.records import Meaning, Record, kind
+from cafe.data.formats.base import Format, pair_example
+from cafe.data.formats.turns import ListedMedia, read_conversation
+from cafe.data.media_paths import MediaResolver
+from cafe.data.records import ReadOptions, Record, kind
 from cafe.errors import DataError
 from cafe.types import Conversation, Example
 
 
-def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tuple[Example, ...]:
+def _read(
+    identity: str, record: Record, media: MediaResolver, options: ReadOptions
+) -> tuple[Example, ...]:
     query = _side(record.get("messages"), record.get("images"), media, "messages")
     positives = _sides(record, "positive", media)
     if not positives:
@@ -33,7 +35,7 @@ def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tupl
             f"{identity}-{number}" if several else identity,
             query,
             positive,
-            meaning,
+            options,
             negatives,
             target_id=identity if several else None,
         )
@@ -41,27 +43,27 @@ def _read(identity: str, record: Record, media: Media, meaning: Meaning) -> tupl
     )
 
 
-def _sides(record: Record, name: str, media: Media) -> list[Conversation]:
-    """The conversations of `positive_messages` or `negative_messages`, each with its pictures."""
+def _sides(record: Record, name: str, media: MediaResolver) -> list[Conversation]:
+    """The conversations of `positive_messages` or `negative_messages`, each with its images."""
     field = f"{name}_messages"
     listed = record.get(field) or []
-    pictures = record.get(f"{name}_images") or [None] * len(listed)
-    for key, value in ((field, listed), (f"{name}_images", pictures)):
+    image_lists = record.get(f"{name}_images") or [None] * len(listed)
+    for key, value in ((field, listed), (f"{name}_images", image_lists)):
         if not isinstance(value, list):
             raise DataError(f"{key!r} is {kind(value)}, expected a list of lists")
-    if len(pictures) != len(listed):
+    if len(image_lists) != len(listed):
         raise DataError(
-            f"{field!r} has {len(listed)} entries and '{name}_images' has {len(pictures)}; write "
-            "one list of pictures, which may be empty, for each"
+            f"{field!r} has {len(listed)} entries and '{name}_images' has {len(image_lists)}; "
+            "write one list of images, which may be empty, for each"
         )
     return [
         _side(messages, images, media, f"{field} {number}")
-        for number, (messages, images) in enumerate(zip(listed, pictures, strict=True), 1)
+        for number, (messages, images) in enumerate(zip(listed, image_lists, strict=True), 1)
     ]
 
 
-def _side(messages: object, images: object, media: Media, field: str) -> Conversation:
-    shown = Shown(media.images(images or None, "images"))
+def _side(messages: object, images: object, media: MediaResolver, field: str) -> Conversation:
+    shown = ListedMedia(media.images(images or None, "images"))
     return read_conversation(messages, shown, media, field=field, parts=True)
 
 

@@ -1,34 +1,34 @@
-"""Conversations as files write them: turns, markers where pictures stand, and the three modes.
+"""Conversations as files contain them: turns, with markers for the positions of images.
 
 Turns are `from`/`value` or `role`/`content`; roles are human or user, gpt or assistant, and system
-(first). Each `<image>` in a human text is where the next picture stands.
+(first). Each `<image>` in a human text is the position of the next image; in an answer it is text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cafe.data.pictures import Media
-from cafe.data.records import Meaning, kind
-from cafe.errors import DataError
-from cafe.types import Conversation, Example, Image, Message, Part, Role, Video, user
+from cafe.data.media_paths import MediaResolver
+from cafe.data.records import kind
+from cafe.errors import DataError, check_unicode, quoted
+from cafe.types import Conversation, Image, Message, Part, Role, Video
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where the next picture or video of the record stands."""
+    """The position of the next image or video of the record."""
 
     kind: Literal["image", "video"]
 
 
 Piece = str | Image | Video | Slot
 
-# The newline between a marker and the text is the format's, not the text's: templates add theirs.
-_MARKER = re.compile(r"(?:\r?\n)?<(image|video)>(?:\r?\n)?")
-_IMAGE_MARKER = re.compile(r"(?:\r?\n)?<(image)>(?:\r?\n)?")
+# The newline between a marker and the text belongs to the format: templates add their own.
+_MARKER = re.compile(r"(?:\r?\n)?<(?P<kind>image|video)>(?:\r?\n)?")
+_IMAGE_MARKER = re.compile(r"(?:\r?\n)?<(?P<kind>image)>(?:\r?\n)?")
 _ROLES: dict[object, Role] = {
     "human": "user",
     "user": "user",
@@ -36,12 +36,13 @@ _ROLES: dict[object, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+_TOOLS = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
 _EMPTY: dict[Role, str] = {"user": "question", "assistant": "answer", "system": "system text"}
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """The pictures and videos that a record lists beside its turns."""
+class ListedMedia:
+    """The images and videos that a record lists apart from its turns."""
 
     images: tuple[Image, ...] = ()
     videos: tuple[Video, ...] = ()
@@ -49,11 +50,18 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn; `named` is what the file calls the role."""
+    """One turn.
+
+    role      who speaks
+    named     the role's name in the file
+    pieces    texts, images and slots for images, in reading order
+    written   the pieces with the newlines around markers and all spaces; None: not from one text
+    """
 
     role: Role
     named: str
     pieces: tuple[Piece, ...]
+    written: tuple[Piece, ...] | None = None
 
 
 # ---------------------------------------------------------------------- turns -> conversation
@@ -61,217 +69,177 @@ class Turn:
 
 def read_conversation(
     value: Any,
-    shown: Shown,
-    media: Media,
+    shown: ListedMedia,
+    media: MediaResolver,
     *,
     field: str,
     parts: bool = False,
     answers_show: bool = False,
 ) -> Conversation:
-    """A list of turns, with each marker replaced by the next picture.
+    """A conversation from a list of turns, with each marker replaced by the next image.
 
-    field         where it stands in the record, for messages
-    parts         `content` may also be a list of typed parts (OpenAI)
-    answers_show  an answer may hold a picture
-    Raises DataError when turns are not what they should be, a text is empty, or the markers do not
-    match the pictures (one picture without a marker is put in front of the first question).
+    Args:
+        value: The list, as read from the file.
+        shown: The images and videos that the markers stand for.
+        media: Resolves images in typed parts.
+        field: The name of the list in the record, for messages.
+        parts: `content` may also be a list of typed parts (OpenAI).
+        answers_show: An answer may contain an image.
+
+    Returns:
+        The conversation. One image without a marker is put in front of the first question.
+
+    Raises:
+        DataError: A turn is malformed, a text is empty, or the markers do not match the images.
     """
     if not isinstance(value, list) or not value:
-        found = "nothing" if value is None else kind(value)
-        raise DataError(f"{field!r} must be a list of turns, found {found}")
-    # Somebody may write of the HTML tag; where the record has no video, it is text.
+        actual = "nothing" if value is None else kind(value)
+        raise DataError(f"{field!r} must be a list of turns, found {actual}")
+    # A text may mention the HTML tag <video>; where the record has no video, it is text.
     marker = _MARKER if shown.videos else _IMAGE_MARKER
+    markers: dict[Role, re.Pattern[str] | None] = {
+        "user": marker,
+        "assistant": marker if answers_show else None,
+        "system": None,
+    }
     turns = [
-        _turn(turn, f"turn {number}", media, marker, parts) for number, turn in enumerate(value, 1)
+        _turn(turn, f"turn {number}", media, markers, parts) for number, turn in enumerate(value, 1)
     ]
     for number, turn in enumerate(turns, 1):
-        silent = turn.role == "system" or (turn.role == "assistant" and not answers_show)
-        if silent and any(not isinstance(piece, str) for piece in turn.pieces):
+        text_only = turn.role == "system" or (turn.role == "assistant" and not answers_show)
+        if text_only and any(not isinstance(piece, str) for piece in turn.pieces):
             raise DataError(
-                f"turn {number}: <image> stands in a {turn.named} turn; only human turns show one"
+                f"turn {number}: an image in a {turn.named} turn; only human turns contain images"
             )
     return _filled(turns, shown)
 
 
-def check_alternation(conversation: Conversation) -> None:
-    """An optional system turn, then question and answer in turn. Raises DataError."""
-    roles = [message.role for message in conversation]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise DataError(
-            f"turns must be human, gpt, human, gpt, ... up to an answer, found {', '.join(roles)}"
-        )
-
-
-def _turn(turn: Any, place: str, media: Media, marker: re.Pattern[str], parts: bool) -> Turn:
+def _turn(
+    turn: Any,
+    location: str,
+    media: MediaResolver,
+    markers: Mapping[Role, re.Pattern[str] | None],
+    parts: bool,
+) -> Turn:
     if not isinstance(turn, dict):
-        raise DataError(f"{place}: expected an object, found {kind(turn)}")
+        raise DataError(f"{location}: expected an object, found {kind(turn)}")
     for role_key, text_key in (("from", "value"), ("role", "content")):
         if role_key in turn and text_key in turn:
             break
     else:
-        raise DataError(f"{place}: has neither 'from' and 'value' nor 'role' and 'content'")
+        raise DataError(f"{location}: has neither 'from' and 'value' nor 'role' and 'content'")
     named, content = turn[role_key], turn[text_key]
     role = _ROLES.get(named) if isinstance(named, str) else None
+    written = None
+    if named in _TOOLS:
+        raise DataError(
+            f"{location}: {role_key} is {quoted(named)}, and turns of tools are not trained; leave "
+            "the record out, or its tool turns"
+        )
     if role is None:
-        raise DataError(f"{place}: {role_key} is {named!r}, expected human or gpt")
+        raise DataError(f"{location}: {role_key} is {quoted(named)}, expected human or gpt")
     if isinstance(content, str):
-        pieces = tuple(_split(_unicode(content, place), marker))
+        written = tuple(_split(_unicode(content, location), markers[role], bare=True))
+        pieces = tuple(_split(content, markers[role]))
     elif isinstance(content, list) and parts:
-        pieces = tuple(_part(part, place, media) for part in content)
+        pieces = tuple(_part(part, location, media) for part in content)
     else:
-        raise DataError(f"{place}: {text_key} is {kind(content)}, expected text")
+        raise DataError(f"{location}: {text_key} is {kind(content)}, expected text")
     if role != "system":
         pieces = tuple(piece for piece in pieces if not isinstance(piece, str) or piece.strip())
     if role == "assistant" and len(pieces) == 1 and isinstance(pieces[0], str):
         pieces = (pieces[0].strip(),)
     if not any(not isinstance(piece, str) or piece.strip() for piece in pieces):
-        raise DataError(f"{place}: the {_EMPTY[role]} is empty; write it, or leave the record out")
-    return Turn(role, str(named), pieces)
+        raise DataError(
+            f"{location}: the {_EMPTY[role]} is empty; write it, or leave the record out"
+        )
+    return Turn(role, str(named), pieces, written)
 
 
-def _split(text: str, marker: re.Pattern[str]) -> Iterator[Piece]:
+def _split(text: str, marker: re.Pattern[str] | None, bare: bool = False) -> Iterator[Piece]:
+    """Texts and markers in order.
+
+    Args:
+        text: Of one turn.
+        marker: None: a turn that shows no images, in which "<image>" is text.
+        bare: The newlines around a marker belong to the texts.
+    """
     begin = 0
-    for found in marker.finditer(text):
-        yield text[begin : found.start()]
-        yield Slot("image" if found[1] == "image" else "video")
-        begin = found.end()
+    for match in () if marker is None else marker.finditer(text):
+        first, last = (match.start("kind") - 1, match.end("kind") + 1) if bare else match.span()
+        yield text[begin:first]
+        yield Slot("image" if match["kind"] == "image" else "video")
+        begin = last
     yield text[begin:]
 
 
-def _unicode(text: str, place: str) -> str:
+def _unicode(text: str, location: str) -> str:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
-        raise DataError(f"{place}: the text is not Unicode ({error.reason})") from error
+        check_unicode(text)
+    except DataError as error:
+        raise DataError(f"{location}: {error}") from error
     return text
 
 
-def _part(part: Any, place: str, media: Media) -> Piece:
-    """One typed part. A picture without a source is the next one that the record lists."""
+def _part(part: Any, location: str, media: MediaResolver) -> Piece:
+    """One typed part. An image without a source is the next one in the record's list."""
     if isinstance(part, str):
-        return _unicode(part, place)
+        return _unicode(part, location)
     named = part.get("type") if isinstance(part, dict) else None
     match named:
         case "text":
             if not isinstance(part.get("text"), str):
-                raise DataError(f"{place}: a text part holds {kind(part.get('text'))}")
-            return _unicode(part["text"], place)
+                raise DataError(f"{location}: a text part contains {kind(part.get('text'))}")
+            return _unicode(part["text"], location)
         case "image" | "image_url":
             value = next((part[k] for k in ("image", "image_url", "url", "path") if part.get(k)), 0)
             return media.image(value, named) if value else Slot("image")
         case "video" | "video_url":
             value = next((part[k] for k in ("video", "video_url", "url", "path") if part.get(k)), 0)
             return media.video(value, named) if value else Slot("video")
-    found = kind(part) if named is None else f"type {named!r}"
-    raise DataError(f"{place}: a part is {found}, expected type text, image, image_url or video")
+    actual = kind(part) if named is None else f"type {quoted(named)}"
+    raise DataError(
+        f"{location}: a part is {actual}, expected type text, image, image_url or video"
+    )
 
 
-def _filled(turns: Sequence[Turn], shown: Shown) -> Conversation:
+def _filled(turns: Sequence[Turn], shown: ListedMedia) -> Conversation:
     pieces = [piece for turn in turns for piece in turn.pieces]
     listed: dict[str, tuple[Image | Video, ...]] = {"image": shown.images, "video": shown.videos}
     if shown.videos and not shown.images and Slot("video") not in pieces:
         listed = {"image": shown.videos, "video": ()}  # LLaVA-NeXT writes <image> for a video
     in_front: list[Part] = []
-    for name, plural in (("image", "pictures"), ("video", "videos")):
-        markers, given = pieces.count(Slot(name)), listed[name]  # type: ignore[arg-type]
+    for name, plural in (("image", "images"), ("video", "videos")):
+        markers, media = pieces.count(Slot(name)), listed[name]  # type: ignore[arg-type]
         written = any(isinstance(piece, Image | Video) for piece in pieces)
-        if markers == 0 and len(given) == 1 and not written:
-            in_front.extend(given)
-        elif markers != len(given):
+        if markers == 0 and len(media) == 1 and not written:
+            in_front.extend(media)
+        elif markers != len(media):
+            as_text = any(isinstance(piece, str) and f"<{name}>" in piece for piece in pieces)
+            hint = f" (<{name}> in a gpt turn is text; only mode: pair reads it as a marker)"
             raise DataError(
-                f"number of <{name}> markers is {markers}, number of {plural} is {len(given)}; "
-                "they must be equal"
+                f"number of <{name}> markers is {markers}, number of {plural} is {len(media)}; "
+                f"they must be equal{hint if as_text else ''}"
             )
-    coming = {name: iter(given) for name, given in listed.items()}
+    coming = {name: iter(media) for name, media in listed.items()}
     messages: list[Message] = []
     for turn in turns:
         content: list[Part] = [
             next(coming[piece.kind]) if isinstance(piece, Slot) else piece for piece in turn.pieces
         ]
-        if turn.role == "user" and in_front:  # the first question takes it
+        written = _written(turn, content)
+        if turn.role == "user" and in_front:  # for the first question
+            if turn.written is not None and written is None:
+                written = tuple(content)  # the file places no image in it
             content, in_front = [*in_front, *content], []
-        messages.append(Message(turn.role, tuple(content)))
+        messages.append(Message(turn.role, tuple(content), written))
     return tuple(messages)
 
 
-# ---------------------------------------------------------------------- conversation -> example
-
-
-def conversation_example(identity: str, conversation: Conversation, meaning: Meaning) -> Example:
-    """A conversation that ends with an answer, read in one of the three modes."""
-    check_alternation(conversation)
-    dialogues = _branches(conversation) if meaning.turns == "branches" else (conversation,)
-    match meaning.mode:
-        case "chat":
-            return Example(identity, dialogues=dialogues, task=meaning.task)
-        case "pair":
-            return _pair(identity, conversation, meaning)
-    shown = _shown(conversation)
-    if not shown:
-        raise DataError("it has no picture, and a caption needs one; read it with mode: chat")
-    text = " ".join(m.text for m in conversation if m.role == "assistant")
-    return Example(
-        identity,
-        query=user(*shown),
-        target=user(text),
-        dialogues=dialogues if meaning.language_loss else (),
-        target_id=text,
-        task=meaning.task,
-        embedding_prompt=meaning.embedding_prompt,
-    )
-
-
-def _pair(identity: str, conversation: Conversation, meaning: Meaning) -> Example:
-    """The question is the query and the answer the target, which may show a picture (MMEB)."""
-    *question, answer = conversation
-    if any(message.role == "assistant" for message in question):
-        raise DataError("a pair is one question and one answer; read it with mode: caption")
-    return pair_example(identity, tuple(question), user(*answer.content), meaning)
-
-
-def pair_example(
-    identity: str,
-    query: Conversation,
-    target: Conversation,
-    meaning: Meaning,
-    negatives: Sequence[Conversation] = (),
-    target_id: str | None = None,
-) -> Example:
-    """Two sides of a pair. A target that is text only is also the answer to the query.
-
-    target_id   None: equal targets are the same one
-    """
-    answer = Message("assistant", target[-1].content)
-    spoken = len(target) == 1 and all(isinstance(part, str) for part in answer.content)
-    answered = meaning.language_loss and spoken and query[-1].role == "user"
-    return Example(
-        identity,
-        query=query,
-        target=target,
-        negatives=tuple(negatives),
-        dialogues=((*query, answer),) if answered else (),
-        target_id=target_id,
-        task=meaning.task,
-        embedding_prompt=meaning.embedding_prompt,
-    )
-
-
-def _shown(conversation: Conversation) -> tuple[Image | Video, ...]:
-    parts = (part for message in conversation for part in message.content)
-    return tuple(part for part in parts if not isinstance(part, str))
-
-
-def _branches(conversation: Conversation) -> tuple[Conversation, ...]:
-    """Each question with its answer as a dialogue of its own, all pictures in front of it."""
-    shown = _shown(conversation)
-    system = tuple(m for m in conversation if m.role == "system")
-    spoken = conversation[len(system) :]
-    return tuple(
-        (*system, Message("user", (*shown, *_texts(question))), answer)
-        for question, answer in zip(spoken[::2], spoken[1::2], strict=True)
-    )
-
-
-def _texts(message: Message) -> tuple[str, ...]:
-    return tuple(part for part in message.content if isinstance(part, str))
+def _written(turn: Turn, content: Sequence[Part]) -> tuple[Part, ...] | None:
+    """The turn as in the file, with the images of `content`; None where it is no different."""
+    if turn.written is None or (turn.written == turn.pieces and Slot("image") not in turn.pieces):
+        return None
+    shown = (part for part in content if not isinstance(part, str))
+    filled = (next(shown) if isinstance(piece, Slot) else piece for piece in turn.written)
+    return tuple(part for part in filled if part != "")

@@ -1,45 +1,47 @@
-"""The bundled world: pictures of OpenMoji things, captions, questions, and the exact truth."""
+"""The bundled world: images of OpenMoji glyphs, with captions, questions and the exact truth."""
 
 from __future__ import annotations
 
-from cafe.data.scenes.draw import draw
-from cafe.data.scenes.examples import scene_example, scene_examples
-from cafe.data.scenes.kinds import CATEGORIES, COLOURS, KIND_NAMES, KINDS, Kind
-from cafe.data.scenes.language import PROMPT_CAPTION, caption, mentioned_kinds
+from cafe.data.scenes.classes import CATEGORIES, CLASS_NAMES, CLASSES, COLOURS, ObjectClass
+from cafe.data.scenes.language import PROMPT_CAPTION, caption, mentioned_classes
 from cafe.data.scenes.questions import (
-    MATCH_QUESTION,
     PRESENCE_QUESTION,
     QUESTION_KINDS,
-    Question,
+    SceneQuestion,
     questions,
 )
-from cafe.data.scenes.world import BACKGROUNDS, PLACES, Scene, SceneObject, Split, sample_scene
+from cafe.data.scenes.world import (
+    BACKGROUNDS,
+    PLACES,
+    Scene,
+    SceneObject,
+    Split,
+    draw,
+    sample_scene,
+)
 from cafe.data.scenes.write import Truth, read_truth, write_scenes
 
 __all__ = [
     "BACKGROUNDS",
     "CATEGORIES",
+    "CLASSES",
+    "CLASS_NAMES",
     "COLOURS",
-    "KINDS",
-    "KIND_NAMES",
-    "MATCH_QUESTION",
     "PLACES",
     "PRESENCE_QUESTION",
     "PROMPT_CAPTION",
     "QUESTION_KINDS",
-    "Kind",
-    "Question",
+    "ObjectClass",
     "Scene",
     "SceneObject",
+    "SceneQuestion",
     "Split",
     "Truth",
     "caption",
     "draw",
-    "mentioned_kinds",
+    "mentioned_classes",
     "questions",
     "read_truth",
     "sample_scene",
-    "scene_example",
-    "scene_examples",
     "write_scenes",
 ]

@@ -1,4 +1,4 @@
-"""A scene → captions in English; a text → the kinds it names."""
+"""A scene → captions in English; a text → the object classes it names."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cafe.data.scenes.kinds import KIND_NAMES, plural
+from cafe.data.scenes.classes import CLASS_NAMES, plural
 from cafe.data.scenes.world import Scene, SceneObject
 
 PROMPT_CAPTION = "Describe this image."
 
 _PLACE_PHRASES = {"centre": "in the centre"}  # all others: "at the ..."
 
-_NAMED = {form: name for name in KIND_NAMES for form in (name, plural(name))}
+_NAMED = {form: name for name in CLASS_NAMES for form in (name, plural(name))}
 _NAMES = re.compile(
     # Longest first, so that a two-word name wins over a name it contains.
     r"\b(?:" + "|".join(sorted(map(re.escape, _NAMED), key=len, reverse=True)) + r")\b",
@@ -23,9 +23,9 @@ _NAMES = re.compile(
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One sentence that names every object with its size, kind and place, in random order.
+    """One sentence that names every object with its size, class and place, in random order.
 
-    About half of the templates name the background as well.
+    Half of the templates name the background as well.
     """
     template = _TEMPLATES[int(rng.integers(len(_TEMPLATES)))]
     objects = [scene.objects[index] for index in rng.permutation(len(scene.objects))]
@@ -34,7 +34,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def list_objects(objects: Sequence[SceneObject]) -> str:
-    """The objects in the order given: "a big cat at the top left and a small bus in the centre"."""
+    """The objects in this order: "a big cat at the top left and a small bus in the centre"."""
     return _join([f"a {item.size} {item.kind} {place_phrase(item.place)}" for item in objects])
 
 
@@ -42,8 +42,8 @@ def place_phrase(place: str) -> str:
     return _PLACE_PHRASES.get(place, f"at the {place}")
 
 
-def mentioned_kinds(text: str) -> set[str]:
-    """The kinds that `text` names, in the singular or the plural, as whole words."""
+def mentioned_classes(text: str) -> set[str]:
+    """The object classes that `text` names, in the singular or the plural, as whole words."""
     return {_NAMED[" ".join(match.lower().split())] for match in _NAMES.findall(text)}
 
 

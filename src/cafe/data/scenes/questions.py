@@ -1,7 +1,7 @@
 """A scene → questions with exact answers.
 
-Yes/no questions are balanced and cannot be answered without looking: the absent thing is often
-of the same category as a thing that is there, and a wrong statement is a near miss.
+Yes/no questions are balanced and cannot be answered without looking at the image: the absent object
+class often has the category of a present one, and a false statement is a near miss.
 """
 
 from __future__ import annotations
@@ -14,129 +14,145 @@ from typing import TypeVar
 
 import numpy as np
 
-from cafe.data.scenes.kinds import CATEGORIES, KIND_NAMES, KINDS, plural, with_article
+from cafe.data.scenes.classes import CATEGORIES, CLASS_NAMES, CLASSES, plural, with_article
 from cafe.data.scenes.language import caption, list_objects, place_phrase
 from cafe.data.scenes.world import PLACES, Scene, SceneObject
+from cafe.types import MATCH_QUESTION
 
-MATCH_QUESTION = 'Does the picture show "{statement}"? Answer yes or no.'
 PRESENCE_QUESTION = "Is there {thing} in the picture? Answer yes or no."
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 
 _MATCH_ATTEMPTS = 5
-_BESIDE_PIXELS, _AHEAD_PIXELS = 10, 18  # up to: not left of it; from: left of it; between: unclear
+# An offset up to the first counts as "not left of", from the second on as "left of"; between them
+# it is ambiguous, and no question is asked.
+_MAX_SAME_SIDE_PIXELS, _MIN_OFFSET_PIXELS = 10, 18
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """`kind` is one of `QUESTION_KINDS`; `answer` is lower-case without a full stop."""
+class SceneQuestion:
+    """`kind` is one of `QUESTION_KINDS`; `answer` is lower-case, without a full stop."""
 
     kind: str
     text: str
     answer: str
 
 
-def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
-    """Up to `count` different questions about `scene`, their kinds in fixed shares.
+def questions(scene: Scene, rng: np.random.Generator, count: int) -> list[SceneQuestion]:
+    """Up to `count` different questions about `scene`; the kinds of question have fixed shares.
 
-    Fewer than `count` only when the scene has no more to ask.
+    Fewer than `count` only if the scene does not allow more.
     """
-    found: list[Question] = []
+    asked: list[SceneQuestion] = []
     for _ in range(10 * count):
-        if len(found) == count:
+        if len(asked) == count:
             break
         kind = QUESTION_KINDS[bisect(_CUMULATIVE_SHARES, float(rng.random()))]
-        question = _ASK[kind](scene, rng, found)
-        if question is not None and question.text not in {other.text for other in found}:
-            found.append(question)
-    return found
+        question = _ASK[kind](scene, rng, asked)
+        if question is not None and question.text not in {other.text for other in asked}:
+            asked.append(question)
+    return asked
 
 
-def _presence(scene: Scene, rng: np.random.Generator, found: list[Question]) -> Question | None:
-    """Yes or no by a coin; a present kind, or an absent one (half of them look-alikes).
+def _presence(
+    scene: Scene, rng: np.random.Generator, asked: list[SceneQuestion]
+) -> SceneQuestion | None:
+    """Yes or no at random; a present class, or an absent one (half of them of a present category).
 
-    Each answer is given at most once per kind that is there. Only so many "yes" exist; the same
-    bound on "no" keeps the answers balanced although no question is asked twice.
+    Each answer occurs at most once per class in the scene. No more questions have the
+    answer "yes"; the same bound on "no" keeps the answers balanced though no question is repeated.
     """
     answer = _coin(rng)
-    asked = [q for q in found if q.kind == "presence"]
-    if sum(q.answer == answer for q in asked) >= len(scene.kinds):
+    before = [q for q in asked if q.kind == "presence"]
+    if sum(q.answer == answer for q in before) >= len(scene.classes):
         return None
     while True:
-        name = _one(rng, scene.kinds) if answer == "yes" else _absent_kind(scene, rng)
+        name = _one(rng, scene.classes) if answer == "yes" else _absent_class(scene, rng)
         text = PRESENCE_QUESTION.format(thing=with_article(name))
-        if text not in {q.text for q in asked}:
-            return Question("presence", text, answer)
+        if text not in {q.text for q in before}:
+            return SceneQuestion("presence", text, answer)
 
 
-def _object(scene: Scene, rng: np.random.Generator, found: list[Question]) -> Question:
+def _object(scene: Scene, rng: np.random.Generator, asked: list[SceneQuestion]) -> SceneQuestion:
     item = _one(rng, scene.objects)
-    return Question("object", f"What is {place_phrase(item.place)}?", item.kind)
+    return SceneQuestion("object", f"What is {place_phrase(item.place)}?", item.kind)
 
 
-def _count(scene: Scene, rng: np.random.Generator, found: list[Question]) -> Question:
-    """All objects, or those of one kind: a twin where there is one, else any, else an absent."""
+def _count(scene: Scene, rng: np.random.Generator, asked: list[SceneQuestion]) -> SceneQuestion:
+    """All objects or those of one class: one shown twice if any is, else any, or an absent one."""
     names = [item.kind for item in scene.objects]
     if rng.random() < 0.4:
-        return Question("count", "How many objects are there?", NUMBER_WORDS[len(names)])
+        return SceneQuestion("count", "How many objects are there?", NUMBER_WORDS[len(names)])
     twins = [name for name in names if names.count(name) > 1]
-    name = _absent_kind(scene, rng) if rng.random() < 0.3 else _one(rng, twins or names)
-    return Question("count", f"How many {plural(name)} are there?", NUMBER_WORDS[names.count(name)])
+    name = _absent_class(scene, rng) if rng.random() < 0.3 else _one(rng, twins or names)
+    return SceneQuestion(
+        "count", f"How many {plural(name)} are there?", NUMBER_WORDS[names.count(name)]
+    )
 
 
-def _relation(scene: Scene, rng: np.random.Generator, found: list[Question]) -> Question | None:
-    """Asked only when one object lies clearly on that side and every other one clearly not."""
+def _relation(
+    scene: Scene, rng: np.random.Generator, asked: list[SceneQuestion]
+) -> SceneQuestion | None:
+    """Asked only if one object is clearly on that side and every other one clearly is not."""
     item = _single(scene, rng)
     if item is None:
         return None
-    words, axis, sign = _one(rng, _DIRECTIONS)
-    ahead = [(o.kind, sign * ((o.x, o.y)[axis] - (item.x, item.y)[axis])) for o in scene.objects]
-    others = [kind for kind, pixels in ahead if pixels > _BESIDE_PIXELS]
-    if len(others) != 1 or max(pixels for _, pixels in ahead) < _AHEAD_PIXELS:
+    relation, axis, sign = _one(rng, _DIRECTIONS)
+    offsets = [(o.kind, sign * ((o.x, o.y)[axis] - (item.x, item.y)[axis])) for o in scene.objects]
+    others = [name for name, pixels in offsets if pixels > _MAX_SAME_SIDE_PIXELS]
+    if len(others) != 1 or max(pixels for _, pixels in offsets) < _MIN_OFFSET_PIXELS:
         return None
-    return Question("relation", f"What is {words} the {item.kind}?", others[0])
+    return SceneQuestion("relation", f"What is {relation} the {item.kind}?", others[0])
 
 
-def _colour(scene: Scene, rng: np.random.Generator, found: list[Question]) -> Question | None:
+def _colour(
+    scene: Scene, rng: np.random.Generator, asked: list[SceneQuestion]
+) -> SceneQuestion | None:
     item = _single(scene, rng)
     if item is None:
         return None
-    return Question("colour", f"What colour is the {item.kind}?", KINDS[item.kind].colour)
+    return SceneQuestion("colour", f"What colour is the {item.kind}?", CLASSES[item.kind].colour)
 
 
-def _background(scene: Scene, rng: np.random.Generator, found: list[Question]) -> Question:
-    return Question("background", "What colour is the background?", scene.background)
+def _background(
+    scene: Scene, rng: np.random.Generator, asked: list[SceneQuestion]
+) -> SceneQuestion:
+    return SceneQuestion("background", "What colour is the background?", scene.background)
 
 
-def _size(scene: Scene, rng: np.random.Generator, found: list[Question]) -> Question | None:
+def _size(
+    scene: Scene, rng: np.random.Generator, asked: list[SceneQuestion]
+) -> SceneQuestion | None:
     item = _single(scene, rng)
-    return item and Question("size", f"Is the {item.kind} big or small?", item.size)
+    return item and SceneQuestion("size", f"Is the {item.kind} big or small?", item.size)
 
 
-def _place(scene: Scene, rng: np.random.Generator, found: list[Question]) -> Question | None:
+def _place(
+    scene: Scene, rng: np.random.Generator, asked: list[SceneQuestion]
+) -> SceneQuestion | None:
     item = _single(scene, rng)
-    return item and Question("place", f"Where is the {item.kind}?", item.place)
+    return item and SceneQuestion("place", f"Where is the {item.kind}?", item.place)
 
 
-def _match(scene: Scene, rng: np.random.Generator, found: list[Question]) -> Question:
-    """Yes or no by a coin; the statement is a full caption or a list of some of the objects."""
+def _match(scene: Scene, rng: np.random.Generator, asked: list[SceneQuestion]) -> SceneQuestion:
+    """Yes or no at random; the statement is a full caption or a list of some of the objects."""
     answer = _coin(rng)
-    asked = {q.text for q in found}
+    texts = {q.text for q in asked}
     text = ""
-    for _ in range(_MATCH_ATTEMPTS):  # the same answer again, so that the balance stays
-        told = scene if answer == "yes" else near_miss(scene, rng)
-        text = MATCH_QUESTION.format(statement=_statement(told, scene, rng))
-        if text not in asked:
+    for _ in range(_MATCH_ATTEMPTS):  # with the same answer, so that the answers stay balanced
+        described = scene if answer == "yes" else near_miss(scene, rng)
+        text = MATCH_QUESTION.format(statement=_statement(described, scene, rng))
+        if text not in texts:
             break
-    return Question("match", text, answer)
+    return SceneQuestion("match", text, answer)
 
 
-def _statement(told: Scene, scene: Scene, rng: np.random.Generator) -> str:
-    """What is said: `told`, or part of it; where it differs from `scene`, a differing part."""
+def _statement(described: Scene, scene: Scene, rng: np.random.Generator) -> str:
+    """A text about `described`, or a part of it that differs from `scene` if the two differ."""
     if rng.random() < 0.5:
-        return caption(told, rng)
-    objects = [told.objects[index] for index in rng.permutation(len(told.objects))]
+        return caption(described, rng)
+    objects = [described.objects[index] for index in rng.permutation(len(described.objects))]
     truth = facts(scene)
     wrong = [item for item in objects if (item.size, item.kind, item.place) not in truth]
     count = int(rng.integers(1, len(objects) + 1))
@@ -146,12 +162,12 @@ def _statement(told: Scene, scene: Scene, rng: np.random.Generator) -> str:
 
 
 def facts(scene: Scene) -> set[tuple[str, str, str]]:
-    """(size, kind, place) of each object: what a caption says of it."""
+    """(size, class, place) of each object: what a caption says about it."""
     return {(item.size, item.kind, item.place) for item in scene.objects}
 
 
 def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
-    """`scene` with one thing wrong: two places exchanged, a size, a place or a kind changed."""
+    """`scene` with one error: two objects swapped, or one size, place or class changed."""
     objects = list(scene.objects)
     pairs = [
         (i, j)
@@ -172,23 +188,23 @@ def near_miss(scene: Scene, rng: np.random.Generator) -> Scene:
         taken = {other.place for other in objects}
         objects[index] = replace(item, place=_one(rng, [p for p in PLACES if p not in taken]))
     else:
-        objects[index] = replace(item, kind=_absent_kind(scene, rng, like=item.kind))
+        objects[index] = replace(item, kind=_absent_class(scene, rng, like=item.kind))
     return replace(scene, objects=tuple(objects))
 
 
-def _absent_kind(scene: Scene, rng: np.random.Generator, like: str | None = None) -> str:
-    """A kind that is not in the scene; in half of the cases one of the category of `like`."""
-    names: Sequence[str] = KIND_NAMES
+def _absent_class(scene: Scene, rng: np.random.Generator, like: str | None = None) -> str:
+    """A class that is not in the scene; in half of the cases of the category of `like`."""
+    names: Sequence[str] = CLASS_NAMES
     if rng.random() < 0.5:
-        names = CATEGORIES[KINDS[like or _one(rng, scene.kinds)].category]
+        names = CATEGORIES[CLASSES[like or _one(rng, scene.classes)].category]
     while True:
         name = _one(rng, names)
-        if name not in scene.kinds:
+        if name not in scene.classes:
             return name
 
 
 def _single(scene: Scene, rng: np.random.Generator) -> SceneObject | None:
-    """An object that is the only one of its kind, so that "the cat" is one thing."""
+    """An object that is the only one of its class, so that "the cat" is unambiguous."""
     names = [item.kind for item in scene.objects]
     items = [item for item in scene.objects if names.count(item.kind) == 1]
     return _one(rng, items) if items else None
@@ -204,7 +220,7 @@ def _coin(rng: np.random.Generator) -> str:
 
 _DIRECTIONS = (("left of", 0, -1), ("right of", 0, 1), ("above", 1, -1), ("below", 1, 1))
 
-_Asker = Callable[[Scene, np.random.Generator, list[Question]], Question | None]
+_Asker = Callable[[Scene, np.random.Generator, list[SceneQuestion]], SceneQuestion | None]
 _ASK: dict[str, _Asker] = {
     "presence": _presence,
     "object": _object,

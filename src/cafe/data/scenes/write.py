@@ -1,10 +1,11 @@
-r"""Scenes → a folder: pictures, captions and questions as LLaVA JSON, and the exact truth.
+r"""Scenes → a folder: images, captions and questions as LLaVA JSON, and the exact truth.
 
 images/000000.png
 captions.json    [{"id": "000000", "image": "images/000000.png", "conversations": [
                      {"from": "human", "value": "<image>\nDescribe this image."},
                      {"from": "gpt", "value": "A big cat at the top left."}]}]
-questions.json   the same with several turns, id "000000-questions" and "kinds" per question
+questions.json   the same with several turns, id "000000-questions", and "kinds": the kind of each
+                 question
 truth.jsonl      {"id": "000000", "image": "images/000000.png", "seed": 0, "split": "train",
                   "background": "white", "objects": [{"kind": "cat", ...}], "caption": "..."}
 """
@@ -12,25 +13,24 @@ truth.jsonl      {"id": "000000", "image": "images/000000.png", "seed": 0, "spli
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cafe.data.scenes.draw import draw
 from cafe.data.scenes.language import PROMPT_CAPTION, caption
 from cafe.data.scenes.questions import questions
 from cafe.data.scenes.world import (
     Scene,
     SceneObject,
     Split,
+    draw,
     random_stream,
     sample_scene,
     scene_seed,
 )
 from cafe.errors import DataError
+from cafe.files import whole_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +51,31 @@ def write_scenes(
     questions_per_scene: int = 6,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write `count` scenes of `seed` into the folder `out`, which appears only when complete.
+    """Write scenes into the folder `out`, which appears only when complete.
 
-    `progress` is called after each scene with the number of scenes written.
-    Raises DataError when `out` exists and is not an empty folder.
+    Args:
+        out: A folder that is empty or does not exist yet.
+        count: Number of scenes.
+        seed: Seed of the data set; the same arguments write the same bytes.
+        split: Which of the two splits the scenes belong to.
+        questions_per_scene: At most this many questions about each scene.
+        progress: Called after each scene with the number of scenes written.
+
+    Raises:
+        DataError: `out` exists and is not an empty folder.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty folder; name a new one or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
-    try:
-        (unfinished / "images").mkdir(parents=True)
+    with whole_directory(out, sync=False) as unfinished:
+        (unfinished / "images").mkdir()
         _write_into(unfinished, count, seed, split, questions_per_scene, progress)
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_truth(folder: Path) -> list[Truth]:
-    """The truth of every picture in a folder that `write_scenes` wrote, in order.
+    """The truth of every image in a folder that `write_scenes` wrote, in order.
 
-    Raises DataError when the file is missing or a line is not such a record.
+    Raises:
+        DataError: the file is missing, or a line of it is not such a record.
     """
     path = folder / "truth.jsonl"
     try:
@@ -82,17 +84,23 @@ def read_truth(folder: Path) -> list[Truth]:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); write scenes with `cafe data scenes`"
         ) from error
-    return [_parse_truth(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [
+        _parse_truth(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
 
 
-def _parse_truth(line: str, where: str) -> Truth:
+def _parse_truth(line: str, location: str) -> Truth:
     try:
         record = json.loads(line)
         objects = tuple(SceneObject(**item) for item in record["objects"])
         scene = Scene(record["seed"], record["split"], record["background"], objects)
         return Truth(record["id"], record["image"], scene, record["caption"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: not a scene's truth ({error}); write the folder anew") from error
+        raise DataError(
+            f"{location}: not the record of a scene ({error}); write the folder again"
+        ) from error
 
 
 def _write_into(
@@ -127,7 +135,7 @@ def _write_into(
 def _record(name: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
     conversations = []
     for prompt, answer in turns:
-        mark = "" if conversations else "<image>\n"
-        conversations.append({"from": "human", "value": mark + prompt})
+        placeholder = "" if conversations else "<image>\n"
+        conversations.append({"from": "human", "value": placeholder + prompt})
         conversations.append({"from": "gpt", "value": answer})
     return {"id": name, "image": image, "conversations": conversations}

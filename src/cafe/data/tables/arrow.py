@@ -1,6 +1,6 @@
 """Parquet files, and everything that the `datasets` library reads.
 
-Text is read through once; pictures stay where they are. A table with pictures inside is opened by
+Text is read through once; images stay where they are. A table with images inside is opened by
 `datasets`, which writes it to its cache (HF_DATASETS_CACHE) as memory-mapped Arrow the first time:
 parquet itself gives no single cell without decoding its whole row group.
 """
@@ -14,9 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from cafe.data.tables.base import Raw, Table, cannot_be_read, first_line
-from cafe.errors import DataError, ImageError
-from cafe.types import Stored
+from cafe.data.records import RawRecord, Table, cannot_be_read
+from cafe.data.tables.splits import BUILDERS, chosen_split, files_of_split, unusual_splits
+from cafe.errors import DataError, ImageError, first_line
+from cafe.types import StoredImage
 
 HUB = "hub:"
 """`hub:OWNER/NAME` or `hub:OWNER/NAME:CONFIG`: a data set of the Hugging Face hub."""
@@ -25,12 +26,12 @@ _ROWS = 1000  # read at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cell(Stored):
-    """One picture of a memory-mapped table, read when asked for.
+class Cell(StoredImage):
+    """One image of a memory-mapped table, read when asked for.
 
     column   the table's one column, in arrow format (a `datasets.Dataset`: cheap to send to
              workers)
-    item     which of the cell's pictures, where it holds a list
+    item     which of the cell's images, where it holds a list
     """
 
     table: str
@@ -62,7 +63,7 @@ def parquet(path: Path) -> Table:
         schema = file.schema_arrow
     except (OSError, pa.ArrowException) as error:
         raise cannot_be_read(path, error) from error
-    if any(_holds_pictures(field.type) for field in schema):
+    if any(_holds_images(field.type) for field in schema):
         from datasets import Dataset
 
         try:
@@ -71,13 +72,13 @@ def parquet(path: Path) -> Table:
             raise cannot_be_read(path, error) from error
         return dataset_table(dataset, str(path), path.parent)
 
-    def rows() -> Iterator[Raw]:
+    def rows() -> Iterator[RawRecord]:
         number = 0
         try:
             for batch in pq.ParquetFile(path).iter_batches(_ROWS):
                 for record in batch.to_pylist():
                     number += 1
-                    yield Raw(f"row {number}", f"{path.stem}-{number}", record)
+                    yield RawRecord(f"row {number}", f"{path.stem}-{number}", record)
         except (OSError, pa.ArrowException) as error:
             raise DataError(
                 f"{path}: broken after row {number} ({first_line(error)}); fetch it again"
@@ -103,27 +104,34 @@ def dataset_folder(path: Path, split: str | None) -> Table:
     from datasets import load_dataset, load_from_disk
 
     saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    files = [] if saved else unusual_splits(path)
+    if files:
+        files = files_of_split(files, split, str(path))
     try:
-        loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
+        if files:
+            builder = BUILDERS[files[0].suffix.lower()]
+            loaded = load_dataset(builder, data_files=[str(file) for file in files], split="train")
+        else:
+            loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
     except Exception as error:
         raise DataError(
             f"{path}: no data set in this folder ({first_line(error)}). A folder holds "
-            "metadata.jsonl or metadata.csv beside its pictures, tar shards, or files that the "
+            "metadata.jsonl or metadata.csv with its images, tar shards, or files that the "
             "datasets library reads"
         ) from error
     return dataset_table(_one_split(loaded, split, str(path)), str(path), path)
 
 
 def dataset_table(dataset: Any, name: str, folder: Path | None) -> Table:
-    """A `datasets.Dataset` as a table; pictures of top-level columns stay in it."""
+    """A `datasets.Dataset` as a table; images of top-level columns stay in it."""
     if dataset._indices is not None:  # a selection: rows are not where their number says
         dataset = dataset.flatten_indices()
     schema = dataset.data.schema
-    pictures = [field.name for field in schema if _holds_pictures(field.type)]
-    texts = dataset.remove_columns(pictures).with_format("arrow")
-    cells = {column: dataset.select_columns([column]).with_format("arrow") for column in pictures}
+    images = [field.name for field in schema if _holds_images(field.type)]
+    texts = dataset.remove_columns(images).with_format("arrow")
+    cells = {column: dataset.select_columns([column]).with_format("arrow") for column in images}
 
-    def rows() -> Iterator[Raw]:
+    def rows() -> Iterator[RawRecord]:
         for begin in range(0, len(dataset), _ROWS):
             count = min(_ROWS, len(dataset) - begin)
             columns: dict[str, list[Any]] = {
@@ -137,7 +145,7 @@ def dataset_table(dataset: Any, name: str, folder: Path | None) -> Table:
             for i in range(count):
                 number = begin + i + 1
                 record = {column: values[i] for column, values in columns.items()}
-                yield Raw(f"row {number}", f"row-{number}", record)
+                yield RawRecord(f"row {number}", f"row-{number}", record)
 
     return Table(name, folder, frozenset(schema.names), rows)
 
@@ -147,34 +155,29 @@ def _one_split(loaded: Any, split: str | None, name: str) -> Any:
 
     if not isinstance(loaded, DatasetDict):
         return loaded
-    splits = sorted(str(key) for key in loaded)
-    wanted = split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else None)
-    if wanted not in splits:
-        found = "set split" if split is None else f"split {split!r} is not there"
-        raise DataError(f"{name}: {found}; there are {', '.join(splits)}")
-    return loaded[wanted]
+    return loaded[chosen_split([str(key) for key in loaded], split, name)]
 
 
-def _holds_pictures(type: pa.DataType) -> bool:
-    """Encoded files: bytes, the struct that `datasets` stores pictures as, or lists of these."""
+def _holds_images(type: pa.DataType) -> bool:
+    """Encoded files: bytes, the struct that `datasets` stores images as, or lists of these."""
     if pa.types.is_list(type) or pa.types.is_large_list(type):
-        return _holds_pictures(type.value_type)
+        return _holds_images(type.value_type)
     if pa.types.is_struct(type):
         return type.get_field_index("bytes") >= 0 and type.get_field_index("path") >= 0
     return pa.types.is_binary(type) or pa.types.is_large_binary(type)
 
 
 def _references(column: pa.ChunkedArray, begin: int, cells: Any, table: str) -> list[Any]:
-    """For each row its `Cell`, a path, None, or a list of these; no picture is read."""
-    found: list[Any] = []
+    """For each row its `Cell`, a path, None, or a list of these; no image is read."""
+    references: list[Any] = []
     for chunk in column.chunks:
-        row = begin + len(found)
+        row = begin + len(references)
         if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
             values = _stored(chunk.flatten())
             at = 0
             for i, length in enumerate(chunk.value_lengths().to_pylist()):
                 group = values[at : at + (length or 0)]
-                found.append(
+                references.append(
                     [
                         Cell(table, cells, row + i, k) if value is True else value
                         for k, value in enumerate(group)
@@ -182,11 +185,11 @@ def _references(column: pa.ChunkedArray, begin: int, cells: Any, table: str) -> 
                 )
                 at += length or 0
         else:
-            found += [
+            references += [
                 Cell(table, cells, row + i) if value is True else value
                 for i, value in enumerate(_stored(chunk))
             ]
-    return found
+    return references
 
 
 def _stored(values: pa.Array) -> list[bool | str | None]:

@@ -1,7 +1,7 @@
 """One small file of facts per model family; this module looks them up.
 
 `family_of(config)` is the only way in. A family says where its parts are, how its processor turns
-pictures into tensors and placeholders, and how those tensors become features.
+images into tensors and placeholders, and how those tensors become features.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ __all__ = ["Family", "Grid", "ProcessedImages", "family_of"]
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The facts of a model's family. Raises FamilyError for one that has none yet."""
+    """The facts of a model's family.
+
+    Raises:
+        FamilyError: the family is not supported yet.
+    """
     model_type = str(config.model_type)
     if model_type not in _FAMILIES:
         raise FamilyError(

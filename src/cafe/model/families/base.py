@@ -1,11 +1,11 @@
-"""What cafe must know about a model family. Everything else is the same for all of them."""
+"""What cafe must know about a model family. Everything else is common to all families."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import PIL.Image
@@ -16,12 +16,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from cafe.errors import FamilyError
 from cafe.media import Clip
 
+if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
+    from jaxtyping import Int
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How the features of a picture lie, where a model counts time, height and width apart.
+    """The layout of an image's features, for models that count time, height and width separately.
 
-    frames, lines, columns   of features, in this order
+    frames, lines, columns   numbers of features, in this order
     time_step                positions from one frame to the next
     """
 
@@ -33,11 +36,11 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class ProcessedImages:
-    """Pictures, or videos, as the model takes them.
+    """Images, or videos, as model inputs.
 
     inputs        the vision tensors of the family (`pixel_values`, …)
-    placeholders  for each picture, the text that stands for it in the prompt
-    grids         for each picture its grid, where the family's positions need it
+    placeholders  for each image, the text that represents it in the prompt
+    grids         for each image its grid, if the family's positions need it
     """
 
     inputs: dict[str, Tensor]
@@ -51,16 +54,16 @@ class Family(Protocol):
     model_type   `config.model_type` in transformers
     parts        module or parameter prefixes of "vision", "projector" and "language", inside the
                  `…ForConditionalGeneration` model; together they cover every parameter
-    pictures_see_themselves   whether the tokens of one picture attend to each other in both
+    bidirectional_image_attention   whether the tokens of one image attend to each other in both
                               directions
     """
 
     model_type: str
     parts: dict[str, tuple[str, ...]]
-    pictures_see_themselves: bool = False
+    bidirectional_image_attention: bool = False
 
     def marker(self, processor: Any) -> str:
-        """The text that a chat template writes for one picture."""
+        """The text that a chat template writes for one image."""
         return processor.image_token
 
     def placeholder_id(self, processor: Any) -> int:
@@ -70,85 +73,90 @@ class Family(Protocol):
     def process_images(
         self, processor: Any, groups: Sequence[Sequence[PIL.Image.Image]]
     ) -> ProcessedImages:
-        """Pictures, grouped as they share a prompt, to tensors and placeholder texts."""
+        """Process images, grouped by prompt, to tensors and placeholder texts."""
         ...
 
     def video_marker(self, processor: Any) -> str | None:
         """The text that a chat template writes for one video.
 
-        None: the model takes no videos; a video is shown as its frames, picture after picture.
+        None: the model takes no videos; a video's frames are given as images.
         """
         return None
 
     def video_placeholder_id(self, processor: Any) -> int:
-        """The token id that is repeated once per video feature; it may be the pictures' own."""
+        """The token id that is repeated once per video feature; it may be the images' own."""
         return self.placeholder_id(processor)
 
     def process_videos(self, processor: Any, clips: Sequence[Clip]) -> ProcessedImages:
-        """Videos to tensors and placeholder texts; tensors that pictures have too are joined."""
-        raise FamilyError(f"model type {self.model_type!r} has no videos; give their frames")
+        """Process videos; tensors with the names of the images' own are concatenated to them."""
+        raise FamilyError(f"model type {self.model_type!r} takes no videos; give their frames")
 
     def image_features(self, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Vision tensors -> for each picture, then for each video, its features, with gradient.
+        """The features of each image, then of each video, with gradient.
 
         Each is [tokens, width]. The width is the language model's, or a multiple of it where
-        features enter at several layers; `encoder_output` takes them apart again.
+        features enter at several layers; `encoder_output` splits them again.
         """
         ...
 
     def encoder_output(self, features: Sequence[Tensor], hidden: int) -> Any:
-        """Features in the order of their placeholders -> an entry of `mm_encoder_outputs`.
+        """An entry of `mm_encoder_outputs`.
 
-        hidden   the language model's width
+        Args:
+            features: in the order of their placeholders.
+            hidden: the language model's width.
         """
-        shown: Any = list(features)
-        return BaseModelOutputWithPooling(pooler_output=shown)
+        ordered: Any = list(features)
+        return BaseModelOutputWithPooling(pooler_output=ordered)
 
     def video_output(self, features: Sequence[Tensor], hidden: int) -> Any:
-        """The same for videos, where they have a token of their own."""
+        """The same for videos, where they have their own placeholder token."""
         return self.encoder_output(features, hidden)
 
-    def positions(self, keys: np.ndarray, grids: Sequence[Grid]) -> np.ndarray | None:
-        """The positions of one sequence, int64 [axes, t] with the depth first.
+    def positions(
+        self, keys: Int[np.ndarray, " t"], grids: Sequence[Grid]
+    ) -> Int[np.ndarray, "axes t"] | None:
+        """The positions of one sequence, with the depth first; None: the depth is the position.
 
-        keys    int64 [t], as `cafe.model.trie` defines them
-        None means that the depth is all there is.
+        Args:
+            keys: of the sequence (`cafe.model.image_keys`).
+            grids: of the images that the keys name.
         """
         return None
 
     def unused(self, config: Any) -> tuple[str, ...]:
-        """Prefixes of parameters that no forward reads, such as layers above the feature layer.
+        """Prefixes of parameters that no forward uses, such as layers above the feature layer.
 
-        They get no gradient, and DDP would wait for it; so they do not train.
+        They are frozen: they get no gradient, and DDP would wait for one.
         """
         return ()
 
-    def alone_and_together_differ(self) -> bool:
-        """Whether a picture has other features when its prompt holds several pictures."""
+    def features_depend_on_image_count(self) -> bool:
+        """Whether an image has different features when its prompt contains several images."""
         return False
 
     def configured(self, config: Any) -> Family:
-        """The facts of a model of the family, where they depend on its configuration."""
+        """The facts of one model, where they depend on its configuration."""
         return self
 
     @staticmethod
     def what_is_needed() -> str:
         return (
             "the module prefixes of its vision tower, projector and language model; the marker "
-            "its chat template writes for a picture and the token id repeated per feature; how "
-            "its processor's tensors become per-picture features; how it counts positions, and "
-            "whether a picture's tokens see each other. Add a file like "
+            "its chat template writes for an image and the token id repeated per feature; how "
+            "its processor's tensors become per-image features; how it counts positions, and "
+            "whether an image's tokens see each other. Add a file like "
             "cafe/model/families/llava_onevision.py"
         )
 
 
 def flat(groups: Sequence[Sequence[PIL.Image.Image]]) -> list[PIL.Image.Image]:
-    """All pictures of all groups, in order."""
-    return [picture for group in groups for picture in group]
+    """All images of all groups, in order."""
+    return [image for group in groups for image in group]
 
 
 def one_by_one(processor: Any, clips: Sequence[Clip]) -> tuple[Tensor, list[str]]:
-    """Clips processed each by itself: all frames [frames, …] and each clip's placeholder."""
+    """Process each clip separately: all frames [frames, ...] and each clip's placeholder."""
     frames, placeholders = [], []
     for clip in clips:
         inputs = processor.video_processor(
@@ -163,7 +171,7 @@ def tower_above(config: Any, tower: str) -> tuple[str, ...]:
     """Prefixes of the layers of a CLIP or SigLIP `tower` above the one that features come from.
 
     `hidden_states[i]` is the state after i layers; negative numbers count from the end. What
-    comes after the layers (norm, pooling head) is read by nobody either.
+    follows the layers (norm, pooling head) is unused too.
     """
     layers = config.vision_config.num_hidden_layers
     chosen = config.vision_feature_layer
@@ -173,18 +181,51 @@ def tower_above(config: Any, tower: str) -> tuple[str, ...]:
     return (*above, f"{tower}post_layernorm.", f"{tower}head.")
 
 
-def in_blocks(features: Sequence[Tensor]) -> Any:
-    """All features as [blocks, tokens, width], each block within one picture or video.
+def distinct_features(family: Family, model: Any, vision: dict[str, Tensor]) -> list[Tensor]:
+    """Features of each image, then of each video, computed in the type of the model's weights."""
+    if not vision:
+        return []
+    dtype = model.dtype
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()}
+    return family.image_features(model.model, inputs)
 
-    Some models want their features so. `generate` repeats blocks when it follows several beams.
+
+def features_in_order(
+    family: Family,
+    features: Sequence[Tensor],
+    image_order: Sequence[int],
+    video_order: Sequence[int],
+    hidden: int,
+) -> dict[str, Any]:
+    """Features in the order of their placeholders, as transformers' `mm_encoder_outputs`.
+
+    Args:
+        family: whose form the entries take.
+        features: [tokens, width] of each distinct image, then of each distinct video.
+        image_order: which of them each run of image placeholders stands for.
+        video_order: the same for placeholders that only videos have.
+        hidden: the language model's width.
     """
-    block = math.gcd(*(len(picture) for picture in features))
+    outputs: dict[str, Any] = {}
+    if image_order:
+        outputs["image"] = family.encoder_output([features[i] for i in image_order], hidden)
+    if video_order:
+        outputs["video"] = family.video_output([features[i] for i in video_order], hidden)
+    return outputs
+
+
+def in_blocks(features: Sequence[Tensor]) -> Any:
+    """All features as [blocks, tokens, width], each block within one image or video.
+
+    Some models need this form. `generate` repeats blocks for several beams.
+    """
+    block = math.gcd(*(len(image) for image in features))
     together = torch.cat(tuple(features)).unflatten(0, (-1, block))
     return BaseModelOutputWithPooling(pooler_output=together)  # type: ignore[arg-type]
 
 
 def metadata(clip: Clip) -> Any:
-    """What transformers' video processors want to know of frames that are chosen already."""
+    """What transformers' video processors need to know about frames that were sampled before."""
     from transformers.video_utils import VideoMetadata
 
     return VideoMetadata(

@@ -1,4 +1,4 @@
-"""Gemma3: SigLIP tower, pooled to a fixed number of tokens, that see each other both ways.
+"""Gemma3: SigLIP tower, pooled to a fixed number of tokens, which attend to each other both ways.
 
 Most layers attend within a sliding window; distance is counted in the sequence.
 """
@@ -21,7 +21,7 @@ class Gemma3(TiledFamily):
         "projector": ("model.multi_modal_projector.",),
         "language": ("model.language_model.", "lm_head."),
     }
-    pictures_see_themselves = True
+    bidirectional_image_attention = True
 
     def marker(self, processor: Any) -> str:
         return processor.boi_token
@@ -33,11 +33,11 @@ class Gemma3(TiledFamily):
     def process_images(
         self, processor: Any, groups: Sequence[Sequence[PIL.Image.Image]]
     ) -> ProcessedImages:
-        pictures = flat(groups)
+        images = flat(groups)
         inputs = processor.image_processor(
-            pictures, do_convert_rgb=True, do_pan_and_scan=False, return_tensors="pt"
+            images, do_convert_rgb=True, do_pan_and_scan=False, return_tensors="pt"
         )
-        placeholders = [processor.replace_image_token(inputs, i) for i in range(len(pictures))]
+        placeholders = [processor.replace_image_token(inputs, i) for i in range(len(images))]
         return ProcessedImages(
             inputs={
                 "pixel_values": inputs["pixel_values"],

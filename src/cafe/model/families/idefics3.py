@@ -1,7 +1,7 @@
 """Idefics3 and SmolVLM: SigLIP tower over tiles and a whole view, pixel shuffle, one matrix; Llama.
 
-The placeholder text names each tile's row and column. The processor's tensors are sample-first,
-[samples, tiles, …], padded with empty tiles; here each picture is a sample, and only its real
+The placeholder text names each tile's row and column. The processor's tensors are
+[samples, tiles, ...], padded with empty tiles; here each image is a sample, and only its real
 tiles are kept.
 """
 
@@ -29,13 +29,13 @@ class Idefics3(TiledFamily):
     def process_images(
         self, processor: Any, groups: Sequence[Sequence[PIL.Image.Image]]
     ) -> ProcessedImages:
-        pictures = flat(groups)
+        images = flat(groups)
         inputs = processor.image_processor(
-            [[picture] for picture in pictures], return_row_col_info=True, return_tensors="pt"
+            [[image] for image in images], return_row_col_info=True, return_tensors="pt"
         )
-        placeholders = [processor.replace_image_token(inputs, i) for i in range(len(pictures))]
+        placeholders = [processor.replace_image_token(inputs, i) for i in range(len(images))]
         grid = zip(inputs.pop("rows"), inputs.pop("cols"), strict=True)
-        # A picture that is not split has no rows and no columns, and one view.
+        # An image that is not split has 0 rows, 0 columns and one view.
         tiles = torch.tensor([rows[0] * columns[0] + 1 for rows, columns in grid])
         real = torch.arange(inputs["pixel_values"].shape[1])[None] < tiles[:, None]
         vision = {name: tensor[real][:, None] for name, tensor in inputs.items()}

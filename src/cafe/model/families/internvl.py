@@ -23,10 +23,10 @@ class InternVL(TiledFamily):
     def process_images(
         self, processor: Any, groups: Sequence[Sequence[PIL.Image.Image]]
     ) -> ProcessedImages:
-        pictures = flat(groups)
-        # The processor crops whatever the image processor's own configuration says.
-        inputs = processor.image_processor(pictures, crop_to_patches=True, return_tensors="pt")
-        placeholders = [processor.replace_image_token(inputs, i) for i in range(len(pictures))]
+        images = flat(groups)
+        # The processor always crops, whatever the image processor's configuration says.
+        inputs = processor.image_processor(images, crop_to_patches=True, return_tensors="pt")
+        placeholders = [processor.replace_image_token(inputs, i) for i in range(len(images))]
         return ProcessedImages(
             inputs={
                 "pixel_values": inputs["pixel_values"],
@@ -39,7 +39,7 @@ class InternVL(TiledFamily):
         return processor.video_token
 
     def process_videos(self, processor: Any, clips: Sequence[Clip]) -> ProcessedImages:
-        """Each frame is a picture of one tile; a text before it names it."""
+        """Each frame is an image of one tile, named by the text before it."""
         frames, placeholders = one_by_one(processor, clips)
         return ProcessedImages(
             inputs={

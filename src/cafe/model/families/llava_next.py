@@ -1,6 +1,6 @@
 """LLaVA-NeXT (v1.6): CLIP tower, two-layer projector, anyres tiles; Mistral, Llama or Qwen2.
 
-Every picture gives an overview and tiles, whatever its company.
+Every image gives an overview and tiles, also among other images.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class LlavaNext(Family):
     def process_images(
         self, processor: Any, groups: Sequence[Sequence[PIL.Image.Image]]
     ) -> ProcessedImages:
-        pictures = flat(groups)
-        inputs = processor.image_processor(pictures, do_pad=True, return_tensors="pt")
+        images = flat(groups)
+        inputs = processor.image_processor(images, do_pad=True, return_tensors="pt")
         return ProcessedImages(
             inputs=dict(inputs),
-            placeholders=[processor.replace_image_token(inputs, i) for i in range(len(pictures))],
+            placeholders=[processor.replace_image_token(inputs, i) for i in range(len(images))],
         )
 
     def image_features(self, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:

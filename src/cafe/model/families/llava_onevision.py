@@ -1,8 +1,8 @@
 """LLaVA-OneVision: SigLIP tower, two-layer projector, Qwen2 language model, anyres tiles.
 
-A picture alone in its prompt gives an overview and tiles; beside others it gives the overview
-only (`batch_num_images`), so its features depend on its company. A video's frames are pooled to a
-quarter of the tokens.
+The single image of a prompt gives an overview and tiles; with other images it gives only the
+overview (`batch_num_images`), so its features depend on the other images in the prompt. A video's
+frames are pooled to a quarter of the tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LlavaOnevision(Family):
     ) -> ProcessedImages:
         inputs = processor.image_processor([list(group) for group in groups], return_tensors="pt")
         counts = [len(group) for group in groups]
-        # `replace_image_token` walks through the counts for every picture: slow in a tensor.
+        # `replace_image_token` iterates over the counts for every image: slow in a tensor.
         inputs["batch_num_images"] = counts
         placeholders = [processor.replace_image_token(inputs, i) for i in range(sum(counts))]
         inputs["batch_num_images"] = torch.tensor(counts)
@@ -55,10 +55,10 @@ class LlavaOnevision(Family):
 
     def image_features(self, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
         videos = {"video_frames", "video_lengths"}
-        pictures = {name: tensor for name, tensor in inputs.items() if name not in videos}
+        images = {name: tensor for name, tensor in inputs.items() if name not in videos}
         features: list[Tensor] = []
-        if pictures:
-            features += _picture_features(model, **pictures)
+        if images:
+            features += _image_features(model, **images)
         if "video_frames" in inputs:
             for frames in inputs["video_frames"].split(inputs["video_lengths"].tolist()):
                 features += model.get_video_features(frames[None], return_dict=True).pooler_output
@@ -70,52 +70,52 @@ class LlavaOnevision(Family):
     def unused(self, config: Any) -> tuple[str, ...]:
         return tower_above(config, "model.vision_tower.")
 
-    def alone_and_together_differ(self) -> bool:
+    def features_depend_on_image_count(self) -> bool:
         return True
 
 
-def _picture_features(
+def _image_features(
     model: Any, pixel_values: Tensor, image_sizes: Tensor, batch_num_images: Tensor
 ) -> list[Tensor]:
-    """`get_image_features`, but a picture whose one tile is its overview is seen once.
+    """`get_image_features`, but an image whose only tile equals its overview is computed once.
 
-    A square picture that needs no more than one tile is twice the same pixels. The tower runs
-    once, whatever the pictures: ranks that share its weights wait for each other there.
+    A square image that needs only one tile is the same pixels twice. The tower runs exactly once,
+    whatever the images are: ranks that share its weights wait for each other there.
     """
     from transformers.models.llava_onevision.modeling_llava_onevision import (
         image_size_to_num_patches,
     )
 
     config, pixels = model.config, model.config.vision_config.image_size
-    alone = batch_num_images.repeat_interleave(batch_num_images) == 1
+    single_in_prompt = batch_num_images.repeat_interleave(batch_num_images) == 1
     views = [
         image_size_to_num_patches(size, config.image_grid_pinpoints, pixels) if tiled else 1
-        for size, tiled in zip(image_sizes, alone.tolist(), strict=True)
+        for size, tiled in zip(image_sizes, single_in_prompt.tolist(), strict=True)
     ]
     first, second = pixel_values[:, 0], pixel_values[:, :2][:, -1]
-    # Of a picture that is not square, transformers cuts the tile's empty lines: all one colour, it
-    # has equal pixels and other features.
+    # transformers crops the padding lines from the tile of an image that is not square: if the
+    # image is all one colour, its pixels are equal but its features differ.
     square = image_sizes[:, 0] == image_sizes[:, 1]
     same = (square & (first == second).flatten(1).all(1)).tolist()
     twice = [count == 2 and equal for count, equal in zip(views, same, strict=True)]
     tiled = [i for i, count in enumerate(views) if count > 1 and not twice[i]]
     single = [i for i, count in enumerate(views) if count == 1 or twice[i]]
     order = [*tiled, *single]
-    shown = [pixel_values[i, : views[i]] for i in tiled] + [pixel_values[i, :1] for i in single]
-    # Pictures in a prompt with others are not tiled, so one more than there are makes them such.
-    company = torch.tensor([1] * len(tiled) + [len(single) + 1])
-    found = model.get_image_features(
-        torch.cat(shown), image_sizes[order], batch_num_images=company, return_dict=True
+    kept = [pixel_values[i, : views[i]] for i in tiled] + [pixel_values[i, :1] for i in single]
+    # Images that share a prompt are not tiled; counting one image too many marks them so.
+    counts = torch.tensor([1] * len(tiled) + [len(single) + 1])
+    computed = model.get_image_features(
+        torch.cat(kept), image_sizes[order], batch_num_images=counts, return_dict=True
     ).pooler_output
     side = pixels // config.vision_config.patch_size
     return [
-        _with_tile(found[place], side) if twice[i] else found[place]
-        for i, place in enumerate(sorted(range(len(order)), key=order.__getitem__))
+        _with_tile(computed[at], side) if twice[i] else computed[at]
+        for i, at in enumerate(sorted(range(len(order)), key=order.__getitem__))
     ]
 
 
 def _with_tile(features: Tensor, side: int) -> Tensor:
-    """An overview of side x side features and the line end -> the overview and it as the tile."""
+    """The overview (side x side features and a line end), followed by the same as a tile."""
     overview, line_end = features[:-1], features[-1:]
     lines = torch.cat(
         [overview.unflatten(0, (side, side)), line_end.expand(side, 1, -1)], dim=1

@@ -1,34 +1,40 @@
-"""M-RoPE: the positions of Qwen-VL, which count time, height and width apart.
+"""M-RoPE: the positions of Qwen-VL, which count time, height and width separately.
 
-Text counts one position per token on all axes alike. A picture lies on a grid that begins at the
-position where it stands; its longer side is how far the text after it moves on. This is the rule
-of the models' own `get_rope_index`, as a function of one sequence alone: it needs no weights, so
-it runs where the data is made, and equal beginnings of sequences get equal positions.
+Text advances one position per token on all axes. An image is a grid that begins at its own
+position; the text after it advances by the grid's longer side. This is the rule of the models'
+`get_rope_index`, as a function of one sequence: it needs no weights, so it runs during collation,
+and equal beginnings of sequences get equal positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cafe.model.families.base import Grid
-from cafe.model.trie import image_of_key, picture_runs
+from cafe.model.image_keys import image_of_key, image_runs
+
+if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
+    from jaxtyping import Int
 
 
-def mrope_positions(keys: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
-    """Keys [t] of one sequence -> int64 [4, t]: depth, time, height, width.
+def mrope_positions(keys: Int[np.ndarray, " t"], grids: Sequence[Grid]) -> Int[np.ndarray, "4 t"]:
+    """Positions of one sequence: depth, time, height, width.
 
-    grids   of the pictures that the keys name
+    Args:
+        keys: of the sequence (`cafe.model.image_keys`).
+        grids: of the images that the keys name.
     """
     positions = np.empty((4, len(keys)), dtype=np.int64)
     positions[0] = np.arange(len(keys))
     position = placed = 0
-    for begin, end in picture_runs(keys):
+    for begin, end in image_runs(keys):
         positions[1:, placed:begin] = position + np.arange(begin - placed)
         position += begin - placed
-        picture, first = image_of_key(int(keys[begin]))
-        grid = grids[picture]
+        image, first = image_of_key(int(keys[begin]))
+        grid = grids[image]
         positions[1:, begin:end] = position + _offsets(grid)[:, first : first + end - begin]
         position += max(grid.lines, grid.columns)
         placed = end
@@ -37,7 +43,7 @@ def mrope_positions(keys: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
 
 
 def _offsets(grid: Grid) -> np.ndarray:
-    """int64 [3, features]: each feature's time, height and width from the grid's corner."""
+    """Each feature's time, height and width from the grid's corner, int64 [3, features]."""
     time, height, width = np.indices((grid.frames, grid.lines, grid.columns)).reshape(3, -1)
     # float32, as in the models.
     time = (np.float32(grid.time_step) * time.astype(np.float32)).astype(np.int64)

@@ -1,7 +1,7 @@
 """Qwen2-VL and Qwen2.5-VL: a tower for any resolution, a patch merger, M-RoPE positions.
 
-Pictures keep their shape; 2 x 2 patches become one token, so a picture is a grid of tokens, and
-its processor's tensors are one long list of patches and a grid per picture.
+Images keep their shape; 2 x 2 patches become one token, so an image is a grid of tokens, and
+the processor's tensors are one long list of patches and a grid per image.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Qwen2VL(Family):
     def process_images(
         self, processor: Any, groups: Sequence[Sequence[PIL.Image.Image]]
     ) -> ProcessedImages:
-        pictures = flat(groups)
-        inputs = processor.image_processor(pictures, return_tensors="pt")
+        images = flat(groups)
+        inputs = processor.image_processor(images, return_tensors="pt")
         merge = processor.image_processor.merge_size
         return ProcessedImages(
             inputs=dict(inputs),
-            placeholders=[processor.replace_image_token(inputs, i) for i in range(len(pictures))],
+            placeholders=[processor.replace_image_token(inputs, i) for i in range(len(images))],
             grids=[
                 Grid(frames, height // merge, width // merge)
                 for frames, height, width in inputs["image_grid_thw"].tolist()
@@ -87,7 +87,7 @@ class Qwen2VL(Family):
         return features
 
     def levels(self, outputs: Any) -> list[Tensor]:
-        """The features of each picture, of every level that enters the language model."""
+        """The features of each image, from every level that enters the language model."""
         return list(outputs.pooler_output)
 
     def positions(self, keys: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
@@ -95,7 +95,7 @@ class Qwen2VL(Family):
 
 
 class Qwen25VL(Qwen2VL):
-    """Positions of a video's frames follow its time: so many a second (its configuration)."""
+    """Positions of a video's frames follow its time, at a configured number per second."""
 
     model_type = "qwen2_5_vl"
 

@@ -1,7 +1,7 @@
-"""Qwen3-VL: as Qwen2-VL, and DeepStack: features of several tower layers enter the first layers.
+"""Qwen3-VL: Qwen2-VL with DeepStack: features of several tower layers enter the first layers.
 
-A picture's features are kept side by side, [tokens, (1 + layers) * hidden], what enters as the
-embedding first.
+An image's features are concatenated to [tokens, (1 + layers) * hidden], beginning with those that
+enter as embeddings.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Qwen3VL(Qwen2VL):
     }
 
     def time_step(self, processor: Any, clip: Clip) -> float:
-        # Every pair of frames is a run of its own, with its time in the text before it.
+        # Every pair of frames is a run of its own, and the text before it says its time.
         return 0.0
 
     def levels(self, outputs: Any) -> list[Tensor]:
         levels = [outputs.pooler_output, *outputs.deepstack_features]
-        return [torch.cat(picture, dim=-1) for picture in zip(*levels, strict=True)]
+        return [torch.cat(image, dim=-1) for image in zip(*levels, strict=True)]
 
     def encoder_output(self, features: Sequence[Tensor], hidden: int) -> Any:
         from transformers.models.qwen3_vl.modeling_qwen3_vl import (

@@ -1,7 +1,7 @@
 """Families whose tower sees tiles of one size: all tiles of a chunk in one tensor.
 
-The vision tensors carry `feature_counts`, int64 [pictures]: how many features, over all of its
-tiles, each picture has. The processor's own placeholder texts say it.
+The vision tensors include `feature_counts`, int64 [images]: the number of features of each image,
+over all of its tiles, taken from the processor's placeholder texts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class TiledFamily(Family):
     """`image_features` and `encoder_output` of such a family."""
 
     def counts(self, processor: Any, placeholders: Sequence[str]) -> Tensor:
-        """How many features stand in each placeholder text: int64 [pictures]."""
+        """Number of features in each placeholder text, int64 [images]."""
         token = processor.tokenizer.convert_ids_to_tokens(self.placeholder_id(processor))
         return torch.tensor([text.count(token) for text in placeholders])
 

@@ -1,1 +1,0 @@
-"""`cafe ablate`: what each of the two losses does, from the same base, data, steps and seeds."""

@@ -1,0 +1,143 @@
+"""The claims that an ablation tests, fixed before anything is measured, and their verdicts.
+
+A claim is about one score of two arms: `arm - scale * other`, with the sign that makes larger
+better, exceeds a threshold. It is supported if the whole 95 % interval exceeds it, not supported if
+no part of the interval does, and not decided otherwise.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cafe.ablation.arms import BASE, CONTRASTIVE, JOINT, LANGUAGE
+from cafe.metrics import Interval
+
+Verdict = Literal["supported", "not supported", "not decided", "not measured"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """`sign * (arm - scale * other) > above`, for one score.
+
+    statement   the same in words
+    """
+
+    statement: str
+    score: str
+    arm: str
+    other: str
+    sign: int
+    above: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimGroup:
+    """A question, and the claims that answer it together."""
+
+    text: str
+    claims: tuple[Claim, ...]
+
+
+I2T = "scenes-retrieval/image_to_text_recall@1"
+T2I = "scenes-retrieval/text_to_image_recall@1"
+HARD = "scenes-retrieval/hard_accuracy"
+MMEB = "scenes-mmeb/all"
+ANSWERS = "presence/question_accuracy"
+PRESENCE = "presence/presence_accuracy"
+OBJECTS = "caption/caption_object_f1"
+LOSS = "caption/caption_loss"
+CHAIR_I, CHAIR_S = "scenes-chair/chair_i", "scenes-chair/chair_s"
+THRONE = "scenes-throne/overall_f0.5"
+POPE = "scenes-pope/mean/accuracy"
+GAP = "gap/modality_gap"
+
+
+def _non_inferior(score: str, what: str, other: str, margin: float, sign: int = 1) -> Claim:
+    """`joint` is worse than `other` by at most `margin`."""
+    unit = f"{margin:g} nats" if score == LOSS else f"{100 * margin:g} points"
+    return Claim(f"{what}: at most {unit} worse", score, JOINT, other, sign, above=-margin)
+
+
+def _hallucinates_less(other: str) -> tuple[Claim, ...]:
+    return (
+        Claim("fewer hallucinated objects among those mentioned", CHAIR_I, JOINT, other, -1),
+        Claim("fewer captions with a hallucinated object", CHAIR_S, JOINT, other, -1),
+        Claim("higher THRONE F0.5", THRONE, JOINT, other, 1),
+        Claim("higher POPE accuracy", POPE, JOINT, other, 1),
+    )
+
+
+QUESTIONS = (
+    ClaimGroup(
+        "Does joint training keep retrieval at the contrastive-only level?",
+        (
+            _non_inferior(I2T, "image → text, R@1", CONTRASTIVE, 0.05),
+            _non_inferior(T2I, "text → image, R@1", CONTRASTIVE, 0.05),
+            _non_inferior(HARD, "hard captions", CONTRASTIVE, 0.05),
+            _non_inferior(MMEB, "scenes-mmeb, all sets", CONTRASTIVE, 0.05),
+        ),
+    ),
+    ClaimGroup(
+        "Does joint training keep generation at the language-only level?",
+        (
+            _non_inferior(ANSWERS, "answers to questions", LANGUAGE, 0.02),
+            _non_inferior(OBJECTS, "objects in captions, F1", LANGUAGE, 0.02),
+            _non_inferior(LOSS, "caption loss", LANGUAGE, 0.02, sign=-1),
+        ),
+    ),
+    ClaimGroup(
+        "Does generation collapse when only the contrastive loss trains?",
+        (
+            Claim(
+                "answers to questions: over 10 points worse than language-only",
+                ANSWERS, CONTRASTIVE, LANGUAGE, -1, 0.10,
+            ),
+            Claim(
+                "objects in captions, F1: over 10 points worse than language-only",
+                OBJECTS, CONTRASTIVE, LANGUAGE, -1, 0.10,
+            ),
+            Claim(
+                "caption loss: over 0.5 nats worse than language-only",
+                LOSS, CONTRASTIVE, LANGUAGE, 1, 0.5,
+            ),
+        ),
+    ),
+    ClaimGroup("Does joint training hallucinate less than the base?", _hallucinates_less(BASE)),
+    ClaimGroup(
+        "Does joint training hallucinate less than language-only training on the same data?",
+        _hallucinates_less(LANGUAGE),
+    ),
+    ClaimGroup(
+        "Does the modality gap close?",
+        (
+            Claim("narrower than the base's", GAP, JOINT, BASE, -1),
+            Claim("less than half as wide as the base's", GAP, JOINT, BASE, -1, scale=0.5),
+            Claim("narrower than after language-only training", GAP, JOINT, LANGUAGE, -1),
+        ),
+    ),
+)  # fmt: skip
+
+
+def verdict(claim: Claim, difference: Interval | None) -> Verdict:
+    """The verdict on the claim, given the interval of `arm - scale * other`."""
+    if difference is None:
+        return "not measured"
+    ends = sorted((claim.sign * difference.low, claim.sign * difference.high))
+    if ends[0] > claim.above:
+        return "supported"
+    return "not supported" if ends[1] <= claim.above else "not decided"
+
+
+def answer(verdicts: Sequence[Verdict]) -> str:
+    """One answer from the verdicts on a question: theirs if they agree, else their counts."""
+    counts = Counter(verdicts)
+    if len(counts) == 1:
+        return verdicts[0]
+    order: tuple[Verdict, ...] = ("supported", "not supported", "not decided", "not measured")
+    return "mixed: " + ", ".join(
+        f"{name} in {counts[name]} of {len(verdicts)}" for name in order if counts[name]
+    )

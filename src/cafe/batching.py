@@ -1,0 +1,83 @@
+"""Process many inputs: isolate the broken ones of a batch, and prefetch results in threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from typing import TypeVar
+
+from cafe.errors import DataError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def encode_each(
+    encode: Callable[[Sequence[T]], Iterable[R]], values: Sequence[T]
+) -> tuple[dict[int, R], dict[int, DataError]]:
+    """Encode `values` in batches, isolating those that `encode` rejects.
+
+    A batch that is rejected is halved until the broken value is alone.
+
+    Args:
+        encode: Returns one result per value; a DataError rejects the whole batch.
+        values: The values to encode.
+
+    Returns:
+        The results and the errors, each by index in `values`.
+    """
+    encoded: dict[int, R] = {}
+    failures: dict[int, DataError] = {}
+    parts = [range(len(values))] if values else []
+    while parts:
+        part = parts.pop()
+        try:
+            results = encode([values[i] for i in part])
+        except DataError as error:
+            if len(part) == 1:
+                failures[part[0]] = error
+            else:
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+        else:
+            encoded.update(zip(part, results, strict=True))
+    return encoded, failures
+
+
+def prefetch_map(
+    function: Callable[[T], R], items: Iterable[T], threads: int, begun: int | None = None
+) -> Iterator[R]:
+    """function(item) for each item, in order; threads work while the caller uses earlier results.
+
+    An error is raised where its result would have come. Closing the iterator drops items that are
+    not started and waits for those that are. Threads help where the function releases the GIL:
+    reading, decoding, resizing, tokenizing. With one item, or without threads, all work is done in
+    the caller's thread.
+
+    Args:
+        function: Called with each item.
+        items: Consumed lazily.
+        threads: Number of threads.
+        begun: Maximum number of items that are started but not yet returned; None: `threads`.
+    """
+    remaining = iter(items)
+    first = list(islice(remaining, 2))
+    remaining = chain(first, remaining)
+    if threads < 1 or len(first) < 2:
+        yield from map(function, remaining)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
+        pending: deque[Future[R]] = deque()
+        try:
+            for item in islice(remaining, begun or threads):
+                pending.append(pool.submit(function, item))
+            while pending:
+                result = pending.popleft().result()
+                for item in islice(remaining, 1):
+                    pending.append(pool.submit(function, item))
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,117 @@
+"""All scene tasks in a single pass, for before-and-after tables: each image is encoded once.
+
+The embeddings of image and caption, the caption loss and all questions are branches of one packed
+row (prefix sharing); only the captions are actually generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cafe.errors import DataError
+from cafe.evaluation.datasets.captioned import CaptionedImage
+from cafe.evaluation.task import Generate, ScoreExamples
+from cafe.evaluation.tasks.caption import caption_loss_scores, caption_objects
+from cafe.evaluation.tasks.gap import gap_scores
+from cafe.evaluation.tasks.presence import exact_matches, question_dialogues, question_scores
+from cafe.evaluation.tasks.retrieval import caption_indices, retrieval_scores
+from cafe.types import Example, Scores, user
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+SCORES = (
+    "image_to_text_recall@1",
+    "image_to_text_recall@5",
+    "text_to_image_recall@1",
+    "text_to_image_recall@5",
+    "presence_accuracy",
+    "question_accuracy",
+    "caption_loss",
+    "caption_object_f1",
+    "modality_gap",
+)
+"""The scores of a before-and-after table, in its order."""
+
+
+@dataclass(frozen=True, slots=True)
+class SceneScores:
+    """The scores of all tasks, and the embeddings they are computed from.
+
+    scores              exactly `SCORES`
+    question_accuracy   the accuracy of each kind of question
+    images, captions    unit embeddings, float32 [n, d]; row i of both is one scene
+    """
+
+    scores: Scores
+    question_accuracy: Scores
+    images: Float[np.ndarray, "n d"]
+    captions: Float[np.ndarray, "n d"]
+
+
+def evaluate_scenes(
+    read: ScoreExamples, generate: Generate, scenes: Sequence[CaptionedImage]
+) -> SceneScores:
+    """Run all scene tasks.
+
+    A question counts as correct if greedy decoding produces exactly its answer; the task `presence`
+    is more lenient with models that phrase their answers differently.
+
+    Args:
+        read: Scores examples with teacher forcing.
+        generate: Generates the captions.
+        scenes: Images with one caption each and known object classes.
+
+    Returns:
+        The scores, and the embeddings for the maps.
+
+    Raises:
+        DataError: fewer than two scenes, or one without exactly one caption or without the truth.
+    """
+    if len(scenes) < 2 or any(len(p.captions) != 1 or p.kinds is None for p in scenes):
+        raise DataError("at least two scenes are needed; write them with `cafe data scenes`")
+    outputs = read([_full_example(image) for image in scenes])
+    images = _unit_rows([output.query for output in outputs])
+    captions = _unit_rows([output.target for output in outputs])
+    own = caption_indices(scenes)
+    questions = question_scores(
+        [question for image in scenes for question in image.questions],
+        exact_matches([output.answers[1:] for output in outputs]),
+    ).scores
+    scores = (
+        retrieval_scores(images, captions, own).scores
+        | questions
+        | caption_loss_scores([output.answers[:1] for output in outputs]).scores
+        | caption_objects(generate, scenes).scores
+        | gap_scores(images, captions, own).scores
+    )
+    prefix = "question_accuracy/"
+    return SceneScores(
+        scores={name: scores[name] for name in SCORES},
+        question_accuracy={
+            name.removeprefix(prefix): value
+            for name, value in questions.items()
+            if name.startswith(prefix)
+        },
+        images=images,
+        captions=captions,
+    )
+
+
+def _full_example(image: CaptionedImage) -> Example:
+    """One example with the pair, the caption as an answer, and all questions, in this order."""
+    return Example(
+        id=image.id,
+        query=user(image.image),
+        target=user(image.captions[0]),
+        dialogues=(*image.dialogues, *question_dialogues(image)),
+    )
+
+
+def _unit_rows(embeddings: Sequence[np.ndarray | None]) -> Float[np.ndarray, "n d"]:
+    stacked = np.stack([e for e in embeddings if e is not None])
+    return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,1 @@
+"""Readers of data sets: each turns files or hub rows into the inputs of tasks."""

@@ -1,0 +1,1 @@
+"""MMEB: its images, videos and visual documents."""

@@ -1,0 +1,1 @@
+"""One task, or two that share their data, per file; `cafe.evaluation.registry` names them all."""

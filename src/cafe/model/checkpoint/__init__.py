@@ -1,0 +1,1 @@
+"""What is on disk: the model directory, adapters, and conversion from other layouts."""

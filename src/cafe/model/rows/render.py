@@ -1,0 +1,227 @@
+"""Conversations rendered to text: the only place that applies a chat template.
+
+Training, evaluation and serving all come through here, so a prompt cannot be formatted in two ways.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+from cafe.errors import CheckpointError, DataError, check_unicode
+from cafe.model.families import Family
+from cafe.model.rows.images import frames_as_images
+from cafe.model.rows.official import (
+    TURN_END,
+    as_written,
+    published_template,
+    verbatim_messages,
+    with_system_turn,
+)
+from cafe.model.rows.prompts import (
+    DEFAULT_PROMPT,
+    OFFICIAL_PROMPT,
+    PROMPTS,
+    UNPROMPTED,
+    control_pattern,
+    default_chat_template,
+    embedding_template,
+    escape_control_tokens,
+    template_messages,
+)
+from cafe.model.rows.template import render_chat, template_file
+from cafe.types import Conversation, Image, Message, Video, joined_turns
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedSequence:
+    """A rendered conversation, ready for the tokenizer.
+
+    images    its images and videos, in the order of their markers
+    texts     its pieces of text, in order: the longest are cut when the sequence does not fit
+    labelled  number of characters at the end that carry the language loss
+    answers   number of answers among them
+    """
+
+    text: str
+    images: tuple[Image | Video, ...]
+    texts: tuple[str, ...] = ()
+    labelled: int = 0
+    answers: int = 0
+
+    @classmethod
+    def of(cls, text: str, conversation: Conversation, **facts: Any) -> Self:
+        """`text` is the rendered `conversation`; `facts` are the other fields."""
+        return cls(text, _images(conversation), _texts(conversation), **facts)
+
+
+@dataclass(frozen=True)  # without slots, so that cached_property works
+class Renderer:
+    """A model's own templates; the fields are those of `cafe.model.rows.collate.Collator`."""
+
+    processor: Any
+    family: Family
+    pooled_token: str
+    max_frames: int
+    official: bool
+    own_prompt: str
+
+    def template(self, prompt: str) -> str:
+        """The Jinja text of the embedding template of a named prompt.
+
+        Raises:
+            DataError: no prompt has that name.
+        """
+        if prompt not in PROMPTS:
+            raise DataError(f"embedding prompt {prompt!r}: use one of {', '.join(PROMPTS)}")
+        if prompt == DEFAULT_PROMPT:
+            prompt = self.own_prompt
+        published = self.official or prompt == OFFICIAL_PROMPT
+        return embedding_template(
+            self.published_template if published else default_chat_template(self.processor),
+            PROMPTS[prompt],
+            TURN_END if published else self.pooled_token,
+        )
+
+    @property
+    def published_template(self) -> str:
+        """The published code's chat template, for this model's images."""
+        marker, video = self.family.marker, self.family.video_marker
+        return published_template(self.processor, marker(self.processor), video(self.processor))
+
+    def _apply(self, conversation: Conversation, **kwargs: Any) -> str:
+        """The text of a conversation.
+
+        Where the template refuses it, neighbouring turns of one role are joined: some templates
+        (Gemma's) want roles to alternate.
+
+        Raises:
+            DataError: the template refuses that, too.
+            CheckpointError: the template's work has no bounds.
+        """
+        refusal: DataError | None = None
+        for turns in dict.fromkeys((conversation, joined_turns(conversation))):
+            try:
+                return render_chat(self.processor, template_messages(turns), **kwargs)
+            except DataError as error:
+                refusal = refusal or error
+        assert refusal is not None
+        raise refusal
+
+    def _published(self, conversation: Conversation, **kwargs: Any) -> tuple[str, Conversation]:
+        """A conversation as the published code renders it, and the turns that the text contains."""
+        turns = self._readable(with_system_turn(as_written(conversation)))
+        text = render_chat(
+            self.processor,
+            verbatim_messages(turns),
+            chat_template=self.published_template,
+            **kwargs,
+        )
+        return text, turns
+
+    def _readable(self, conversation: Conversation) -> Conversation:
+        """`conversation` with control tokens escaped, and as frames if the family has no videos.
+
+        Raises:
+            DataError: a text is not Unicode.
+        """
+        for message in conversation:
+            for part in message.content:
+                if isinstance(part, str):
+                    check_unicode(part)
+        if self.family.video_marker(self.processor) is None:
+            conversation = frames_as_images(conversation, self.max_frames)
+        return escape_control_tokens(conversation, self._control_tokens)
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        """Matches tokens that no text may contain. Cached: it walks the whole added vocabulary."""
+        family, tokenizer = self.family, self.processor.tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in added if token.special}
+        ids = [
+            family.placeholder_id(self.processor),
+            family.video_placeholder_id(self.processor),
+        ]
+        markers = {family.marker(self.processor), *tokenizer.convert_ids_to_tokens(ids)}
+        return control_pattern(special | markers)
+
+    def embedding(self, conversation: Conversation, prompt: str) -> RenderedSequence:
+        if self.official and prompt == UNPROMPTED:
+            text, turns = self._published(conversation, add_generation_prompt=True)
+            return RenderedSequence.of(text + TURN_END, turns)
+        conversation = self._readable(conversation)
+        if self.official:
+            conversation = with_system_turn(conversation)
+        text = self._apply(conversation, chat_template=self.template(prompt))
+        return RenderedSequence.of(text, conversation)
+
+    def prompt(self, conversation: Conversation) -> RenderedSequence:
+        conversation = self._readable(conversation)
+        text = self._apply(conversation, add_generation_prompt=True)
+        return RenderedSequence.of(text, conversation)
+
+    def answers(self, dialogue: Conversation) -> list[RenderedSequence]:
+        """Each assistant turn, after the prompt that the model gets when it generates that turn.
+
+        The trie merges the turns of a dialogue again wherever the template renders a past turn
+        as it was generated; where it does not, each turn is still trained on its own prompt.
+        """
+        if self.official:
+            return [self._whole(dialogue)]
+        rendered = []
+        history: Conversation = ()
+        for message in self._readable(dialogue):
+            if message.role == "assistant":
+                message = Message("assistant", (_answer(message),))
+                prompt = self._apply(history, add_generation_prompt=True)
+                whole = self._apply((*history, Message("assistant", (_STAND_IN,))))
+                at = whole.rfind(_STAND_IN)
+                if at < 0:
+                    raise CheckpointError(
+                        f"{template_file(self.processor)}: the chat template does not write the "
+                        "text of an assistant turn, so no answer can be trained or scored; copy it "
+                        "from the model's publisher"
+                    )
+                # What the template writes between its prompt and an answer: "Assistant:", " cat".
+                between = whole[len(prompt) : at] if whole.startswith(prompt) else ""
+                target = between + message.text + whole[at + 1 :].rstrip()
+                text, turns = prompt + target, (*history, message)
+                rendered.append(RenderedSequence.of(text, turns, labelled=len(target), answers=1))
+            history = (*history, message)
+        if not rendered:
+            raise DataError("a dialogue without an assistant turn has no tokens to train on")
+        return rendered
+
+    def _whole(self, dialogue: Conversation) -> RenderedSequence:
+        """One sequence of all turns, as the published code trains a dialogue."""
+        text, turns = self._published(dialogue)
+        answers = sum(message.role == "assistant" for message in dialogue)
+        return RenderedSequence.of(text, turns, labelled=len(text), answers=answers)
+
+
+_STAND_IN = "\ue000"
+"""Stands in for an answer in a rendered turn, to find what the template writes around it."""
+
+
+def _answer(message: Message) -> str:
+    answer = message.text.strip()
+    if not answer:
+        raise DataError("an assistant turn is empty; remove it or write its text")
+    if not all(isinstance(part, str) for part in message.content):
+        raise DataError("an assistant turn contains an image; answers are text only")
+    return answer
+
+
+def _images(conversation: Conversation) -> tuple[Image | Video, ...]:
+    """Images and videos, in the order of their markers."""
+    parts = [part for message in conversation for part in message.content]
+    return tuple(part for part in parts if not isinstance(part, str))
+
+
+def _texts(conversation: Conversation) -> tuple[str, ...]:
+    """The pieces of text, as templates write them."""
+    parts = (part for message in conversation for part in message.content)
+    return tuple(part.strip() for part in parts if isinstance(part, str))

@@ -1,0 +1,234 @@
+"""Check that other tools embed a directory's probes as cafe does.
+
+The probes are a few fixed texts and images. Each tool loads the directory by its own means, as its
+users would.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from cafe.errors import CafeError, CheckpointError
+from cafe.model.checkpoint.adapter import is_adapter
+from cafe.model.checkpoint.directory import embedding_template_of, quiet
+from cafe.model.checkpoint.locate import locate
+from cafe.model.rows.inputs import Input
+from cafe.model.vlm import CAFe
+from cafe.release.card import Agreement
+
+EXACT = 1e-4
+"""Largest distance of two unit-length embeddings that another order of summation explains."""
+
+_POLL_SECONDS = 0.05
+_RESPONSE_SECONDS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """How closely other tools agree with cafe on a directory's embeddings.
+
+    directory   the directory that all of them loaded
+    probes      number of texts and images that were embedded
+    tolerance   largest distance allowed between two unit vectors
+    agreements  one for each tool
+    """
+
+    directory: Path
+    probes: int
+    tolerance: float
+    agreements: tuple[Agreement, ...]
+
+
+def verify(
+    directory: str | Path, *, on_agreement: Callable[[Agreement], None] | None = None
+) -> VerifyReport:
+    """Compare transformers, sentence-transformers and `cafe serve` with `CAFe.encode`.
+
+    All compute in float32, and only one of them is in memory at a time.
+
+        >>> from cafe.release.verify import verify
+        >>> for agreement in verify("tiny").agreements:
+        ...     print(f"{agreement.tool}: cosine {agreement.cosine:.5f}")
+
+        transformers 5.23.0: cosine 1.00000
+        sentence-transformers 6.2.0: cosine 1.00000
+        cafe serve (fastapi 0.165.0): cosine 1.00000
+
+    Args:
+        directory: "tiny", a checkpoint directory, or a hub id.
+        on_agreement: Called after each tool.
+
+    Raises:
+        CheckpointError: a tool's embeddings differ, or the directory is an adapter, which no other
+            tool but peft loads.
+        CafeError: a tool is not installed.
+    """
+    directory = locate(directory)
+    check_readable_by_all(directory)
+    probes = probe_inputs()
+    expected = CAFe.from_pretrained(directory, dtype=torch.float32).encode(probes)
+    agreements = []
+    for tool, embed in (
+        (f"transformers {metadata.version('transformers')}", _transformers),
+        (
+            f"sentence-transformers {_version('sentence-transformers', 'st')}",
+            _sentence_transformers,
+        ),
+        (f"cafe serve (fastapi {_version('fastapi', 'serve')})", _server),
+    ):
+        with quiet():
+            embeddings = np.asarray(embed(directory, probes), dtype=np.float32)
+        agreements.append(_compare(directory, tool, embeddings, expected))
+        if on_agreement is not None:
+            on_agreement(agreements[-1])
+    return VerifyReport(directory, len(probes), EXACT, tuple(agreements))
+
+
+def check_readable_by_all(directory: Path) -> None:
+    """Raises CheckpointError for an adapter."""
+    if is_adapter(directory):
+        raise CheckpointError(
+            f"{directory}: is an adapter, which only peft and cafe load, so no other tool can be "
+            "compared; merge it (--merge) or leave --verify out"
+        )
+
+
+def probe_inputs() -> list[Input]:
+    """Texts, images, and both together; always the same ones."""
+    rng = np.random.default_rng(0)
+    sizes = [(96, 96), (160, 96), (96, 224)]
+    images = [
+        PIL.Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        for width, height in sizes
+    ]
+    return [
+        "a red mug on a table",
+        "two dogs run across a wide field under a dark sky, and a child looks on",
+        "yes",
+        *images,
+        {"image": images[0], "text": "what is at the top left"},
+    ]
+
+
+def _compare(directory: Path, tool: str, embeddings: np.ndarray, expected: np.ndarray) -> Agreement:
+    """Raises CheckpointError when embeddings are further apart than `EXACT`."""
+    cosine = float((embeddings * expected).sum(1).min())
+    distance = float(np.linalg.norm(embeddings - expected, axis=1).max())
+    if not distance <= EXACT:  # written so that NaN fails too
+        raise CheckpointError(
+            f"{directory}: {tool} embeds {len(expected)} probes with a cosine of {cosine:.6f} "
+            f"to cafe's, up to {distance:.1e} apart (tolerance {EXACT:.0e}); do not publish "
+            "it, and write it again with this version of cafe"
+        )
+    return Agreement(tool, min(cosine, 1.0), distance)
+
+
+def _named(package: str, extra: str) -> str:
+    return f"{package} {_version(package, extra)}"
+
+
+def _version(package: str, extra: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError as error:
+        raise CafeError(
+            f"--verify needs {package}: pip install 'cafe-vlm[{extra}]', or leave --verify out"
+        ) from error
+
+
+def _transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray:
+    """Last hidden state of the base model under the embedding template, with transformers alone."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(directory, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=False
+    ).eval()
+    template = embedding_template_of(directory)
+    states = []
+    with torch.inference_mode():
+        for probe in probes:
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": _parts(probe)}],
+                chat_template=template,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            states.append(model.model(**inputs).last_hidden_state[0, -1])
+    return torch.nn.functional.normalize(torch.stack(states), dim=-1).numpy()
+
+
+def _sentence_transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(directory), device="cpu", trust_remote_code=False).float()
+    return model.encode(list(probes), show_progress_bar=False)
+
+
+def _server(directory: Path, probes: Sequence[Any]) -> np.ndarray:
+    """As a client receives them from `/v1/embeddings`, over a loopback socket."""
+    from cafe.serving.model_calls import CafeCalls
+    from cafe.serving.run import Server, ServerSettings
+
+    def load() -> CafeCalls:
+        return CafeCalls(CAFe.from_pretrained(directory, dtype=torch.float32))
+
+    server = Server(load, ServerSettings(name="probed", port=0))
+    server.start()
+    try:
+        while not (server.engine.loaded or server.ended):
+            time.sleep(_POLL_SECONDS)
+        if server.engine.failure is not None:
+            raise server.engine.failure
+        chats = [[{"role": "user", "content": _request_parts(probe)}] for probe in probes]
+        return _post(server.url, {"messages": chats})
+    finally:
+        server.stop()
+
+
+def _post(url: str, body: dict[str, Any]) -> np.ndarray:
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=_RESPONSE_SECONDS)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/embeddings", json.dumps(body).encode(), headers)
+    response = connection.getresponse()
+    content = json.loads(response.read())
+    connection.close()
+    if response.status != 200:
+        raise CheckpointError(f"cafe serve failed on the probes: {content['error']['message']}")
+    return np.array([row["embedding"] for row in content["data"]])
+
+
+def _parts(probe: Any) -> list[dict[str, Any]]:
+    """A probe as the content of a transformers chat message, images first."""
+    both = probe if isinstance(probe, dict) else {}
+    text = probe if isinstance(probe, str) else both.get("text")
+    image = probe if isinstance(probe, PIL.Image.Image) else both.get("image")
+    images = [] if image is None else [{"type": "image", "image": image}]
+    return images + ([] if text is None else [{"type": "text", "text": text}])
+
+
+def _request_parts(probe: Any) -> list[dict[str, Any]]:
+    """The same in OpenAI's format."""
+    parts = []
+    for part in _parts(probe):
+        if part["type"] == "image":
+            buffer = io.BytesIO()
+            part["image"].save(buffer, "png")
+            url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+            part = {"type": "image_url", "image_url": {"url": url}}
+        parts.append(part)
+    return parts

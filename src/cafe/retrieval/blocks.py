@@ -1,0 +1,128 @@
+"""Records become embeddings, a memory's worth at a time; broken ones are reported, never fatal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from cafe.batching import encode_each
+from cafe.errors import DataError
+from cafe.media import open_image
+from cafe.retrieval.sources import Entry, SkippedRecord, SourceRecord
+from cafe.types import Image
+
+EncodeInputs = Callable[[Sequence[Any]], np.ndarray]
+"""Inputs, as `CAFe.encode` takes them -> float32 [n, d]. A DataError refuses them all."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLimits:
+    """When a block is full.
+
+    inputs   enough for the model to sort a block by length, few enough to see progress
+    pixels   decoded images of a block take at most three bytes times this, plus one image
+    """
+
+    inputs: int = 4096
+    pixels: int = 200_000_000
+
+
+BLOCK_LIMITS = BlockLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecord:
+    """A record whose image is decoded; `value` is what the model's `encode` takes."""
+
+    location: str
+    id: str
+    text: str | None
+    path: Path | None
+    value: Any
+
+    @property
+    def image(self) -> PIL.Image.Image | None:
+        image = self.value["image"] if isinstance(self.value, dict) else self.value
+        return image if isinstance(image, PIL.Image.Image) else None
+
+
+Block = tuple[list[LoadedRecord], np.ndarray | None]
+"""Rows and their embeddings float32 [rows, d]; None where there are none."""
+
+
+def embedded_blocks(
+    encode: EncodeInputs,
+    records: Iterable[Entry],
+    on_block: Callable[[int, Sequence[SkippedRecord]], None],
+    limits: BlockLimits = BLOCK_LIMITS,
+) -> Iterator[Block]:
+    """Records with their embeddings, block by block, in order.
+
+    Args:
+        encode: Embeds a block.
+        records: What to load and embed.
+        on_block: Called when a block has been used, with the number of its embeddings and the
+            records that were skipped.
+        limits: When a block is full.
+    """
+    for block, skipped in loaded_blocks(records, limits):
+        rows, embeddings, refused = encode_block(encode, block)
+        yield rows, embeddings
+        on_block(len(rows), [*skipped, *refused])
+
+
+def loaded_blocks(
+    records: Iterable[Entry], limits: BlockLimits = BLOCK_LIMITS
+) -> Iterator[tuple[list[LoadedRecord], list[SkippedRecord]]]:
+    """Loaded records and broken ones, block by block, in order."""
+    block: list[LoadedRecord] = []
+    skipped: list[SkippedRecord] = []
+    pixels = 0
+    for record in records:
+        loaded = record if isinstance(record, SkippedRecord) else _load(record)
+        if isinstance(loaded, SkippedRecord):
+            skipped.append(loaded)
+        else:
+            block.append(loaded)
+            pixels += loaded.image.width * loaded.image.height if loaded.image else 0
+        if len(block) + len(skipped) >= limits.inputs or pixels >= limits.pixels:
+            yield block, skipped
+            block, skipped, pixels = [], [], 0
+    if block or skipped:
+        yield block, skipped
+
+
+def encode_block(
+    encode: EncodeInputs, block: list[LoadedRecord]
+) -> tuple[list[LoadedRecord], np.ndarray | None, list[SkippedRecord]]:
+    """Embed a block; where the model refuses it, find the broken inputs and skip only those."""
+    embeddings, failures = encode_each(encode, [row.value for row in block])
+    kept = [i for i in range(len(block)) if i not in failures]
+    skipped = [
+        SkippedRecord(block[i].location, str(error)) for i, error in sorted(failures.items())
+    ]
+    stacked = np.stack([embeddings[i] for i in kept]) if kept else None
+    return [block[i] for i in kept], stacked, skipped
+
+
+def _load(record: SourceRecord) -> LoadedRecord | SkippedRecord:
+    try:
+        f"{record.id}{record.text or ''}{record.path or ''}".encode()
+    except UnicodeEncodeError:  # of JSON's escapes, or of a file name's bytes
+        return SkippedRecord(record.location, "text contains an unpaired surrogate")
+    value: Any = record.text
+    source = record.image if record.path is None else Image(record.path)
+    if source is not None:
+        try:
+            image = open_image(source)
+        except DataError as error:
+            # In a folder the location is the image: its name once is enough.
+            reason = str(error).removeprefix(f"image {record.location!r}: ")
+            return SkippedRecord(record.location, reason)
+        value = image if record.text is None else {"text": record.text, "image": image}
+    return LoadedRecord(record.location, record.id, record.text, record.path, value)

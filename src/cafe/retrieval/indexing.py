@@ -1,0 +1,258 @@
+"""A source becomes an index, or an index follows its source; the model's facts are checked first.
+
+An index holds the vectors of one model only. Whether a model is that one is read from its files
+before its weights are loaded, so that a mistake costs a second and not a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cafe.errors import CheckpointError, DataError
+from cafe.index import (
+    APPROXIMATE_ROWS,
+    Approximate,
+    Index,
+    IndexItem,
+    ModelFacts,
+    Origin,
+    Report,
+    sync,
+)
+from cafe.index.fingerprint import prompt_fingerprint, weights_fingerprint
+from cafe.index.store import one_run
+from cafe.progress import progress_bar
+from cafe.retrieval.sources import list_items
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cafe.model.vlm import CAFe
+
+logger = logging.getLogger(__name__)
+
+MEASURED_QUERIES = 100
+"""Number of captions that are embedded as queries to measure an approximate index."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexReport:
+    """What `build_index` did.
+
+    uri           of the index
+    rows          that it holds now
+    changes       counts of added, changed, moved, unchanged and deleted rows; what was skipped
+    approximate   the settings of an approximate search and its measured recall; None: search is
+                  exact
+    left_out      files of a folder that are no images, by kind -> number of them
+    """
+
+    uri: str
+    rows: int
+    changes: Report
+    approximate: Approximate | None
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def build_index(
+    model: CAFe | str | Path,
+    source: str | Path,
+    to: str | Path,
+    *,
+    batch_size: int = 64,
+    encode: Callable[[Sequence[Any]], np.ndarray] | None = None,
+    load: Callable[[str], CAFe] | None = None,
+    on_skipped: Callable[[str], None] | None = None,
+    show_progress_bar: bool = False,
+) -> IndexReport:
+    """Make an index of a source, or bring an existing one up to date with it.
+
+    What did not change since the last run is not embedded again; rows of items that vanished are
+    deleted. A run that was killed continues where it stopped.
+
+    Args:
+        model: a loaded model, or what `CAFe.from_pretrained` takes.
+        source: a folder of images, a data file of images with captions, or a .jsonl file of
+            {"text": ...} (`cafe.retrieval.sources`).
+        to: the index: a folder, or the URI of an object store.
+        batch_size: inputs that are embedded together and then written in one step.
+        encode: embeds items (PIL images in RGB, and strings) in place of the model's own
+            `encode`, as float32 [n, d]: a pool of processes, for example. The index still
+            records the facts of `model`.
+        load: loads the model by its name, in place of `CAFe.from_pretrained`.
+        on_skipped: called with one line for each item that cannot be used; None: the line is
+            logged as a warning.
+        show_progress_bar: draw one, on stderr.
+
+    Returns:
+        The number of rows, what changed, and how good an approximate search is.
+
+    Raises:
+        DataError: there is nothing to index, the index was made by another model, it is of
+            another source that still exists, or no item can be used. Nothing is deleted then.
+        CheckpointError: the model cannot be loaded.
+
+    Example:
+        >>> report = build_index("tiny", "photos", "photos.index")
+        >>> report.rows, report.changes.added, report.changes.skipped
+        (4, 4, [])
+        >>> build_index("tiny", "photos", "photos.index").changes.unchanged
+        4
+    """
+    listing = list_items(str(source))  # before torch: a wrong path is reported immediately
+    origin = Origin(listing.source, None if listing.root is None else str(listing.root))
+    index = Index.find(to)
+    if index is not None:
+        _check_origin(index, origin)
+    vlm, facts = open_model(model, index, load=load)
+
+    def encode_items(values: Sequence[Any]) -> np.ndarray:
+        return vlm.encode(values, batch_size=batch_size)
+
+    encode = encode or encode_items
+    with one_run(str(to)):
+        index = _opened(to, facts, origin)
+        with progress_bar("index", len(listing.items), show=show_progress_bar) as bar:
+            changes = sync(index, listing.items, encode, batch_size=batch_size, progress=bar.to)
+        index.set_origin(origin)
+        changes.skipped[:0] = listing.skipped
+        for problem in changes.skipped:
+            (on_skipped or _log_skipped)(f"{problem.location}: {problem.reason}")
+        rows = len(index)
+        approximate = index.optimize(_caption_queries(encode, listing.items, rows))
+    return IndexReport(index.uri, rows, changes, approximate, listing.left_out)
+
+
+def _opened(to: str | Path, facts: ModelFacts, origin: Origin) -> Index:
+    """The index, new or as another run has left it, whose model and source must be the same."""
+    index = Index.find(to)
+    if index is None:
+        return Index.create(to, facts, origin=origin)
+    _check_origin(index, origin)
+    index.check_model(facts)
+    return index
+
+
+def open_model(
+    model: CAFe | str | Path,
+    index: Index | None = None,
+    device: str | None = None,
+    *,
+    load: Callable[[str], CAFe] | None = None,
+) -> tuple[CAFe, ModelFacts]:
+    """Load a model, with the facts that an index records of it.
+
+    Args:
+        model: a loaded model, which is returned as it is, or what `CAFe.from_pretrained` takes.
+        index: the index whose vectors the model's are to be compared with.
+        device: where to load the model; None: the default of `CAFe.from_pretrained`.
+        load: loads the model by its name, in place of `CAFe.from_pretrained`.
+
+    Raises:
+        DataError: `index` was made by another model. Where the weights already differ, they are
+            not loaded.
+        CheckpointError: there is no such model, or its weights cannot be read.
+    """
+    if isinstance(model, str | Path):
+        name, weights = _identity(str(model))
+        if index is not None:
+            index.check_model(replace(index.model, name=name, weights=weights))
+        vlm = load(str(model)) if load else _load(model, device)
+        facts = _facts(vlm, name, weights)
+    else:
+        vlm, facts = model, model_facts(model)
+    if index is not None:
+        index.check_model(facts)
+    return vlm, facts
+
+
+def model_facts(model: CAFe) -> ModelFacts:
+    """What an index records of the model that makes its vectors, for `Index.create`.
+
+    The weights are identified by the files that the model was loaded from: save a model that you
+    have trained since, and load it again.
+
+    Raises:
+        CheckpointError: the model was built in memory, so no name could load it again.
+
+    Example:
+        >>> from cafe import CAFe, Index
+        >>> model = CAFe.from_pretrained("tiny")
+        >>> index = Index.create("notes.index", model_facts(model), encode=model.encode)
+        >>> index.model.name, index.model.dimension
+        ('tiny', 256)
+    """
+    source = model.source
+    if source is None:
+        raise CheckpointError(
+            "the model was built in memory, and an index records where its model is; save it with "
+            "save_pretrained and load it with CAFe.from_pretrained"
+        )
+    if source.adapter is None:
+        return _facts(model, *_identity(str(source.name_or_dir)))
+    return _facts(model, *_identity(str(source.adapter), base=str(source.name_or_dir)))
+
+
+def _identity(name: str, base: str | None = None) -> tuple[str, str]:
+    """The name that loads a model again, and the fingerprint of its weights.
+
+    base   what an adapter was loaded onto; None: what the adapter itself names
+    """
+    from cafe.model.checkpoint.adapter import is_adapter, locate_base
+    from cafe.model.checkpoint.locate import lasting_name, locate
+
+    directories = [locate(name)]
+    if is_adapter(directories[0]):
+        directories.append(locate(base) if base else locate_base(directories[0]))
+    return lasting_name(name), weights_fingerprint(directories)
+
+
+def _load(name: str | Path, device: str | None) -> CAFe:
+    from cafe.model.vlm import CAFe
+
+    options: dict[str, Any] = {} if device is None else {"device": device}
+    return CAFe.from_pretrained(name, **options)
+
+
+def _facts(model: CAFe, name: str, weights: str) -> ModelFacts:
+    prompt = prompt_fingerprint(model.embedding_contract())
+    return ModelFacts(name, weights, prompt, model.embedding_dimension)
+
+
+def _check_origin(index: Index, origin: Origin) -> None:
+    """Raises DataError when the index is of another source, and that still exists."""
+    before = index.origin
+    if before is None or before == origin:
+        return
+    if before.made_by == "embed":
+        raise DataError(
+            f"index {index.uri} was written by cafe embed; index {origin.source} into another one"
+        )
+    if before.source != origin.source and Path(before.source).exists():
+        raise DataError(
+            f"index {index.uri} is of {before.source}, whose rows would be deleted; index "
+            f"{origin.source} into another one"
+        )
+
+
+def _caption_queries(
+    encode: Callable[[Sequence[Any]], np.ndarray], items: Sequence[IndexItem], rows: int
+) -> np.ndarray | None:
+    """Embeddings [n, d] of some captions; None where there are too few, or search stays exact.
+
+    People search images by text, and embeddings of texts lie apart from those of images.
+    """
+    captions = [item.text for item in items if item.source is not None and item.text]
+    if rows < APPROXIMATE_ROWS or len(captions) < MEASURED_QUERIES:
+        return None
+    step = len(captions) // MEASURED_QUERIES
+    return encode([text.split("\n")[0] for text in captions[::step][:MEASURED_QUERIES]])
+
+
+def _log_skipped(line: str) -> None:
+    logger.warning("skipped %s", line)

@@ -1,0 +1,161 @@
+"""All routes as one ASGI application, behind the middleware."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from cafe.serving.errors import ApiError, json_response
+from cafe.serving.middleware import RequestGuard
+from cafe.serving.page_auth import PageAuth
+from cafe.serving.routes.chat import chat_routes
+from cafe.serving.routes.embeddings import embedding_routes
+from cafe.serving.routes.rerank import rerank_routes
+from cafe.serving.routes.search import search_routes
+from cafe.serving.schema import ErrorBody
+from cafe.serving.service import Service
+
+UNION_MEMBERS = {"str", "int", "Content", "ImageURL"}
+"""Names that pydantic adds to the location of an error, besides the names of fields."""
+
+
+def create_app(
+    service: Service,
+    *,
+    api_key: str | None = None,
+    hosts: frozenset[str] | None = None,
+    page: bool = False,
+    root: Path | None = None,
+) -> RequestGuard:
+    """The application that serves `service`.
+
+    Args:
+        service: The model and what the routes share.
+        api_key: As in `RequestGuard`.
+        hosts: As in `RequestGuard`.
+        page: Whether to serve the web page.
+        root: Folder of the index's images, for the page.
+
+    Raises:
+        CafeError: `page` is set and gradio is not installed.
+    """
+    app = FastAPI(
+        title="cafe",
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
+    for router in (embedding_routes(service), chat_routes(service), rerank_routes(service)):
+        app.include_router(router)
+    if service.search is not None:
+        app.include_router(search_routes(service, service.search))
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
+    guard = RequestGuard(
+        app,
+        metrics=service.metrics,
+        limits=service.limits,
+        api_key=api_key,
+        hosts=hosts,
+        routes=frozenset(),
+    )
+    app.include_router(_status_routes(service, guard))
+    guard.routes = frozenset(app.openapi()["paths"]) | {"/openapi.json"}
+    if page:
+        from cafe.serving.page.mount import mount_page  # late: importing gradio takes seconds
+
+        guard.page_auth = PageAuth(api_key)
+        guard.app = mount_page(app, service, guard.page_auth, root)
+    return guard
+
+
+def _status_routes(service: Service, guard: RequestGuard) -> APIRouter:
+    """Health, metrics and the list of models."""
+    router = APIRouter()
+    created = int(time.time())
+
+    @router.get("/health", operation_id="health")
+    async def health() -> Response:
+        """Whether the server is alive."""
+        alive = service.engine.failure is None
+        return json_response({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    @router.get("/ready", operation_id="ready")
+    async def ready() -> Response:
+        """Whether a request would be accepted now."""
+        if not service.engine.loaded:
+            return json_response({"status": "loading"}, 503)
+        if guard.draining or service.engine.full:
+            return json_response({"status": "draining" if guard.draining else "full"}, 503)
+        return json_response({"status": "ready"})
+
+    @router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Metrics for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @router.get("/v1/models", operation_id="models")
+    async def models() -> Response:
+        """The model that is served."""
+        model = {
+            "id": service.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "cafe",
+            "max_model_len": service.engine.model.max_tokens,
+        }
+        return json_response({"object": "list", "data": [model]})
+
+    return router
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    """An invalid body, reported as OpenAI does (400, not 422).
+
+    Each member of a union reports its own error; the one with the deepest location matched most of
+    the value.
+    """
+    assert isinstance(error, RequestValidationError)
+    deepest = max(error.errors(), key=lambda e: len(e["loc"]))
+    if deepest["type"] == "json_invalid":
+        return ApiError.invalid(f"the body is not valid JSON: {deepest['ctx']['error']}").response
+    param = _param(deepest["loc"])
+    message = deepest["msg"].removeprefix("Value error, ")
+    if deepest["type"] == "extra_forbidden":
+        message = "unknown or unsupported field"
+    return ApiError.invalid(f"{param}: {message}" if param else message, param).response
+
+
+def _param(location: tuple[int | str, ...]) -> str | None:
+    """For example "messages.0.content", without pydantic's names for the members of a union."""
+    names: list[str] = []
+    for part in map(str, location[1:]):
+        plain = part.isdecimal() or part.isidentifier()
+        if plain and part not in UNION_MEMBERS and part not in names[-1:]:
+            names.append(part)
+    return ".".join(names)[:200] or None
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    messages = {404: "not found", 405: "method not allowed"}
+    message = messages.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, message, headers=dict(error.headers or {})).response
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """A bug in the server. Starlette raises it again after this; the middleware logs it."""
+    return ApiError(500, "internal error").response

@@ -1,0 +1,190 @@
+"""Converts the texts and images of a request to conversations, within the limits.
+
+A request cannot refer to a file: an image is a data URI or, if the server was started to allow
+that, a URL on the public internet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import PIL.Image
+
+from cafe.errors import ImageError
+from cafe.image_cost import excess
+from cafe.media import open_image
+from cafe.serving.errors import ApiError
+from cafe.serving.limits import Limits, Reservation
+from cafe.serving.schema import ChatMessage, Content, ContentPart, ImagePart, TextPart
+from cafe.types import Conversation, Image, Message, Role
+from cafe.types import Part as ReadPart
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+"""Formats that are decoded. Pillow supports more, and some of these (EPS) execute code."""
+
+DATA_URI = re.compile(
+    r"data:(image/[\w.+-]{1,99}|application/octet-stream)(;[\w.+-]{1,99}=[^;,\s]{1,99}){0,9};base64,",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+class Reader:
+    """Reads the content of one request, and counts its texts, images and pixels."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        pixels: Reservation,
+        fetch: Callable[[str], Awaitable[bytes]] | None,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        """Create the reader of one request.
+
+        Args:
+            limits: Of the request.
+            pixels: Where the request reserves the pixels of its images.
+            fetch: Downloads a remote image; None: remote images are refused.
+            pool: Threads that decode images.
+        """
+        self._limits, self._pixels, self._fetch, self._pool = limits, pixels, fetch, pool
+        self._images = self._characters = 0
+
+    async def messages(self, messages: Sequence[ChatMessage]) -> Conversation:
+        """Read a chat. Raises ApiError (400, 429), naming the field."""
+        return tuple(
+            [
+                Message(_role(m.role), await self._parts(m.content, f"messages.{i}.content"))
+                for i, m in enumerate(messages)
+            ]
+        )
+
+    def text(self, text: str, param: str) -> Conversation:
+        """One text as a user turn."""
+        return (Message("user", (self._text(text, param),)),)
+
+    async def content(self, content: str | Content, param: str) -> Conversation:
+        """Read a query or a document as a user turn. Raises ApiError as `messages` does."""
+        if isinstance(content, str):
+            return self.text(content, param)
+        fields = [
+            name for name in ("content", "text", "image") if getattr(content, name) is not None
+        ]
+        if not fields or ("content" in fields and len(fields) > 1):
+            raise ApiError.invalid(f"{param}: give content, or text, image or both", param)
+        if content.content is not None:
+            return (Message("user", await self._parts(content.content, param)),)
+        parts: list[ReadPart] = []
+        if content.image is not None:
+            parts.append(await self._image(content.image, f"{param}.image"))
+        if content.text is not None:
+            parts.append(self._text(content.text, f"{param}.text"))
+        return (Message("user", tuple(parts)),)
+
+    async def _parts(
+        self, content: str | Sequence[ContentPart], param: str
+    ) -> tuple[ReadPart, ...]:
+        if isinstance(content, str):
+            return (self._text(content, param),)
+        return tuple([await self._part(p, f"{param}.{i}") for i, p in enumerate(content)])
+
+    async def _part(self, part: TextPart | ImagePart, param: str) -> ReadPart:
+        if isinstance(part, TextPart):
+            return self._text(part.text, f"{param}.text")
+        url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
+        return await self._image(url, f"{param}.image_url")
+
+    def _text(self, text: str, param: str) -> str:
+        if len(text) > self._limits.text_characters:
+            raise ApiError.invalid(
+                f"{param}: {len(text):,} characters exceed the limit of "
+                f"{self._limits.text_characters:,}",
+                param,
+                "context_length_exceeded",
+            )
+        self._characters += len(text)
+        if self._characters > self._limits.request_characters:
+            raise ApiError.invalid(
+                f"the request's texts exceed {self._limits.request_characters:,} characters", param
+            )
+        return text
+
+    async def _image(self, url: str, param: str) -> Image:
+        self._images += 1
+        if self._images > self._limits.images:
+            raise ApiError.invalid(f"more than {self._limits.images} images in a request", param)
+        remote = url[:8].lower().startswith(("http://", "https://"))
+        content = await self._remote(url, param) if remote else url
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._open, content, param)
+
+    async def _remote(self, url: str, param: str) -> bytes:
+        if self._fetch is None:
+            raise ApiError.invalid(
+                f"{param}: remote images are not allowed here; send a data URI "
+                "(data:image/png;base64,…)",
+                param,
+            )
+        return await self._fetch(url)
+
+    def _open(self, source: str | bytes, param: str) -> Image:
+        content = _data(source, param) if isinstance(source, str) else source
+        reason = excess(content)
+        if reason is not None:
+            raise ApiError.invalid(f"{param}: the image {reason}", param, "invalid_image")
+        try:
+            image = PIL.Image.open(io.BytesIO(content), formats=FORMATS)
+        except PIL.Image.DecompressionBombError as error:
+            raise _too_large(param, str(error)) from error
+        except Exception as error:  # decoders raise arbitrary exceptions on broken files
+            supported = ", ".join(FORMATS)
+            raise ApiError.invalid(
+                f"{param}: not a readable image (supported: {supported})", param, "invalid_image"
+            ) from error
+        pixels = image.width * image.height
+        if pixels > self._limits.image_pixels:
+            raise _too_large(
+                param,
+                f"{image.width}x{image.height} pixels exceed the limit of "
+                f"{self._limits.image_pixels:,}",
+            )
+        if self._pixels.taken + pixels > self._limits.request_pixels:
+            raise ApiError.invalid(
+                f"the request's images exceed {self._limits.request_pixels:,} pixels", param
+            )
+        self._pixels.take(pixels)
+        try:
+            return Image(open_image(Image(image), max_pixels=self._limits.image_pixels))
+        except ImageError as error:
+            raise ApiError.invalid(f"{param}: {error}", param, "invalid_image") from error
+
+
+def _too_large(param: str, reason: str) -> ApiError:
+    return ApiError.invalid(f"{param}: {reason}; resize it", param, "image_too_large")
+
+
+def _data(url: str, param: str) -> bytes:
+    """Decode a data URI."""
+    head = DATA_URI.match(url)
+    if head is None:
+        raise ApiError.invalid(
+            f"{param}: give a data URI (data:image/png;base64,…); local files are never read", param
+        )
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError.invalid(f"{param}: invalid base64", param) from error
+
+
+def _role(role: str) -> Role:
+    """OpenAI's newer models call the system role "developer"."""
+    match role:
+        case "system" | "user" | "assistant":
+            return role
+        case _:
+            return "system"

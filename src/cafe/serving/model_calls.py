@@ -1,0 +1,113 @@
+"""Runs the engine's batches on the model: the only file of serving that uses its internals.
+
+Nothing is truncated here: a text longer than the model's context is refused, while `CAFe.encode`
+truncates it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cafe.errors import DataError
+from cafe.model.inference import yes_over_no
+from cafe.model.rerank import trained_temperature
+from cafe.model.vlm import CAFe
+from cafe.serving.decoding import Generation
+from cafe.serving.messages import Embedding, Score, WorkItem
+from cafe.types import Conversation
+
+FIRST_PREFIX = 4
+"""The first prefix of a text that is tokenised has this many characters per token of the context;
+the next ones are twice as long."""
+
+PREFIX_TOKENS = 64
+"""How many tokens fewer the end of a prefix may become when more text follows it."""
+
+
+class CafeCalls:
+    """A `CAFe` as a `cafe.serving.messages.EngineModel`."""
+
+    def __init__(self, model: CAFe) -> None:
+        """Raises CheckpointError if the temperature in config.json is invalid."""
+        self._model = model
+        self._collator = replace(model.collator, max_tokens=sys.maxsize)
+        self._odds = yes_over_no(model)
+        # A copy: tokenizers cannot be configured on one thread while another one uses them.
+        backend = getattr(model.processor.tokenizer, "backend_tokenizer", None)
+        self._tokenizer = copy.deepcopy(backend)
+        if self._tokenizer is not None:
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+        self.dimension = model.embedding_dimension
+        self.max_tokens = model.collator.max_tokens
+        self.temperature = trained_temperature(model.model.config)
+
+    def excess(self, text: str) -> tuple[int, int] | None:
+        """The tokens of a prefix that exceeds the model's limit, and its characters; None: it fits.
+
+        So a text of any length costs about as much as the longest that fits. A text that exceeds
+        the limit by few tokens may pass: it is refused with its batch.
+        """
+        if self._tokenizer is None:
+            return None
+        size = FIRST_PREFIX * self.max_tokens
+        while True:
+            # A batch of one: only for batches the tokenizer lets other threads run.
+            (tokens,) = self._tokenizer.encode_batch_fast([text[:size]], add_special_tokens=False)
+            if len(tokens) > self.max_tokens + PREFIX_TOKENS:
+                return len(tokens), min(size, len(text))
+            if size >= len(text):
+                return None
+            size *= 2
+
+    def embed(self, items: list[WorkItem]) -> list[Embedding]:
+        """Embed conversations.
+
+        Raises:
+            DataError: An input is too long or cannot be read; the message gives its number.
+        """
+        pooled, counts = self._states(
+            items, lambda texts, numbers: self._collator.embedding_rows(texts, numbers=numbers)
+        )
+        vectors = pooled.float().cpu().numpy()
+        return [Embedding(v, count) for v, count in zip(vectors, counts, strict=True)]
+
+    @torch.inference_mode()
+    def score(self, items: list[WorkItem]) -> list[Score]:
+        """Score yes/no prompts of `cafe.model.inference.match_question`. Raises as `embed` does."""
+        pooled, counts = self._states(items, self._collator.prompt_rows)
+        odds = self._odds(pooled).tolist()
+        return [Score(o, count) for o, count in zip(odds, counts, strict=True)]
+
+    def generate(self, items: list[WorkItem]) -> Generation:
+        """Prepare a generation; its first step reads the prompts."""
+        return Generation(self._model, items)
+
+    @torch.inference_mode()
+    def _states(
+        self, items: list[WorkItem], collate: Callable[..., tuple[Any, dict[str, Tensor]]]
+    ) -> tuple[Tensor, list[int]]:
+        """Hidden states [n, hidden] at the pooled tokens, and each item's number of tokens."""
+        rows, vision = collate([_conversation(item) for item in items], [i.number for i in items])
+        # Each item has a row of its own, and its last token is the pooled one.
+        counts = (rows.pooled % rows.input_ids.shape[1] + 1).tolist()
+        for item, count in zip(items, counts, strict=True):
+            if count > self.max_tokens:
+                raise DataError(
+                    f"input {item.number}: {count} tokens exceed the model's limit of "
+                    f"{self.max_tokens}"
+                )
+        return self._model.hidden_at(rows, vision), counts
+
+
+def _conversation(item: WorkItem) -> Conversation:
+    if not isinstance(item.content, tuple):
+        raise TypeError("a prompt can be answered, not embedded or scored")
+    return item.content

@@ -1,0 +1,89 @@
+"""`/search`: the search of `cafe.retrieval.search` over HTTP; the index location stays private."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cafe.errors import DataError
+from cafe.retrieval.search import Searcher
+from cafe.serving.errors import ApiError, json_response
+from cafe.serving.messages import Embedding, WorkItem
+from cafe.serving.routes.embeddings import unit_vectors
+from cafe.serving.schema import Content, SearchRequest
+from cafe.serving.service import SearchFunction, Service
+from cafe.types import Hit
+
+if TYPE_CHECKING:
+    from cafe.index import Index
+
+
+class IndexSearch:
+    """An index as a `cafe.serving.service.SearchFunction`.
+
+    The engine embeds the queries, in its batches, so the searcher has no model of its own.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._searcher = Searcher(index)
+
+    @property
+    def root(self) -> Path | None:
+        """The folder that the paths of its images are relative to; None: there is none."""
+        return self._searcher.root
+
+    def __call__(self, vector: np.ndarray, top: int, where: str | None) -> list[Hit]:
+        """The nearest rows.
+
+        Raises:
+            ApiError: 400 for an invalid `where`.
+            RuntimeError: The index is broken.
+        """
+        if where is not None:
+            try:
+                self._searcher.check_filter(where)
+            except DataError as error:
+                raise ApiError.invalid(str(error), "where") from error
+        try:
+            return [one.hit for one in self._searcher.search(vector, top, where)]
+        except DataError as error:  # its message names the folder, which clients must not see
+            raise RuntimeError("the index cannot be searched") from error
+
+
+def search_routes(service: Service, search: SearchFunction) -> APIRouter:
+    """The route for searching an index."""
+    router = APIRouter()
+
+    @router.post("/search", operation_id="search")
+    async def find(body: SearchRequest, request: Request) -> Response:
+        """Search the index by text, by an image, or by both."""
+        if body.query is None and body.image is None:
+            raise ApiError.invalid("give query, image or both", "query")
+        content = Content(text=body.query, image=body.image)
+        hits = await hits_of(service, search, request, content, body.top, body.where)
+        return json_response(
+            {"hits": [{"id": h.id, "score": h.score, "metadata": h.metadata} for h in hits]}
+        )
+
+    return router
+
+
+async def hits_of(
+    service: Service,
+    search: SearchFunction,
+    request: Request,
+    query: Content,
+    top: int,
+    where: str | None = None,
+) -> list[Hit]:
+    """The `top` rows nearest to a query of text, an image or both. Raises ApiError."""
+    conversation = await service.reader(request).content(query, "query")
+    embeddings: list[Embedding] = await service.results(request, "embed", [WorkItem(conversation)])
+    service.metrics.tokens(embeddings[0].tokens)
+    (vector,) = unit_vectors([embeddings[0].vector], len(embeddings[0].vector))
+    return list(await service.run_in_thread(search, vector, top, where))

@@ -1,0 +1,170 @@
+"""What the routes share: engine, limits and metrics, and how a request waits for its results."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from starlette.requests import Request
+
+from cafe.errors import DataError
+from cafe.serving.content import Reader
+from cafe.serving.engine import Call, Engine
+from cafe.serving.errors import ApiError
+from cafe.serving.fetch import Fetch
+from cafe.serving.limits import Budget, Limits, Reservation
+from cafe.serving.messages import RequestKind, WorkItem
+from cafe.serving.metrics import Metrics
+from cafe.serving.middleware import CLEANUP
+from cafe.types import Hit
+
+SearchFunction = Callable[[np.ndarray, int, str | None], Sequence[Hit]]
+"""Unit vector [d], number of hits, SQL or None -> hits, best first. Raises ApiError for bad SQL."""
+
+MAX_FETCHES = 8
+"""Maximum number of remote images fetched at the same time."""
+
+
+@dataclass(eq=False)
+class Service:
+    """One served model.
+
+    name     of the model, in requests
+    fetch    downloads remote images; None: they are refused
+    search   searches an index; None: there is no such route
+    """
+
+    name: str
+    engine: Engine
+    metrics: Metrics
+    limits: Limits
+    fetch: Fetch | None = None
+    search: SearchFunction | None = None
+    _pixels: Budget = field(init=False)
+    _decoders: ThreadPoolExecutor = field(init=False)
+    _workers: ThreadPoolExecutor = field(init=False)
+    _fetchers: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._pixels = Budget(self.limits.held_pixels, "pixels")
+        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
+        # Of their own: texts and searches do not wait for images to be decoded.
+        self._workers = ThreadPoolExecutor(os.cpu_count() or 1, "work")
+        self._fetchers = ThreadPoolExecutor(MAX_FETCHES, "fetch")
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError (404) for the name of another model."""
+        if name not in (None, self.name):
+            raise ApiError(
+                404,
+                f"unknown model; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_count(self, count: int, param: str) -> None:
+        """Raises ApiError (400) when a request has more inputs than the limit."""
+        if count > self.limits.inputs:
+            raise ApiError.invalid(
+                f"{param}: {count:,} exceed the limit of {self.limits.inputs:,}", param
+            )
+
+    def reader(self, request: Request) -> Reader:
+        """A reader for the content of `request`; what it reserves is released when that ends."""
+        share = Reservation(self._pixels)
+        request.scope[CLEANUP].callback(share.release)
+        return Reader(
+            self.limits,
+            share,
+            None if self.fetch is None else self._fetch_in_thread,
+            self._decoders,
+        )
+
+    async def _fetch_in_thread(self, url: str) -> bytes:
+        assert self.fetch is not None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._fetchers, self.fetch, url)
+
+    def submit(self, request: Request, call: Call) -> None:
+        """Queue a call; it is cancelled when its request ends. Raises ApiError (429, 503)."""
+        self.engine.submit(call)
+        request.scope[CLEANUP].callback(self.engine.cancel, call)
+
+    async def results(
+        self, request: Request, kind: RequestKind, items: list[WorkItem]
+    ) -> list[Any]:
+        """Compute one result for each item.
+
+        Raises:
+            ApiError: The queue is full, the engine cannot answer, or an item is invalid.
+        """
+        await self._check_lengths(items)
+        call = Call(kind, items)
+        self.submit(request, call)
+        with as_api_errors():
+            return await asyncio.wrap_future(call.future)
+
+    async def _check_lengths(self, items: Sequence[WorkItem]) -> None:
+        """Refuse (400) texts beyond the context here: the engine would tokenise all of them, each
+        to its end, while everybody waits.
+        """
+        model = self.engine.model
+        for item in items:
+            text = "".join(message.text for message in item.conversation)
+            if len(text) <= model.max_tokens:
+                continue
+            excess = await self.run_in_thread(model.excess, text)
+            if excess is not None:
+                tokens, characters = excess
+                counted = f" (in its first {characters:,} characters)" * (characters < len(text))
+                raise ApiError.invalid(
+                    f"input {item.number}: {tokens} tokens exceed the model's limit of "
+                    f"{model.max_tokens}{counted}",
+                    code="context_length_exceeded",
+                )
+
+    async def stream(
+        self, request: Request, item: WorkItem
+    ) -> tuple[Call, asyncio.Queue[str | None]]:
+        """Queue a prompt whose answer is streamed.
+
+        Returns:
+            The call, and a queue that receives the pieces of the answer, then None. After None the
+            call's future holds the whole answer, or the error.
+
+        Raises:
+            ApiError: The queue is full, the engine cannot answer, or the prompt is too long.
+        """
+        await self._check_lengths([item])
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+
+        def post(piece: str | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        call = Call("generate", [item], on_piece=post)
+        call.future.add_done_callback(lambda _: post(None))
+        self.submit(request, call)
+        return call, pieces
+
+    async def run_in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function on a thread, so that it does not block the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+
+@contextmanager
+def as_api_errors() -> Iterator[None]:
+    """Turn errors that the request caused into an ApiError (400)."""
+    try:
+        yield
+    except DataError as error:
+        raise ApiError.invalid(str(error)) from error
+    except TemplateError as error:
+        raise ApiError.invalid(f"the model's chat template rejects this: {error}") from error

@@ -1,0 +1,149 @@
+"""The contrastive side of the objective, with the numbers it may learn (temperature, bias).
+
+Also the warnings for a contrastive loss that teaches nothing: before a run whose pairs have no
+negatives, and once within a run whose loss does not move.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cafe.objective import clamped_temperature, info_nce, sigmoid_loss
+from cafe.recipes import Objective, Recipe
+from cafe.training.data import TrainingData
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+STALL_STEPS = 60
+_STALL_TOLERANCE = 0.02  # of the loss, relative
+_SIGMOID_BIAS = -10.0  # SigLIP's initial value (arXiv 2303.15343, section 3.2)
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastiveBatch:
+    """The embeddings of a batch, before normalization.
+
+    query, target  both sides of each pair
+    negatives      hard negatives of all queries; may be empty
+    target_ids     equal for targets that are no negatives of one another
+    negative_ids   of the hard negatives, by their content
+    query_ids      of the queries, by their content
+    content_ids    of the targets, by their content
+    """
+
+    query: Float[Tensor, "pairs dim"]
+    target: Float[Tensor, "pairs dim"]
+    negatives: Float[Tensor, "negatives dim"]
+    target_ids: Int64[Tensor, " pairs"]
+    negative_ids: Int64[Tensor, " negatives"]
+    query_ids: Int64[Tensor, " pairs"]
+    content_ids: Int64[Tensor, " pairs"]
+
+
+class ContrastiveLoss(nn.Module):
+    """The contrastive loss of a recipe's objective, with its learned temperature and bias."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+        learned = objective.learn_temperature
+        self.log_temperature = nn.Parameter(
+            torch.tensor(math.log(objective.temperature)), requires_grad=learned
+        )
+        sigmoid = objective.contrastive == "sigmoid"
+        self.bias = nn.Parameter(torch.tensor(_SIGMOID_BIAS), requires_grad=sigmoid)
+
+    def temperature(self) -> Float[Tensor, ""] | float:
+        """The temperature in use; a tensor where it is learned."""
+        if not self.objective.learn_temperature:
+            return self.objective.temperature
+        return clamped_temperature(self.log_temperature)
+
+    def forward(self, batch: ContrastiveBatch) -> Float[Tensor, ""]:
+        """The loss of all pairs; every other target of the batch is a negative (in-batch).
+
+        Unless it is right too: the same image or text, or of a pair with the same query.
+        """
+        # The published code treats every other target as a negative, even an equal one.
+        masks = self.objective.compat == "none"
+        shared = {
+            "negatives": batch.negatives if len(batch.negatives) else None,
+            "target_ids": batch.target_ids if masks else None,
+            "negative_ids": batch.negative_ids if masks and len(batch.negatives) else None,
+            "query_ids": batch.query_ids if masks else None,
+            "content_ids": batch.content_ids if masks else None,
+            "temperature": self.temperature(),
+            "dims": self.objective.matryoshka_dims,
+        }
+        if self.objective.contrastive == "sigmoid":
+            return sigmoid_loss(batch.query, batch.target, bias=self.bias, **shared)
+        return info_nce(
+            batch.query,
+            batch.target,
+            directions=self.objective.directions,
+            hardness=self.objective.hardness,
+            **shared,
+        )
+
+
+# ---------------------------------------------------------------------- nothing is learned
+
+
+def no_negatives_warning(recipe: Recipe, data: TrainingData) -> str | None:
+    """The warning for a run in which no pair has a negative; None where there are some."""
+    objective = recipe.objective
+    alone = recipe.batch.examples == 1 and objective.contrastive == "info_nce"
+    if not alone or objective.contrastive_weight == 0:
+        return None
+    examples = [example for source in data.examples.sources for example in source.examples]
+    if any(e.negatives for e in examples) or not any(e.query for e in examples):
+        return None
+    return (
+        "warning: batch.examples is 1, so no pair has another one to contrast with, and the "
+        "contrastive loss is 0 in every step; raise batch.examples (batch.chunk keeps memory low), "
+        "or set objective.contrastive_weight: 0"
+    )
+
+
+@dataclass(slots=True)
+class StallDetector:
+    """Watches for a contrastive loss that stays where it is when all embeddings are alike.
+
+    With n pairs that is ln n at any temperature, if there are no hard negatives.
+
+    enabled   False: this loss is not watched, or the warning was given
+    """
+
+    enabled: bool
+    _steps: int = field(default=0, init=False)
+
+    def check(self, contrastive: float, pairs: int) -> str | None:
+        """The warning to show after a step, at most once in a run.
+
+        Args:
+            contrastive: The contrastive loss of the step.
+            pairs: Number of pairs that it is computed over.
+
+        Returns:
+            The warning, or None.
+        """
+        if not self.enabled or pairs < 2:
+            return None
+        uniform = math.log(pairs)
+        stalled = abs(contrastive - uniform) < _STALL_TOLERANCE * uniform
+        self._steps = self._steps + 1 if stalled else 0
+        if self._steps < STALL_STEPS:
+            return None
+        self.enabled = False
+        return (
+            f"warning: for {STALL_STEPS} steps the contrastive loss has stayed at "
+            f"ln({pairs}) = {uniform:.2f}, as if all embeddings were alike. What usually helps: "
+            "another optimizer.learning_rate (10 times higher or lower), a look at the pairs (cafe "
+            "data inspect: do both sides say the same thing?), more batch.examples"
+        )

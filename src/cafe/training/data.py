@@ -1,0 +1,106 @@
+"""A recipe's data sources -> the examples of a run and the plan of its batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from math import ceil
+from pathlib import Path
+
+from cafe.data.batches import BatchPlan
+from cafe.data.dataset import ExampleSet, ExampleSource
+from cafe.data.fingerprint import fingerprint
+from cafe.data.quarantine import Quarantine
+from cafe.data.read import read_examples
+from cafe.data.records import ReadOptions, Records
+from cafe.errors import DataError
+from cafe.model.rows.official import official_example
+from cafe.recipes import DataSource, Objective, Recipe
+from cafe.types import Example
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """The examples of a run, and which of them make up which step.
+
+    examples   all of them, numbered consecutively over the sources
+    plan       step -> numbers of its examples
+    steps      number of steps of the run
+    origin     name of a source in messages -> fingerprint of its examples
+    changes    for each source, what was changed in its records -> in how many
+    """
+
+    examples: ExampleSet
+    plan: BatchPlan
+    steps: int
+    origin: dict[str, str] = field(default_factory=dict)
+    changes: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+def load_data(recipe: Recipe, quarantine: Quarantine, *, index: Path | None = None) -> TrainingData:
+    """Read every source of a recipe.
+
+    Args:
+        recipe: Its `data`, `objective`, `batch`, `schedule` and `seed` are used.
+        quarantine: Records that cannot be used are added to it.
+        index: A folder that keeps the indices of archives; None: they are not kept.
+
+    Returns:
+        The examples, their plan and their fingerprints.
+
+    Raises:
+        DataError: A file cannot be read, too many records cannot be used, or a source contains
+            nothing that this objective learns from.
+    """
+    origin: dict[str, str] = {}
+    changes: dict[str, Counter[str]] = {}
+    sources = []
+    for number, source in enumerate(recipe.data):
+        records = _records(source, quarantine, index)
+        origin[f"the data of data.{number}"] = fingerprint(records.examples)
+        changes[source.path] = records.changes
+        sources.append(_trained(source, records, recipe.objective))
+    examples = ExampleSet.build(sources, merge_by_image=recipe.merge_by_image)
+    plan = examples.plan(recipe.batch.examples, recipe.seed)
+    schedule = recipe.schedule
+    steps = schedule.steps or ceil((schedule.epochs or 0) * plan.steps_per_epoch)
+    return TrainingData(examples, plan, steps, origin, changes)
+
+
+def _records(source: DataSource, quarantine: Quarantine, index: Path | None) -> Records:
+    records = read_examples(source.path, ReadOptions.of(source), index=index)
+    quarantine.add(records.skipped, seen=len(records))
+    if not records.examples:
+        reason = str(records.skipped[0]) if records.skipped else "it has no records"
+        raise DataError(f"{source.path}: no record can be used ({reason})")
+    return records
+
+
+def _trained(source: DataSource, records: Records, objective: Objective) -> ExampleSource:
+    useful = [e for example in records.examples if (e := trained_part(example, objective))]
+    if not useful:
+        missing = "pairs" if objective.language_weight == 0 else "answers"
+        raise DataError(
+            f"{source.path} (mode: {source.mode or 'of the format ' + records.format}): its "
+            f"examples have no {missing}, which is all that this objective learns from; change the "
+            "mode, language_loss, or the objective's weights"
+        )
+    return ExampleSource(source.path, useful, source.weight)
+
+
+def trained_part(example: Example, objective: Objective) -> Example | None:
+    """The example without the parts whose loss has weight zero; None if nothing remains.
+
+    Its `target_id` stays, so that the weights do not change which examples share a batch.
+    """
+    if objective.compat == "official":
+        example = official_example(example)
+    if objective.contrastive_weight == 0 and example.query is not None:
+        if not example.dialogues:
+            return None
+        example = replace(example, query=None, target=None, negatives=())
+    if objective.language_weight == 0:
+        if example.query is None:
+            return None
+        example = replace(example, dialogues=())
+    return example

@@ -1,0 +1,192 @@
+"""What a run reports: a JSONL log, a progress bar on stderr, messages, and accelerate's trackers.
+
+Messages go to the logger `cafe.training`, so a program decides what becomes of them; the command
+line prints them on stderr.
+
+One line of output_dir/log.jsonl:
+
+    {"step": 12, "loss": 2.31, "contrastive": 1.07, "language": 1.24, "gradient_norm": 3.2,
+     "learning_rate": 0.0005, "examples_per_second": 41.0, "tokens_per_second": 9300.0,
+     "data_wait_share": 0.01, "seconds": 1.56, "padding": 0.03}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from cafe.files import replacing, writing
+from cafe.progress import can_draw, rich_progress
+
+PLAIN_SECONDS = 30
+"""Where no bar can be drawn, seconds between the lines that are printed instead."""
+
+logger = logging.getLogger("cafe.training")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step.
+
+    step                 number of finished steps, this one included
+    loss                 weighted sum of the next two
+    contrastive          contrastive loss of the whole batch
+    language             nats per labelled token of the whole batch
+    temperature          None when it is not learned
+    gradient_norm        before clipping
+    learning_rate        that of parts without a rate of their own
+    examples_per_second  over all ranks
+    tokens_per_second    over all ranks, padding included
+    data_wait_share      share of the step's time that was spent waiting for the loader
+    seconds              duration of the step, without writing checkpoints
+    padding              share of the rows' tokens that is padding, over all ranks; None in the logs
+                         of earlier versions
+    """
+
+    step: int
+    loss: float
+    contrastive: float
+    language: float
+    gradient_norm: float
+    learning_rate: float
+    examples_per_second: float
+    tokens_per_second: float
+    data_wait_share: float
+    seconds: float
+    padding: float | None = None
+    temperature: float | None = None
+
+    def known(self) -> dict[str, float]:
+        """Name -> value, without the fields that do not apply."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def read_log(path: Path) -> list[StepRecord]:
+    """The records of a log, up to the first line that a killed run left half-written."""
+    names = {f.name for f in fields(StepRecord)}
+    records: list[StepRecord] = []
+    if not path.exists():
+        return records
+    for line in path.read_bytes().splitlines():
+        try:
+            values = json.loads(line)
+            records.append(StepRecord(**{k: v for k, v in values.items() if k in names}))
+        except (ValueError, TypeError, AttributeError):
+            break
+    return records
+
+
+class RunLog:
+    """Appends to the log, after removing the steps after `done`, which a resumed run repeats."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        kept = [record for record in read_log(path) if record.step <= done]
+        with replacing(path) as rewritten, writing(path):
+            rewritten.write_text("".join(map(_line, kept)), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: StepRecord) -> None:
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Sync to disk, so that the log is never behind a checkpoint."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _line(record: StepRecord) -> str:
+    values = {k: _rounded(v) for k, v in record.known().items()}
+    return json.dumps(values) + "\n"
+
+
+def _rounded(value: float) -> float:
+    """Seven significant digits, the precision of a float32."""
+    return value if isinstance(value, int) else float(f"{value:.7g}")
+
+
+class Reporter:
+    """Reports the steps of a run from one process. Other ranks have no `log` and report nothing."""
+
+    def __init__(
+        self,
+        log: RunLog | None,
+        *,
+        done: int,
+        total: int,
+        every_steps: int = 1,
+        bar: bool = True,
+        track: Callable[[dict[str, Any], int], None] | None = None,
+    ) -> None:
+        self._log, self._track = log, track
+        self._total, self._every = total, every_steps
+        self._console = Console(stderr=True, quiet=log is None)
+        drawn = bar and can_draw(self._console)
+        self._plain = bar and not drawn
+        self._last_line = time.monotonic()
+        self._bar = rich_progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            show=drawn,
+            stays=True,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.refresh()  # in a notebook, stopping does not draw the last numbers
+        self._bar.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def step(self, record: StepRecord) -> None:
+        """Log every `every_steps` steps and the last one; show all of them."""
+        if self._log is not None and (record.step % self._every == 0 or record.step == self._total):
+            self._log.append(record)
+            if self._track is not None:
+                self._track(record.known(), record.step)
+        self._bar.update(self._task, completed=record.step, description=_summary(record))
+        if self._plain and time.monotonic() - self._last_line > PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(
+                escape(f"step {record.step}/{self._total}  {_summary(record)}"),
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def message(self, text: str, level: int = logging.WARNING) -> None:
+        """Log one message about the run, on the main process only."""
+        if self._log is not None:
+            logger.log(level, "%s", text)
+
+    def sync(self) -> None:
+        if self._log is not None:
+            self._log.sync()
+
+
+def _summary(record: StepRecord) -> str:
+    return (
+        f"loss {record.loss:.3f} (contrastive {record.contrastive:.3f}, "
+        f"language {record.language:.3f})  {record.examples_per_second:,.1f} examples/s  "
+        f"{record.tokens_per_second:,.0f} tokens/s"
+    )

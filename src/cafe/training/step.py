@@ -1,0 +1,301 @@
+"""One training step: chunks of examples in, gradients in place, named numbers out.
+
+    batch  what contrasts: all pairs of one optimizer step, over all ranks
+    chunk  what fits in memory
+
+The pairs of a batch are one another's in-batch negatives. With one chunk the step is direct. With
+several it is a gradient-cache step (GradCache: Gao et al. 2021, arXiv 2101.06983), made joint: the
+language loss is computed in the second pass from the same hidden states as the embeddings, so it
+needs no forward of its own.
+
+    1. Per chunk, without gradient: embeddings, from rows without answers. No chunk is kept here;
+       for step 3 it comes again (`cafe.training.chunks`).
+    2. The contrastive loss of the whole batch and its gradient with respect to this rank's
+       embeddings.
+    3. Per chunk, with gradient: loss = <embedding, that gradient> + language weight x
+       (sum of the chunk's token NLL / token count of the whole batch); one backward.
+
+Ranks average their gradients, so each rank's loss is scaled by the number of ranks: the weights
+mean the same on 1 and on 64 GPUs.
+
+Forwards and backwards of a wrapped or sharded model are collective (DDP agrees on its buckets in
+the first forward with gradient after the first step). So all ranks take the same path through a
+step, and run it the same number of times: a rank with fewer chunks repeats its last one, idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cafe.model.rows.rows import Chunk, Rows
+from cafe.model.vlm import CAFe
+from cafe.objective import contrastive_share, joint_loss, language_count, next_token_nll
+from cafe.recipes import Objective
+from cafe.training.chunks import StepChunks, planned_pairs
+from cafe.training.contrastive import ContrastiveBatch, ContrastiveLoss
+from cafe.training.distributed import (
+    add_over_ranks,
+    gather_around,
+    gather_rows,
+    max_over_ranks,
+    sum_over_ranks,
+    world_size,
+)
+from cafe.training.state import replay, torch_random_state, uses_dropout
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """Metrics of one step, detached.
+
+    contrastive   the contrastive loss of the whole batch (all ranks); 0 without pairs
+    language      nats per labelled token, over all ranks
+    tokens        labelled tokens of the batch, over all ranks
+    pairs         contrastive pairs of the batch, over all ranks
+    row_tokens    tokens that this rank's full rows hold, padding included
+    padding       how many of them are padding
+    chunk_values  one scalar per chunk, not finite when something in that chunk is not
+    """
+
+    contrastive: Float[Tensor, ""]
+    language: Float[Tensor, ""]
+    tokens: int
+    pairs: int
+    row_tokens: int
+    padding: int
+    chunk_values: list[Float[Tensor, ""]]
+
+
+@dataclass(slots=True)
+class _Totals:
+    """What is kept and counted of this rank's chunks, as they pass.
+
+    chunks   without rows and images; those that pad the share included
+    labels   number of labelled tokens
+    row_tokens, padding   as in `StepMetrics`
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    labels: int = 0
+    row_tokens: int = 0
+    padding: int = 0
+
+    def add(self, chunk: Chunk, rows: Rows, *, own: bool = True) -> None:
+        """`own`: the chunk is of this rank's share, and does not pad it."""
+        self.chunks.append(chunk.without_inputs())
+        if not own:
+            return
+        self.labels += rows.label_ids.numel()
+        self.row_tokens += rows.computed_tokens
+        self.padding += rows.computed_tokens - rows.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStep:
+    """The step of one run.
+
+    model       the `CAFe`, or a wrapper of it (DDP) whose forward is the same
+    unwrapped  the `CAFe` itself
+    backward    how a loss is backpropagated (accelerate's, or `Tensor.backward`)
+    autocast    the context of every forward
+    no_sync     the context of a backward that does not reduce gradients over ranks
+    sharded     every forward is a collective of all ranks, so none may be skipped
+    """
+
+    model: nn.Module
+    unwrapped: CAFe
+    contrast: ContrastiveLoss
+    objective: Objective
+    backward: Callable[[Tensor], None] = torch.Tensor.backward
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    no_sync: Callable[[], AbstractContextManager[object]] = nullcontext
+    sharded: bool = False
+
+    def __call__(self, chunks: Sequence[Chunk] | StepChunks) -> StepMetrics:
+        """Accumulate the gradients of one batch in the parameters.
+
+        Args:
+            chunks: This rank's share of the batch; at least one. With several on any rank they are
+                iterated over twice.
+
+        Returns:
+            The losses of the whole batch, and how much was computed.
+        """
+        most = max_over_ranks(len(chunks), self.unwrapped.device)
+        return self._direct(chunks[0]) if most == 1 else self._cached(chunks, most)
+
+    def padded_chunks(self, chunks: Sequence[Chunk] | StepChunks, most: int) -> Iterator[Chunk]:
+        """The chunks, followed by idle copies of the last one until there are `most`."""
+        chunk = None
+        for chunk in chunks:
+            yield chunk
+        for _ in range(most - len(chunks)):
+            assert chunk is not None
+            yield chunk.idle()
+
+    def _rows(self, chunk: Chunk) -> Rows:
+        """Without a language loss the answers are left out of the forward, too."""
+        return chunk.rows if self.objective.language_weight > 0 else chunk.embedding_rows
+
+    def _direct(self, chunk: Chunk) -> StepMetrics:
+        """One chunk: the embeddings in the contrastive loss are those that carry the gradient."""
+        totals = _Totals()
+        totals.add(chunk, self._rows(chunk))
+        pairs, tokens, count = self._counts(totals)
+        with self.autocast():
+            embedding, nll = self._forward(chunk)
+        contrasts = self.objective.contrastive_weight > 0 and pairs > 0
+        contrastive, gradients = self._contrast(totals.chunks, [embedding.detach()], contrasts)
+        value = self._backward(embedding, gradients[0], nll, count)
+        return self._metrics(totals, contrastive, nll.detach(), (tokens, pairs), [value])
+
+    def _cached(self, chunks: Sequence[Chunk] | StepChunks, most: int) -> StepMetrics:
+        """Several chunks: embed all, contrast, then a second pass with gradient, chunk by chunk."""
+        device = self.unwrapped.device
+        embeds = self.objective.contrastive_weight > 0
+        embeds = sum_over_ranks(planned_pairs(chunks), device) > 0 and embeds
+        totals, states, embeddings = _Totals(), [], []
+        for number, chunk in enumerate(self.padded_chunks(chunks, most)):
+            totals.add(chunk, self._rows(chunk), own=number < len(chunks))
+            states.append(torch_random_state(device))
+            embeddings.append(self._embed(chunk) if embeds else torch.zeros(0, 0))
+        pairs, tokens, count = self._counts(totals)
+        contrastive, gradients = self._contrast(totals.chunks, embeddings, embeds and pairs > 0)
+        sums, values = [], []
+        for i, chunk in enumerate(self.padded_chunks(chunks, most)):
+            with self._synced(i, most), replay(states[i], device, active=embeds):
+                with self.autocast():
+                    embedding, nll = self._forward(chunk)
+                values.append(self._backward(embedding, gradients[i], nll, count))
+            sums.append(nll.detach())
+        nll, values = torch.stack(sums).sum(), values[: len(chunks)]
+        return self._metrics(totals, contrastive, nll, (tokens, pairs), values)
+
+    def _counts(self, totals: _Totals) -> tuple[int, int, int]:
+        """Pairs and labelled tokens of all ranks, and what the language loss is divided by."""
+        device = self.unwrapped.device
+        pairs = sum_over_ranks(sum(chunk.pairs for chunk in totals.chunks), device)
+        tokens = sum_over_ranks(totals.labels, device)
+        compat = self.objective.compat
+        return pairs, tokens, language_count(compat, totals.labels, tokens, world_size())
+
+    @staticmethod
+    def _metrics(
+        totals: _Totals,
+        contrastive: Tensor,
+        nll: Tensor,
+        counts: tuple[int, int],
+        values: list[Tensor],
+    ) -> StepMetrics:
+        """`nll` is this rank's sum; `counts` are the labelled tokens and the pairs of all ranks."""
+        tokens, pairs = counts
+        return StepMetrics(
+            contrastive=contrastive,
+            language=add_over_ranks(nll) / max(tokens, 1),
+            tokens=tokens,
+            pairs=pairs,
+            row_tokens=totals.row_tokens,
+            padding=totals.padding,
+            chunk_values=values,
+        )
+
+    def _synced(self, i: int, count: int) -> AbstractContextManager[object]:
+        """The context of a backward: ranks reduce gradients in the last one only."""
+        return nullcontext() if i == count - 1 else self.no_sync()
+
+    @torch.no_grad()
+    def _embed(self, chunk: Chunk) -> Tensor:
+        """Pass 1. With dropout both passes need the same tokens, so it then reads full rows."""
+        chunk = chunk.to(self.unwrapped.device)
+        idle = self.sharded and chunk.embedding_rows.input_ids.numel() == 0
+        full = idle or uses_dropout(self.unwrapped)
+        rows = self._rows(chunk) if full else chunk.embedding_rows
+        with self.autocast():
+            return self._pooled(self._hidden(rows, chunk), rows)
+
+    def _contrast(
+        self, chunks: Sequence[Chunk], embeddings: Sequence[Tensor], contrasts: bool
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The contrastive loss, and the weighted loss's gradient for each chunk's embeddings.
+
+        Every rank computes the same loss, so its own parameters (temperature, bias) get the same
+        gradient everywhere without averaging.
+        """
+        if not contrasts:
+            return torch.zeros((), device=self.unwrapped.device), [None] * len(chunks)
+        leaves = [embedding.requires_grad_() for embedding in embeddings]
+        with torch.enable_grad():
+            loss = self.contrast(_gathered(chunks, leaves))
+            share = contrastive_share(self.objective.compat, world_size())
+            (loss * (self.objective.contrastive_weight * share)).backward()
+        return loss.detach(), [leaf.grad for leaf in leaves]
+
+    def _backward(
+        self, embedding: Tensor, gradient: Tensor | None, nll: Tensor, tokens: int
+    ) -> Tensor:
+        """Backpropagate one chunk: <embedding, gradient> stands in for the contrastive term."""
+        loss = joint_loss(
+            None if gradient is None else (embedding * gradient).sum(),
+            nll,
+            tokens,
+            contrastive_weight=1.0,  # the gradient includes the weight already
+            language_weight=self.objective.language_weight,
+        )
+        self.backward(loss * world_size())
+        return loss.detach()
+
+    def _forward(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Embeddings [e, d] and the summed NLL of the labels."""
+        chunk = chunk.to(self.unwrapped.device)  # only one chunk's images are on the device
+        rows, head = self._rows(chunk), self.unwrapped.lm_head
+        hidden = self._hidden(rows, chunk)
+        states = hidden.flatten(0, 1)[rows.label_source]
+        nll, _ = next_token_nll(
+            states,
+            rows.label_ids,
+            head.weight,
+            bias=head.bias,
+            softcap=self.unwrapped.logit_softcap,
+        )
+        return self._pooled(hidden, rows), nll
+
+    def _hidden(self, rows: Rows, chunk: Chunk) -> Tensor:
+        if rows.input_ids.numel() == 0:
+            size, head = self.unwrapped.embedding_dimension, self.unwrapped.lm_head.weight
+            return torch.zeros(0, 1, size, device=self.unwrapped.device, dtype=head.dtype)
+        return self.model(rows, chunk.vision, read_only=True)
+
+    @staticmethod
+    def _pooled(hidden: Tensor, rows: Rows) -> Tensor:
+        pooled = hidden.flatten(0, 1)[rows.pooled]
+        return pooled if pooled.dtype == torch.float64 else pooled.float()
+
+
+def _gathered(chunks: Sequence[Chunk], embeddings: Sequence[Tensor]) -> ContrastiveBatch:
+    """The embeddings of all chunks and ranks; gradient flows to this rank's only."""
+    device = embeddings[0].device
+    query, target, negatives = [], [], []
+    for chunk, e in zip(chunks, embeddings, strict=True):
+        query.append(e[: chunk.pairs])
+        target.append(e[chunk.pairs : 2 * chunk.pairs])
+        negatives.append(e[2 * chunk.pairs :])
+    own = [torch.stack([c.query_ids, c.target_ids, c.content_ids], dim=1) for c in chunks]
+    query_ids, target_ids, content_ids = torch.cat(gather_rows(torch.cat(own).to(device))).unbind(1)
+    return ContrastiveBatch(
+        query=gather_around(torch.cat(query)),
+        target=gather_around(torch.cat(target)),
+        negatives=gather_around(torch.cat(negatives)),
+        target_ids=target_ids,
+        query_ids=query_ids,
+        content_ids=content_ids,
+        negative_ids=torch.cat(gather_rows(torch.cat([c.negative_ids for c in chunks]).to(device))),
+    )

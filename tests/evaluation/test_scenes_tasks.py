@@ -1,0 +1,252 @@
+"""The bundled world's own tasks: their questions are true, and their scores behave at the ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cafe.data.scenes import CLASS_NAMES, CLASSES, mentioned_classes
+from cafe.evaluation.scenes.hallucination import (
+    SCENE_WORDS,
+    scene_questions,
+    scenes_chair,
+    scenes_throne,
+)
+from cafe.evaluation.scenes.held_out import SceneItem, scene_items
+from cafe.evaluation.scenes.mmeb import SETS, scenes_mmeb
+from cafe.evaluation.scenes.retrieval import ONE_WORD, hard_captions, scenes_retrieval
+from cafe.evaluation.tasks.pope import pope
+from cafe.model.teacher_forced import AnswerScore, TeacherForcedScores
+from cafe.types import Conversation, Example, content_key
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[SceneItem]:
+    return scene_items(None, 40)
+
+
+def random_unit(seed: int) -> Any:
+    """Every distinct input has an embedding of its own, at random, and keeps it."""
+    known: dict[Any, np.ndarray] = {}
+    rng = np.random.default_rng(seed)
+
+    def encode(inputs: Sequence[Any]) -> np.ndarray:
+        rows = [known.setdefault(content_key(i), rng.standard_normal(32)) for i in inputs]
+        return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
+
+    return encode
+
+
+def constant(inputs: Sequence[Any]) -> np.ndarray:
+    return np.full((len(inputs), 4), 0.5, dtype=np.float32)
+
+
+# ---------------------------------------------------------------- hard captions
+
+
+def facts(text: str) -> Counter[str]:
+    return Counter(text.lower().rstrip(".").replace(",", "").split())
+
+
+def test_hard_captions_differ_in_one_word_or_in_the_order_of_the_same_words(scenes):
+    with_order = 0
+    for item in scenes:
+        true, word, order = hard_captions(item.scene, item.scene.seed)
+        assert len(word) == ONE_WORD == len({*word, true}) - 1
+        for text in word:
+            pairs = zip(text.lower().split(), true.lower().split(), strict=True)
+            assert sum(a != b for a, b in pairs) == 1
+        for text in order:
+            assert text != true
+            assert facts(text) == facts(true)
+        assert bool(order) == (len(item.scene.classes) > 1)
+        assert mentioned_classes(true) == set(item.scene.classes)
+        with_order += bool(order)
+    assert 10 < with_order < 40
+
+
+def test_hard_captions_are_the_same_every_time(scenes):
+    first, again = (hard_captions(scenes[0].scene, 5) for _ in range(2))
+    assert first == again
+    assert hard_captions(scenes[0].scene, 6) != first
+
+
+# ---------------------------------------------------------------- retrieval and MMEB
+
+
+def test_a_constant_model_finds_nothing_and_a_random_one_is_at_chance(scenes):
+    scores = scenes_retrieval(constant, scenes).scores
+    assert set(scores.values()) == {0.0}
+    found = [scenes_retrieval(random_unit(seed), scenes).scores for seed in range(20)]
+    mean = {name: np.mean([scores[name] for scores in found]) for name in found[0]}
+    assert mean["hard_word_accuracy"] == pytest.approx(1 / 4, abs=0.06)
+    assert mean["hard_order_accuracy"] == pytest.approx(1 / 2, abs=0.08)
+    assert mean["image_to_text_recall@10"] == pytest.approx(10 / 40, abs=0.06)
+
+
+def test_a_model_that_knows_the_scene_gets_everything_right(scenes):
+    directions = dict(zip([i.caption for i in scenes], np.eye(40, 41), strict=True))
+    own = {content_key(i.image): directions[i.caption] for i in scenes}
+    own |= {hard_captions(i.scene, i.scene.seed)[0]: directions[i.caption] for i in scenes}
+    own |= directions
+
+    def encode(inputs: Sequence[Any]) -> np.ndarray:
+        return np.stack([own.get(content_key(i), np.eye(41)[40]) for i in inputs])
+
+    scores = scenes_retrieval(encode, scenes).scores
+    assert len(directions) == 40  # no two scenes say the same, else they would tie
+    assert set(scores.values()) == {1.0}
+
+
+@pytest.mark.slow
+def test_mmeb_has_four_meta_tasks_in_two_halves_and_is_at_chance_for_a_random_model(scenes):
+    result = scenes_mmeb(constant, scenes)
+    chance = result.scores["chance"]
+    assert {name: v for name, v in result.scores.items() if v} == {"chance": chance}
+    assert {f"{name}/{half}" for name in SETS for half in ("ind", "ood")} < set(result.scores)
+    assert {"classification", "vqa", "retrieval", "grounding", "ind", "ood", "all"} < set(
+        result.scores
+    )
+    found = [scenes_mmeb(random_unit(seed), scenes).scores["all"] for seed in range(8)]
+    assert np.mean(found) == pytest.approx(chance, abs=0.02)
+    assert chance < 0.2
+
+
+def test_mmeb_answers_are_among_the_candidates_once_and_the_halves_are_what_training_never_shows(
+    scenes,
+):
+    from cafe.evaluation.scenes.mmeb import _queries, _World
+
+    world = _World(scenes)
+    unseen = {item.id for item in scenes if item.unseen}
+    assert 5 < len(unseen) < 35
+    for number, (name, (_, make)) in enumerate(SETS.items()):
+        halves = [list(_queries(world, make, number, half)) for half in (False, True)]
+        assert {q.id for q in halves[1]} <= unseen
+        assert not {q.id for q in halves[0]} & unseen
+        for query in [q for half in halves for q in half]:
+            keys = [content_key(c) for c in query.candidates]
+            assert len(set(keys)) == len(keys), name
+            assert len(keys) >= 3, name
+
+
+# ---------------------------------------------------------------- POPE
+
+
+def test_scene_questions_are_balanced_true_and_share_their_present_half(scenes):
+    asked = scene_questions(scenes)
+    truth = {item.id: set(item.scene.classes) for item in scenes}
+    by_setting = {s: [q for q in asked if q.setting == s] for s in ("random", "popular")}
+    by_setting["adversarial"] = [q for q in asked if q.setting == "adversarial"]
+    present = [{(q.image_name, q.text) for q in own if q.label} for own in by_setting.values()]
+    assert present[0] == present[1] == present[2]
+    for own in by_setting.values():
+        assert sum(q.label for q in own) * 2 == len(own)
+        assert len({(q.image_name, q.text) for q in own}) == len(own)
+        for question in own:
+            (kind,) = mentioned_classes(question.text)
+            assert (kind in truth[question.image_name]) == question.label
+
+
+def test_adversarial_kinds_look_like_what_is_there(scenes):
+    def alike(setting: str) -> float:
+        asked = [q for q in scene_questions(scenes) if q.setting == setting]
+        pairs = zip(asked[::2], asked[1::2], strict=True)  # what is there, what is not
+        kinds = [[mentioned_classes(q.text).pop() for q in pair] for pair in pairs]
+        return float(np.mean([CLASSES[a].category == CLASSES[b].category for a, b in kinds]))
+
+    assert alike("adversarial") > 0.9
+    assert alike("random") < 0.4
+
+
+def test_all_kinds_are_asked_once_per_image(scenes):
+    asked = scene_questions(scenes[:3], every_kind=True)
+    assert len(asked) == 3 * len(CLASS_NAMES)
+    assert sum(q.label for q in asked) == sum(len(i.scene.classes) for i in scenes[:3])
+
+
+class Oracle:
+    """Says of every thing whether `sees` it; reads as it would write."""
+
+    def __init__(self, scenes: Sequence[SceneItem], reply: Any) -> None:
+        self.truth = {content_key(i.image): set(i.scene.classes) for i in scenes}
+        self.reply = reply
+        self.generated = 0
+
+    def answer(self, conversation: Conversation) -> str:
+        image, question = conversation[0].content
+        (kind,) = mentioned_classes(str(question))
+        return self.reply(kind in self.truth[content_key(image)])
+
+    def read(self, examples: Sequence[Example]) -> list[TeacherForcedScores]:
+        return [
+            TeacherForcedScores(
+                None,
+                None,
+                tuple(AnswerScore(0.0, 1, d[-1].text == self.answer(d)) for d in e.dialogues),
+            )
+            for e in examples
+        ]
+
+    def generate(self, conversations: Sequence[Conversation], _: int) -> list[str]:
+        self.generated += len(conversations)
+        return [self.answer(c) for c in conversations]
+
+
+@pytest.mark.parametrize(
+    ("reply", "accuracy", "yes_ratio", "generates"),
+    [
+        (lambda there: "yes" if there else "no", 1.0, 0.5, False),
+        (lambda there: "no" if there else "yes", 0.0, 0.5, False),
+        (lambda there: "Yes, I see it." if there else "No, it is not there.", 1.0, 0.5, True),
+        (lambda there: "", 0.5, 1.0, True),  # nothing said is a yes, by the official parser
+    ],
+)
+def test_pope_of_the_scenes(scenes, reply, accuracy, yes_ratio, generates):
+    oracle = Oracle(scenes, reply)
+    result = pope(oracle.read, oracle.generate, scene_questions(scenes))
+    for setting in ("random", "popular", "adversarial", "mean"):
+        assert result.scores[f"{setting}/accuracy"] == accuracy
+        assert result.scores[f"{setting}/yes_ratio"] == yes_ratio
+    assert (oracle.generated > 0) == generates
+    assert result.details["empty_replies"] == (result.count if not reply(True) else 0)
+
+
+# ---------------------------------------------------------------- CHAIR and THRONE
+
+
+def test_words_of_scenes_count_repetitions_and_plurals():
+    text = "A big cat and two buses; the cat is under a palm tree. Teddy bears, a maple leaf."
+    assert SCENE_WORDS.mentions(text) == [
+        "cat", "bus", "cat", "palm tree", "teddy bear", "maple leaf",
+    ]  # fmt: skip
+    assert set(SCENE_WORDS.mentions(text)) == mentioned_classes(text)
+
+
+def test_true_captions_invent_nothing_and_find_everything(scenes):
+    captions = {content_key(i.image): i.caption for i in scenes}
+
+    def generate(conversations: Sequence[Conversation], _: int) -> list[str]:
+        return [captions[content_key(c[0].content[0])] for c in conversations]
+
+    found = scenes_chair(generate, scenes).scores
+    assert (found["chair_i"], found["chair_s"], found["recall"]) == (0, 0, 1)
+    votes = scenes_throne(generate, scenes)
+    scores = votes.scores
+    assert scores["classwise_f0.5"] == scores["overall_mean_f1"] == scores["overall_f1"] == 1
+    assert scores["disqualified"] == scores["evasive"] == 0
+    assert votes.items["hits"].shape == (40, len(CLASS_NAMES))
+
+
+def test_a_silent_model_invents_nothing_and_finds_nothing(scenes):
+    def generate(conversations: Sequence[Conversation], _: int) -> list[str]:
+        return ["" for _ in conversations]
+
+    found = scenes_chair(generate, scenes)
+    assert found.scores["chair_i"] == found.scores["recall"] == 0
+    assert found.details["empty_replies"] == 40
+    assert scenes_throne(generate, scenes).scores["overall_f1"] == 0

@@ -1,0 +1,595 @@
+"""A tiny random model and processor of each family, saved in the hub's layout.
+
+Nothing of this library is used here: classes, configurations and chat templates are
+transformers' own, with sizes that run in milliseconds and templates written like the published
+ones. `build(name, directory)` writes one to disk; `NAMES` lists them. `benchmarks/families.py`
+builds larger ones of the same kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = [
+    "Describe this image. Is it a cat? a big red cat at the top left, yes no small",
+    "You are a helpful assistant. Compress this image and sentence in one word:",
+    "user\n\n\nmodel\n\n\n\nassistant\nUser: Assistant: [INST] [/INST]\n\n\nFrame1: Frame2:",
+] * 3
+PATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """width, layers, heads   of the tower and of the language model
+    view       pixels along a side of what the tower sees at once (where that is fixed)
+    image    pixels along a side of the largest image
+    window     of sliding-window layers; None: smaller than an image's tokens, for the tests
+    """
+
+    width: int = 32
+    layers: int = 2
+    heads: int = 2
+    view: int = 32
+    image: int = 64
+    window: int | None = None
+
+    @property
+    def head(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def patches(self) -> int:
+        return (self.view // PATCH) ** 2
+
+    @property
+    def square(self) -> dict[str, int]:
+        return {"height": self.view, "width": self.view}
+
+    @property
+    def anyres(self) -> list[list[int]]:
+        one, two = self.view, 2 * self.view
+        return [[one, two], [two, one], [two, two]]
+
+    def tower(self) -> dict[str, Any]:
+        return {
+            "hidden_size": self.width,
+            "intermediate_size": 2 * self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+        }
+
+    def text(self, words: Any) -> dict[str, Any]:
+        return {
+            **self.tower(),
+            "vocab_size": len(words),
+            "num_key_value_heads": self.heads // 2,
+            "max_position_embeddings": 2048,
+            "bos_token_id": None,
+            "eos_token_id": words.eos_token_id,
+            "pad_token_id": words.pad_token_id,
+        }
+
+    def mrope(self, sixteenths: list[int]) -> dict[str, Any]:
+        section = [share * self.head // 16 for share in sixteenths]
+        return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+
+
+# ------------------------------------------------------------------ tokenizer and templates
+
+
+def tokenizer(special: Sequence[str], named: dict[str, str], *, eos: str, pad: str, **more: Any):
+    """A byte-level tokenizer; line ends in a row are tokens of their own, as in real ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    core.train_from_iterator(
+        WORDS,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=list(special),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=eos, pad_token=pad, extra_special_tokens=named, **more
+    )
+
+
+def chat_ml(image: str, *, video: str = "", system: str = "") -> str:
+    """Qwen's and InternVL's way: <|im_start|>role ... <|im_end|>."""
+    first = (
+        "{%- if messages[0]['role'] != 'system' -%}"
+        f"{{{{- '<|im_start|>system\\n{system}<|im_end|>\\n' -}}}}{{%- endif -%}}"
+        if system
+        else ""
+    )
+    return (
+        first + "{%- for message in messages -%}"
+        "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+        "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+        "{%- for part in message['content'] -%}"
+        f"{{%- if part['type'] == 'image' -%}}{{{{- '{image}' -}}}}"
+        f"{{%- elif part['type'] == 'video' -%}}{{{{- '{video}' -}}}}"
+        "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+        "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    )
+
+
+MISTRAL = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{- '[INST] ' -}}"
+    "{%- elif message['role'] == 'assistant' -%}{{- ' ' -}}{%- endif -%}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<image>\\n' -}}"
+    "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{%- if message['role'] == 'user' -%}{{- ' [/INST]' -}}"
+    "{%- elif message['role'] == 'assistant' -%}{{- '</s>' -}}"
+    "{%- else -%}{{- '\\n\\n' -}}{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+GEMMA = (
+    "{{- bos_token -}}"
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set before = (messages[0]['content'] if messages[0]['content'] is string "
+    "else messages[0]['content'][0]['text']) + '\\n\\n' -%}{%- set rest = messages[1:] -%}"
+    "{%- else -%}{%- set before = '' -%}{%- set rest = messages -%}{%- endif -%}"
+    "{%- for message in rest -%}"
+    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{- raise_exception('Conversation roles must alternate') -}}{%- endif -%}"
+    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
+    "{{- '<start_of_turn>' + role + '\\n' + (before if loop.first else '') -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] | trim -}}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<start_of_image>' -}}"
+    "{%- else -%}{{- part['text'] | trim -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- '<end_of_turn>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}"
+)
+
+SMOL = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}"
+    "{% elif line['type'] == 'video' %}{{ '<video>' }}{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+# ------------------------------------------------------------------ families
+
+
+def llava_onevision(sizes: Sizes) -> tuple[Any, Any]:
+    """With Qwen2, whose second layer has a sliding window."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+    )
+
+    words = tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"],
+        {"image_token": "<image>", "video_token": "<video>"},
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+    )
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(
+            size=sizes.square, image_grid_pinpoints=sizes.anyres
+        ),
+        tokenizer=words,
+        video_processor=LlavaOnevisionVideoProcessor(size=sizes.square),
+        num_image_tokens=sizes.patches,
+        vision_feature_select_strategy="full",
+        chat_template=chat_ml("<image>\\n", video="<video>\\n"),
+    )
+    config = LlavaOnevisionConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            **sizes.tower(),
+            "image_size": sizes.view,
+            "patch_size": PATCH,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "qwen2",
+            **sizes.text(words),
+            "use_sliding_window": True,
+            "sliding_window": sizes.window or 40,
+            "max_window_layers": 1,
+        },
+        image_token_index=processor.image_token_id,
+        video_token_index=processor.video_token_id,
+        image_grid_pinpoints=sizes.anyres,
+        vision_feature_select_strategy="full",
+    )
+    return LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def llava_next(sizes: Sizes) -> tuple[Any, Any]:
+    """With Mistral, every layer of which sees 40 tokens: fewer than one image has."""
+    from transformers import (
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    words = tokenizer(
+        ["<s>", "</s>", "<pad>", "<image>"], {"image_token": "<image>"}, eos="</s>", pad="<pad>"
+    )
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": sizes.view},
+            crop_size=sizes.square,
+            image_grid_pinpoints=sizes.anyres,
+        ),
+        tokenizer=words,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=MISTRAL,
+    )
+    config = LlavaNextConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            **sizes.tower(),
+            "image_size": sizes.view,
+            "patch_size": PATCH,
+            "projection_dim": sizes.width,
+        },
+        text_config={
+            "model_type": "mistral",
+            "sliding_window": sizes.window or 40,
+            **sizes.text(words),
+        },
+        image_token_index=processor.image_token_id,
+        image_grid_pinpoints=sizes.anyres,
+    )
+    return LlavaNextForConditionalGeneration(config), processor
+
+
+def _qwen_words() -> Any:
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    return tokenizer(
+        [*names, "<|image_pad|>", "<|video_pad|>"],
+        {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+    )
+
+
+_QWEN_CHAT = chat_ml(
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    video="<|vision_start|><|video_pad|><|vision_end|>",
+    system="You are a helpful assistant.",
+)
+
+
+def _qwen_ids(words: Any) -> dict[str, int]:
+    ids = words.convert_tokens_to_ids
+    return {
+        "image_token_id": ids("<|image_pad|>"),
+        "video_token_id": ids("<|video_pad|>"),
+        "vision_start_token_id": ids("<|vision_start|>"),
+        "vision_end_token_id": ids("<|vision_end|>"),
+    }
+
+
+def _qwen_pixels(sizes: Sizes) -> dict[str, Any]:
+    size = {"shortest_edge": 16 * 16, "longest_edge": sizes.image**2}
+    return {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2, "size": size}
+
+
+def qwen2_vl(sizes: Sizes) -> tuple[Any, Any]:
+    """With a sliding window in its second layer, so that depth and M-RoPE positions both count."""
+    from transformers import (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    words = _qwen_words()
+    processor = Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
+        tokenizer=words,
+        video_processor=Qwen2VLVideoProcessor(**_qwen_pixels(sizes)),
+        chat_template=_QWEN_CHAT,
+    )
+    config = Qwen2VLConfig(
+        vision_config={
+            "depth": sizes.layers,
+            "embed_dim": sizes.width,
+            "hidden_size": sizes.width,
+            "num_heads": sizes.heads,
+            "mlp_ratio": 2,
+            "patch_size": PATCH,
+        },
+        text_config={
+            **sizes.text(words),
+            "rope_parameters": sizes.mrope([2, 3, 3]),
+            "use_sliding_window": True,
+            "sliding_window": sizes.window or 12,
+            "max_window_layers": 1,
+        },
+        **_qwen_ids(words),
+    )
+    return Qwen2VLForConditionalGeneration(config), processor
+
+
+def qwen2_5_vl(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    words = _qwen_words()
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
+        tokenizer=words,
+        video_processor=Qwen2VLVideoProcessor(**_qwen_pixels(sizes)),
+        chat_template=_QWEN_CHAT,
+    )
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": sizes.layers,
+            "hidden_size": sizes.width,
+            "intermediate_size": 2 * sizes.width,
+            "out_hidden_size": sizes.width,
+            "num_heads": sizes.heads,
+            "patch_size": PATCH,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+        text_config={**sizes.text(words), "rope_parameters": sizes.mrope([2, 3, 3])},
+        **_qwen_ids(words),
+    )
+    return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    words = _qwen_words()
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
+        tokenizer=words,
+        video_processor=Qwen3VLVideoProcessor(**_qwen_pixels(sizes)),
+        chat_template=_QWEN_CHAT.replace("You are a helpful assistant.", ""),
+    )
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": sizes.layers,
+            "hidden_size": sizes.width,
+            "intermediate_size": 2 * sizes.width,
+            "out_hidden_size": sizes.width,
+            "num_heads": sizes.heads,
+            "patch_size": PATCH,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        text_config={
+            **sizes.text(words),
+            "head_dim": sizes.head,
+            "rope_parameters": {**sizes.mrope([4, 2, 2]), "mrope_interleaved": True},
+        },
+        **_qwen_ids(words),
+    )
+    return Qwen3VLForConditionalGeneration(config), processor
+
+
+def gemma3(sizes: Sizes) -> tuple[Any, Any]:
+    """An image has 16 tokens, the sliding window 10."""
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma3ImageProcessor,
+        Gemma3Processor,
+    )
+
+    named = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
+    words = tokenizer(
+        ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *named.values()],
+        named,
+        eos="<eos>",
+        pad="<pad>",
+        bos_token="<bos>",
+    )
+    processor = Gemma3Processor(
+        image_processor=Gemma3ImageProcessor(size=sizes.square),
+        tokenizer=words,
+        image_seq_length=sizes.patches,
+        chat_template=GEMMA,
+    )
+    config = Gemma3Config(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            **sizes.tower(),
+            "image_size": sizes.view,
+            "patch_size": PATCH,
+            "vision_use_head": False,
+        },
+        text_config={
+            **sizes.text(words),
+            "head_dim": sizes.head,
+            "query_pre_attn_scalar": sizes.head,
+            "sliding_window": sizes.window or 10,
+            "layer_types": ["sliding_attention"] * (sizes.layers - 1) + ["full_attention"],
+            "bos_token_id": words.bos_token_id,
+        },
+        mm_tokens_per_image=sizes.patches,
+        image_token_index=words.image_token_id,
+        boi_token_index=words.boi_token_id,
+        eoi_token_index=words.eoi_token_id,
+    )
+    return Gemma3ForConditionalGeneration(config), processor
+
+
+def internvl(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+    )
+
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    words = tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()],
+        named,
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+    )
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=sizes.square, max_patches=4),
+        tokenizer=words,
+        video_processor=InternVLVideoProcessor(size=sizes.square),
+        image_seq_length=sizes.patches // 4,
+        chat_template=chat_ml("<IMG_CONTEXT>\\n", video="<video>\\n"),
+    )
+    config = InternVLConfig(
+        vision_config={**sizes.tower(), "image_size": [sizes.view] * 2, "patch_size": [PATCH] * 2},
+        text_config={"model_type": "qwen2", **sizes.text(words)},
+        image_token_id=processor.image_token_id,
+        image_seq_length=sizes.patches // 4,
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
+def _smol_words() -> Any:
+    tiles = [f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)]
+    chat = ["<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<image>", "<video>"]
+    return tokenizer(
+        [*chat, "<fake_token_around_image>", "<global-img>", *tiles],
+        {
+            "image_token": "<image>",
+            "video_token": "<video>",
+            "fake_image_token": "<fake_token_around_image>",
+            "global_image_token": "<global-img>",
+            "end_of_utterance_token": "<end_of_utterance>",
+        },
+        eos="<end_of_utterance>",
+        pad="<|im_end|>",
+    )
+
+
+def _smol_config(sizes: Sizes, words: Any, config: Any) -> Any:
+    return config(
+        vision_config={**sizes.tower(), "image_size": sizes.view, "patch_size": PATCH},
+        text_config={"model_type": "llama", **sizes.text(words)},
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+
+
+def _smol_pixels(sizes: Sizes, image: int) -> dict[str, Any]:
+    return {"size": {"longest_edge": image}, "max_image_size": {"longest_edge": sizes.view}}
+
+
+def smolvlm(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import (
+        SmolVLMConfig,
+        SmolVLMForConditionalGeneration,
+        SmolVLMImageProcessor,
+        SmolVLMProcessor,
+        SmolVLMVideoProcessor,
+    )
+
+    words = _smol_words()
+    processor = SmolVLMProcessor(
+        SmolVLMImageProcessor(**_smol_pixels(sizes, sizes.image)),
+        words,
+        SmolVLMVideoProcessor(**_smol_pixels(sizes, sizes.view), num_frames=4),
+        image_seq_len=sizes.patches // 4,
+        chat_template=SMOL,
+    )
+    return SmolVLMForConditionalGeneration(_smol_config(sizes, words, SmolVLMConfig)), processor
+
+
+def idefics3(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessor,
+        Idefics3Processor,
+    )
+
+    words = _smol_words()
+    processor = Idefics3Processor(
+        Idefics3ImageProcessor(**_smol_pixels(sizes, sizes.image)),
+        words,
+        image_seq_len=sizes.patches // 4,
+        chat_template=SMOL,
+    )
+    return Idefics3ForConditionalGeneration(_smol_config(sizes, words, Idefics3Config)), processor
+
+
+FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
+    family.__name__: family
+    for family in (
+        llava_onevision,
+        llava_next,
+        qwen2_vl,
+        qwen2_5_vl,
+        qwen3_vl,
+        gemma3,
+        internvl,
+        idefics3,
+        smolvlm,
+    )
+}
+NAMES = tuple(FAMILIES)
+
+
+def build(name: str, directory: Path, sizes: Sizes | None = None) -> Path:
+    """Write the tiny model `name` to `directory`, as transformers itself writes it."""
+    torch.manual_seed(0)
+    model, processor = FAMILIES[name](sizes or Sizes())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms and biases start alike, and some projections at zero: that would hide errors.
+            spread = parameter.std() if parameter.numel() > 1 else 0
+            if spread < 1e-4:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            elif parameter.ndim > 1:
+                parameter.mul_(2)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory

@@ -1,0 +1,180 @@
+"""A model without weights, and the server's HTTP by hand, for the tests of serving."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import io
+import json
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import PIL.Image
+
+from cafe.errors import DataError
+from cafe.serving.messages import Completion, Embedding, Event, Prompt, Score, WorkItem
+from cafe.serving.run import Server, ServerSettings
+
+DIMENSION = 4
+
+
+def vector(text: str) -> np.ndarray:
+    """What the fake embeds a text as."""
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=4).digest(), np.uint8).astype(
+        np.float32
+    )
+
+
+def text_of(item: WorkItem) -> str:
+    content = item.content
+    conversation = content.conversation if isinstance(content, Prompt) else content
+    return "".join(message.text for message in conversation)
+
+
+class Fake:
+    """Embeds by hash, answers a prompt with its own words; records what it was asked.
+
+    open       cleared: the model computes until it is set
+    stop_at    the decoding step that waits for `go_on`
+    """
+
+    dimension = DIMENSION
+    max_tokens = 64
+    temperature = 0.05
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.log: list[tuple[str, list[str]]] = []
+        self.steps = 0
+        self.dropped: list[int] = []
+        self.step_seconds = 0.0
+        self.stop_at: int | None = None
+        self.go_on = threading.Event()
+
+    def _enter(self, kind: str, items: list[WorkItem]) -> list[str]:
+        texts = [text_of(item) for item in items]
+        self.log.append((kind, texts))
+        assert self.open.wait(30)
+        for item, text in zip(items, texts, strict=True):
+            if text == "broken":
+                raise DataError(f"input {item.number}: broken")
+            if text == "bug":
+                raise RuntimeError("a secret in /home/me")
+        return texts
+
+    def excess(self, text: str) -> tuple[int, int] | None:
+        return None
+
+    def embed(self, items: list[WorkItem]) -> list[Embedding]:
+        return [Embedding(vector(text), len(text)) for text in self._enter("embed", items)]
+
+    def score(self, items: list[WorkItem]) -> list[Score]:
+        return [Score(len(text) / 1000, len(text)) for text in self._enter("score", items)]
+
+    def generate(self, items: list[WorkItem]) -> FakeDecoding:
+        return FakeDecoding(self, items)
+
+
+class FakeClock:
+    """A clock that stands still until a test moves it; counts how often it is read."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.reads = 0
+
+    def __call__(self) -> float:
+        self.reads += 1
+        return self.now
+
+
+class FakeDecoding:
+    """Writes a prompt's words again, one with every step, as many as it may."""
+
+    def __init__(self, model: Fake, items: list[WorkItem]) -> None:
+        self._model, self._items = model, items
+        self._left: dict[int, list[str]] = {}
+        self.finished = False
+        self._begun = False
+
+    def step(self) -> list[Event]:
+        if not self._begun:
+            self._begun = True
+            for row, text in enumerate(self._model._enter("generate", self._items)):
+                self._left.setdefault(row, text.split())
+        if self._model.steps == self._model.stop_at:
+            assert self._model.go_on.wait(60)
+        self._model.steps += 1
+        time.sleep(self._model.step_seconds)
+        events = []
+        for row, words in list(self._left.items()):
+            prompt = self._items[row].content
+            assert isinstance(prompt, Prompt)
+            piece = words.pop(0) if len(words) < 2 else words.pop(0) + " "
+            answer = Completion(text_of(self._items[row]), "stop", 1, 1) if not words else None
+            events.append(Event(row, piece if prompt.stream else "", answer))
+            if not words:
+                del self._left[row]
+        self.finished = not self._left
+        return events
+
+    def drop(self, row: int) -> None:
+        if self._left.pop(row, None) is not None:
+            self._model.dropped.append(row)
+
+
+def started(model: Any, **settings: Any) -> Server:
+    """A server on a free port of loopback, with its model loaded."""
+    server = Server(lambda: model, ServerSettings(**{"name": "fake", "port": 0, **settings}))
+    server.start()
+    wait_until(lambda: server.engine.loaded)
+    return server
+
+
+def wait_until(condition: Any, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def request(
+    server: Server | str,
+    path: str,
+    body: Any = None,
+    *,
+    method: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> tuple[int, Any, dict[str, str]]:
+    """Status, JSON (or text) and headers of one request. `body`: a value, or raw bytes."""
+    url = urlsplit(server if isinstance(server, str) else server.url)
+    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=60)
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    try:
+        connection.request(
+            method or ("GET" if body is None else "POST"),
+            path,
+            content,
+            {"Content-Type": "application/json"} | (headers or {}),
+        )
+        response = connection.getresponse()
+        text = response.read().decode()
+        kind = response.getheader("Content-Type", "")
+        value = json.loads(text) if kind.startswith("application/json") else text
+        return response.status, value, {k.lower(): v for k, v in response.getheaders()}
+    finally:
+        connection.close()
+
+
+def data_uri(image: PIL.Image.Image, kind: str = "png") -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def chat(text: str, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]} | fields

@@ -1,0 +1,16 @@
+"""Images without meaning."""
+
+from __future__ import annotations
+
+import numpy as np
+import PIL.Image
+
+
+def noise(seed: int, width: int = 96, height: int = 96) -> PIL.Image.Image:
+    """Random pixels, different for every seed."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+"""What Git has in place of a large file until it is pulled."""

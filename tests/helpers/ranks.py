@@ -1,0 +1,78 @@
+"""What each rank of the distributed test does; a module of its own, so that spawn can import it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from typing import Any
+
+import torch
+
+from cafe.recipes import Objective
+from cafe.training.contrastive import ContrastiveLoss
+from cafe.training.step import TrainingStep
+from helpers.models import build_small_model, in_float64
+from helpers.twin import gradients, make_examples
+
+JOINT = Objective(contrastive_weight=0.7, language_weight=1.3, learn_temperature=True)
+
+
+def examples_of(rank: int) -> list[Any]:
+    """Ten examples; the last two of rank 1 have no image. The ranks' shares differ in size."""
+    examples = make_examples(7)
+    texts = [
+        dataclasses.replace(
+            e,
+            query=e.target,
+            target=(dataclasses.replace(e.target[0], content=(f"again {e.id}",)),),
+            dialogues=tuple(
+                (dataclasses.replace(q, content=q.content[1:]), a) for q, a in e.dialogues
+            ),
+        )
+        for e in make_examples(3, seed=1)
+    ]
+    everything = examples + texts
+    return {0: everything[:4], 1: everything[4:], -1: everything}[rank]
+
+
+def step_of(rank: int, chunk: int, wrapped: bool) -> tuple[Any, Any, Any]:
+    model = in_float64(build_small_model()).train()
+    collator = dataclasses.replace(model.collator, dummy_image=True)
+    contrast = ContrastiveLoss(JOINT).double()
+    outer: Any = torch.nn.parallel.DistributedDataParallel(model) if wrapped else model
+    step = TrainingStep(
+        outer, model, contrast, JOINT, **({"no_sync": outer.no_sync} if wrapped else {})
+    )
+    examples = examples_of(rank)
+    size = chunk or len(examples)
+    parts = [collator(examples[i : i + size]) for i in range(0, len(examples), size)]
+    numbers = step(parts)
+    return model, contrast, numbers
+
+
+def worker(rank: int, port: int, chunk: int, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    model, contrast, numbers = step_of(rank, chunk, wrapped=True)
+    torch.save(
+        {
+            "gradients": gradients(model),
+            "temperature": contrast.log_temperature.grad,
+            "numbers": (numbers.contrastive, numbers.language, numbers.tokens, numbers.pairs),
+        },
+        f"{out}/rank{rank}.pt",
+    )
+    leave()
+
+
+def leave() -> None:
+    """End this rank, its work being saved, when no rank works any more.
+
+    At once: gloo's threads, and a process that ends in order, now and then abort one another.
+    """
+    torch.distributed.barrier()
+    time.sleep(0.5)  # the other may still read what ends its barrier
+    os._exit(0)

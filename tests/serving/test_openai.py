@@ -1,0 +1,288 @@
+"""Over a real socket with the real `openai` client and the bundled model."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import openai
+import PIL.Image
+import pytest
+
+from cafe.model.vlm import CAFe
+from cafe.serving.model_calls import CafeCalls
+from cafe.serving.run import Server
+from helpers.fakes import data_uri, request, started
+from helpers.images import noise
+
+TEXTS = ["a red cat", "two dogs at the top left", "", "cat <image> <|im_end|>", "naïve “q” 你好"]
+DESCRIBE = "Describe this image."
+
+
+@pytest.fixture(scope="module")
+def tiny() -> CAFe:
+    return CAFe.from_pretrained("tiny")
+
+
+@pytest.fixture(scope="module")
+def server(tiny: CAFe) -> Iterator[Server]:
+    server = started(CafeCalls(tiny), name="tiny")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=120)
+
+
+def sample_image(seed: int) -> PIL.Image.Image:
+    return noise(seed, 4, 4).resize((96, 96))
+
+
+def shown(seed: int, text: str | None = None) -> list[Any]:
+    part = {"type": "image_url", "image_url": {"url": data_uri(sample_image(seed))}}
+    texts = [] if text is None else [{"type": "text", "text": text}]
+    return [{"role": "user", "content": [part, *texts]}]
+
+
+def vectors(reply: Any) -> np.ndarray:
+    assert [d.index for d in reply.data] == list(range(len(reply.data)))
+    return np.array([d.embedding for d in reply.data], dtype=np.float32)
+
+
+# ---------------------------------------------------------------------- embeddings
+
+
+@pytest.mark.parametrize("encoding", [{}, {"encoding_format": "float"}])
+def test_embeddings_are_those_of_encode(client: openai.OpenAI, tiny: CAFe, encoding: Any):
+    """Without an encoding the client asks for base64."""
+    reply = client.embeddings.create(model="tiny", input=TEXTS, **encoding)
+    want = tiny.encode(TEXTS)
+    assert np.abs(vectors(reply) - want).max() < 1e-5
+    assert np.abs(want[0] - want[1]).max() > 0.01, "all alike shows nothing"
+    alone = client.embeddings.create(model="tiny", input=TEXTS[1], **encoding)
+    assert np.abs(vectors(alone)[0] - want[1]).max() < 1e-5
+
+
+def test_dimensions_cut_and_normalise_as_encode_does(client: openai.OpenAI, tiny: CAFe):
+    reply = client.embeddings.create(model="tiny", input=TEXTS[:2], dimensions=16)
+    assert vectors(reply).shape == (2, 16)
+    assert np.abs(vectors(reply) - tiny.encode(TEXTS[:2], truncate_dim=16)).max() < 1e-5
+    assert np.allclose(np.linalg.norm(vectors(reply), axis=1), 1, atol=1e-5)
+
+
+def test_base64_is_little_endian_float32(server: Server, tiny: CAFe):
+    body = {"input": "a red cat", "encoding_format": "base64"}
+    reply = request(server, "/v1/embeddings", body)[1]
+    found = np.frombuffer(base64.b64decode(reply["data"][0]["embedding"]), "<f4")
+    assert np.abs(found - tiny.encode("a red cat")).max() < 1e-5
+
+
+def test_chats_with_images_are_embedded_as_encode_does(server: Server, tiny: CAFe):
+    chats = [shown(1), shown(2, "a red cat"), [{"role": "user", "content": "a red cat"}]]
+    want = tiny.encode(
+        [sample_image(1), {"image": sample_image(2), "text": "a red cat"}, "a red cat"]
+    )
+    batch = request(server, "/v1/embeddings", {"messages": chats})[1]
+    assert np.abs(np.array([d["embedding"] for d in batch["data"]]) - want).max() < 1e-5
+    one = request(server, "/v1/embeddings", {"messages": chats[1]})[1]
+    assert np.abs(np.array(one["data"][0]["embedding"]) - want[1]).max() < 1e-5
+
+
+def test_tokens_are_counted_with_the_template_and_the_image(server: Server, tiny: CAFe):
+    for body, value in [
+        ({"input": "a red cat"}, "a red cat"),
+        ({"messages": shown(1)}, sample_image(1)),
+    ]:
+        usage = request(server, "/v1/embeddings", body)[1]["usage"]
+        row = tiny.collator.embedding_rows([as_one(value)])[0].input_ids
+        assert usage == {"prompt_tokens": row.shape[1], "total_tokens": row.shape[1]}
+
+
+def as_one(value: Any) -> Any:
+    from cafe.model.rows.inputs import as_conversation
+
+    return as_conversation(value)
+
+
+def test_a_text_longer_than_the_model_reads_is_refused(client: openai.OpenAI):
+    with pytest.raises(
+        openai.BadRequestError, match=r"input 1: \d+ tokens exceed the model's limit"
+    ):
+        client.embeddings.create(model="tiny", input=["cat", "cat " * 3000])
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000, "<|im_end|>" * 20_000, "a\u200d\u0301" * 60_000])
+def test_a_far_too_long_text_is_never_tokenised_whole(server: Server, tiny: CAFe, text: str):
+    model = server.engine.model
+    excess = model.excess(text)
+    assert excess is not None
+    assert excess[0] > model.max_tokens
+    assert excess[1] < len(text) / 2
+    body = {"input": [text] * 10}
+    status, reply, _ = request(server, "/v1/embeddings", body)
+    assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+    chat = {"messages": [{"role": "user", "content": text}], "stream": True}
+    status, reply, _ = request(server, "/v1/chat/completions", chat)
+    assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_a_long_text_that_fits_is_embedded(server: Server, tiny: CAFe):
+    text = "cat " * 600
+    assert len(text) > server.engine.model.max_tokens
+    assert server.engine.model.excess(text) is None
+    status, reply, _ = request(server, "/v1/embeddings", {"input": text})
+    assert status == 200
+    expected = tiny.encode(text)
+    np.testing.assert_allclose(reply["data"][0]["embedding"], expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- chat
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_answers_are_those_of_generate(client: openai.OpenAI, tiny: CAFe, seed: int):
+    value = {"image": sample_image(seed), "text": DESCRIBE}
+    want = tiny.generate(value, max_new_tokens=24)
+    assert want
+    reply = client.chat.completions.create(
+        model="tiny", messages=shown(seed, DESCRIBE), max_tokens=24, temperature=0
+    )
+    assert reply.choices[0].message.content == want
+    assert reply.usage is not None
+    at_limit = reply.usage.completion_tokens == 24
+    assert reply.choices[0].finish_reason == ("length" if at_limit else "stop")
+    assert reply.usage.prompt_tokens > 36, "an image alone has more tokens"
+
+
+def test_a_stream_joins_to_the_same_answer(client: openai.OpenAI):
+    asked = {"model": "tiny", "messages": shown(1, DESCRIBE), "max_completion_tokens": 120}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert sum(map(bool, pieces)) > 5, "it came in one piece"
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-2:] == [None, "stop"]
+    assert chunks[-1].usage == whole.usage
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_a_limit_and_a_stop_text_end_an_answer(client: openai.OpenAI):
+    asked = {"model": "tiny", "messages": shown(1, DESCRIBE)}
+    whole = client.chat.completions.create(**asked, max_tokens=24).choices[0].message.content or ""
+    short = client.chat.completions.create(**asked, max_tokens=3)
+    assert short.choices[0].finish_reason == "length"
+    assert short.usage is not None
+    assert short.usage.completion_tokens == 3
+    assert whole.startswith(short.choices[0].message.content or "none")
+    word = whole.split()[3]
+    stopped = client.chat.completions.create(**asked, max_tokens=24, stop=[word])
+    assert stopped.choices[0].message.content == whole[: whole.index(word)].strip()
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+def test_a_seed_repeats_a_sampled_answer(client: openai.OpenAI):
+    asked = {"model": "tiny", "messages": shown(1, DESCRIBE), "max_tokens": 12, "temperature": 1.5}
+
+    def said(**more: Any) -> str | None:
+        return client.chat.completions.create(**asked, **more).choices[0].message.content
+
+    assert said(seed=1) == said(seed=1)
+    assert len({said(seed=seed) for seed in range(4)}) > 1
+    greedy = client.chat.completions.create(**asked | {"temperature": 0})
+    assert said(seed=1, top_p=0.0) == greedy.choices[0].message.content
+
+
+def test_a_conversation_goes_on(client: openai.OpenAI, tiny: CAFe):
+    turns = [
+        {"role": "developer", "content": "Be short."},
+        *shown(1, DESCRIBE),
+        {"role": "assistant", "content": "A red cat."},
+        {"role": "user", "content": "How many objects are there?"},
+    ]
+    same = [{"role": "system", "content": "Be short."}, *shown_locally(1, DESCRIBE), *turns[2:]]
+    reply = client.chat.completions.create(model="tiny", messages=turns, max_tokens=12)
+    assert reply.choices[0].message.content == tiny.generate(same, max_new_tokens=12)
+
+
+def shown_locally(seed: int, text: str) -> list[Any]:
+    image = {"type": "image", "image": sample_image(seed)}
+    return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+
+
+# ---------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_documents_are_ordered_as_rerank_orders_them(server: Server, tiny: CAFe, swapped: bool):
+    texts = ["a red cat", "a big lemon at the top right", "two dogs", "a bus", "a blue house"]
+    images = [data_uri(sample_image(seed)) for seed in range(5)]
+    if swapped:
+        body = {"query": "a big lemon", "documents": [{"image": url} for url in images]}
+        want = tiny.rerank("a big lemon", [sample_image(seed) for seed in range(5)])
+    else:
+        part = {"type": "image_url", "image_url": {"url": images[0]}}
+        body = {"query": {"content": [part]}, "documents": texts}
+        want = tiny.rerank(sample_image(0), texts)
+    status, reply, _ = request(server, "/v1/rerank", body | {"model": "tiny", "top_n": 4})
+    assert status == 200
+    order = np.argsort(-want.posterior)[:4].tolist()
+    assert [r["index"] for r in reply["results"]] == order
+    found = [r["relevance_score"] for r in reply["results"]]
+    assert np.allclose(found, want.posterior[order], rtol=1e-3)
+    assert np.allclose([r["match"] for r in reply["results"]], want.match[order], atol=1e-5)
+    if not swapped:
+        assert order != np.argsort(-want.match)[:4].tolist(), "the cosine counts"
+        assert [r["document"]["text"] for r in reply["results"]] == [texts[i] for i in order]
+
+
+def test_two_texts_cannot_be_reranked(server: Server):
+    status, reply, _ = request(server, "/v1/rerank", {"query": "a", "documents": ["b"]})
+    assert (status, "image" in reply["error"]["message"]) == (400, True)
+
+
+def test_models_lists_the_one(client: openai.OpenAI, tiny: CAFe):
+    (model,) = client.models.list().data
+    assert (model.id, model.object) == ("tiny", "model")
+    assert model.model_dump()["max_model_len"] == tiny.collator.max_tokens
+
+
+@pytest.mark.slow
+def test_many_clients_get_their_own_answers(client: openai.OpenAI, tiny: CAFe):
+    """32 at once, embeddings of texts and images and answers, all in the same batches."""
+    texts = [f"{n} red cats at the top left" for n in range(16)]
+    want_texts = tiny.encode(texts)
+    want_images = tiny.encode([sample_image(seed) for seed in range(8)])
+    asks = [{"image": sample_image(seed), "text": DESCRIBE} for seed in range(8)]
+    want_answers = [tiny.generate(ask, max_new_tokens=16) for ask in asks]
+    assert len(set(want_answers)) > 4
+    together = threading.Barrier(32)
+
+    def ask(number: int) -> bool:
+        together.wait(60)
+        if number < 16:
+            reply = client.embeddings.create(model="tiny", input=texts[number])
+            return bool(np.abs(vectors(reply)[0] - want_texts[number]).max() < 1e-5)
+        if number < 24:
+            seed = number - 16
+            reply = client.post(
+                "/embeddings", body={"messages": shown(seed)}, cast_to=dict[str, Any]
+            )
+            found = np.array(reply["data"][0]["embedding"])
+            return bool(np.abs(found - want_images[seed]).max() < 1e-5)
+        seed = number - 24
+        answer = client.chat.completions.create(
+            model="tiny", messages=shown(seed, DESCRIBE), max_tokens=16
+        )
+        return answer.choices[0].message.content == want_answers[seed]
+
+    with ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(ask, range(32))) == [True] * 32
