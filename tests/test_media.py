@@ -6,7 +6,6 @@ import io
 import os
 import struct
 import sys
-import time
 import types
 import warnings
 import zlib
@@ -104,11 +103,10 @@ def test_no_file_stays_open(tmp_path: Path, whole: bool):
     assert str(path) not in {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
 
 
-def test_a_bomb_is_refused_before_it_is_decoded():
-    begin = time.perf_counter()
+def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
     with pytest.raises(ImageError, match="400000000 pixels"):
         opened(png_header(20_000, 20_000))
-    assert time.perf_counter() - begin < 1
 
 
 def test_a_warning_that_is_made_an_error_is_still_a_image_error():

@@ -46,6 +46,37 @@ def encode_each(
     return encoded, failures
 
 
+def encode_each_captioned(
+    encode: Callable[..., Iterable[R]],
+    values: Sequence[T],
+    write_captions: Callable[[Sequence[T]], Sequence[str | None]] | None = None,
+) -> tuple[dict[int, tuple[R, str | None]], dict[int, DataError]]:
+    """`encode_each`, each value with a caption that is written first.
+
+    Args:
+        encode: As in `encode_each`; with captions it gets them as the keyword `caption`, one or
+            None for each value, as `CAFe.encode` takes them.
+        values: The values to encode.
+        write_captions: Returns one caption or None per value; a DataError rejects the whole batch.
+            None: there are no captions.
+
+    Returns:
+        Pairs of a result and its caption, and the errors, each by index in `values`.
+    """
+    if write_captions is None:
+        encoded, failures = encode_each(encode, values)
+        return {i: (result, None) for i, result in encoded.items()}, failures
+    captions, failures = encode_each(write_captions, values)
+    kept = sorted(captions)
+
+    def encode_pairs(pairs: Sequence[tuple[T, str | None]]) -> Iterable[R]:
+        return encode([value for value, _ in pairs], caption=[caption for _, caption in pairs])
+
+    encoded, refused = encode_each(encode_pairs, [(values[i], captions[i]) for i in kept])
+    results = {kept[i]: (result, captions[kept[i]]) for i, result in encoded.items()}
+    return results, failures | {kept[i]: error for i, error in refused.items()}
+
+
 def prefetch_map(
     function: Callable[[T], R], items: Iterable[T], threads: int, begun: int | None = None
 ) -> Iterator[R]:

@@ -149,6 +149,9 @@ class Hit:
 
 Scores = dict[str, float]
 
+CAPTION_REQUEST = "Describe this image."
+"""What asks for a caption where a data set has no words of its own, in training and in `encode`."""
+
 MATCH_QUESTION = 'Does the picture show "{statement}"? Answer yes or no.'
 """What `CAFe.score` asks. The bundled world trains this question, including near misses."""
 

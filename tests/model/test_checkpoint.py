@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -438,11 +437,12 @@ def test_another_family_is_refused_before_its_weights_are_read(small_dir: Path, 
     "name",
     ["no-such-model", "./nowhere", "/no/such/dir", "a/b/c", "~/nowhere", "owner/", "x y/z"],
 )
-def test_a_name_that_is_neither_directory_nor_hub_id_fails_at_once(name: str):
-    begin = time.perf_counter()
+def test_a_name_that_is_neither_directory_nor_hub_id_is_not_asked_of_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(CheckpointError, match=r"no such directory; give one, or a hub id"):
         CAFe.from_pretrained(name)
-    assert time.perf_counter() - begin < 1
 
 
 def test_a_file_is_not_a_checkpoint(small_dir: Path):
@@ -450,6 +450,7 @@ def test_a_file_is_not_a_checkpoint(small_dir: Path):
         CAFe.from_pretrained(small_dir / "config.json")
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_hub_id_without_a_network_fails_after_one_try(
     monkeypatch: pytest.MonkeyPatch, offline: bool
@@ -467,9 +468,7 @@ def test_a_hub_id_without_a_network_fails_after_one_try(
     if not offline:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", once)
-    begin = time.perf_counter()
     with pytest.raises(CheckpointError, match=r"model 'no-one/nothing': neither .* nor found") as e:
         CAFe.from_pretrained("no-one/nothing")
     assert "\n" not in str(e.value)
     assert len(calls) == 1
-    assert time.perf_counter() - begin < 20

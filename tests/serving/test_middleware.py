@@ -10,7 +10,6 @@ import shutil
 import socket
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -163,14 +162,13 @@ def test_text_may_have_any_number_of_signs(text: str):
     assert too_many(json.dumps({"input": text}).encode()) is None
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "body", [b'"' + b'\\"' * 2_000_000, b":" * 60_000 + b'"' * 2_000_001, b"\\:" * 1_000_000]
 )
 def test_what_is_no_json_is_counted_in_linear_time(body: bytes):
-    begin = time.monotonic()
     too_many(b":" * 60_000 + body)
     too_many(body + b":" * 60_000)
-    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])

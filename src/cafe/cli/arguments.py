@@ -22,6 +22,14 @@ Model = Annotated[
     ),
 ]
 
+CaptionOption = Annotated[
+    bool,
+    typer.Option(
+        "--caption",
+        help="Embed images together with captions that the model writes of them; finds more.",
+    ),
+]
+
 _NO_SUCH_FILE = ": no such file"
 _SHOWN = 3
 

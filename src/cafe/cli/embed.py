@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cafe.cli.arguments import Model, left_out_line, skipped_lines
+from cafe.cli.arguments import CaptionOption, Model, left_out_line, skipped_lines
 
 if TYPE_CHECKING:
     from cafe.retrieval.shards import EmbedReport
@@ -52,6 +52,7 @@ def command(
         int | None,
         typer.Option(min=1, help="Processes of --engine ray (default: one per GPU, else one)."),
     ] = None,
+    caption: CaptionOption = False,
 ) -> None:
     """Write embeddings of texts and images.
 
@@ -74,6 +75,7 @@ def command(
             shard_size=shard_size,
             engine=engine.value,
             workers=workers,
+            caption=caption,
             on_skipped=on_skipped,
             show_progress_bar=True,
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cafe.cli import completion
-from cafe.cli.arguments import Model
+from cafe.cli.arguments import CaptionOption, Model
 from cafe.errors import printable
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def command(
             help="For THRONE, repeatable: a FLAN-T5 folder or hub name, or http://HOST/v1#MODEL."
         ),
     ] = None,
+    caption: CaptionOption = False,
     force: Annotated[
         bool, typer.Option("--force", help="Measure again what --json has already.")
     ] = False,
@@ -99,6 +100,7 @@ def command(
             limit=limit,
             out=json_out,
             judges=judge or (),
+            caption=caption,
             force=force,
             on_outcome=_print_outcome,
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cafe.cli.arguments import Model, left_out_line, skipped_lines
+from cafe.cli.arguments import CaptionOption, Model, left_out_line, skipped_lines
 
 if TYPE_CHECKING:
     from cafe.retrieval.indexing import IndexReport
@@ -26,6 +26,7 @@ def command(
         str,
         typer.Option("--to", metavar="DIR", help="The index: a folder, or an object store's URI."),
     ],
+    caption: CaptionOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs embedded, then written.")] = 64,
 ) -> None:
     """Make or update an index for cafe search.
@@ -41,6 +42,7 @@ def command(
             model,
             source,
             to,
+            caption=caption or None,  # an index that has captions keeps them
             batch_size=batch_size,
             on_skipped=on_skipped,
             show_progress_bar=True,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cafe.cli.arguments import CaptionOption
 from cafe.errors import printable
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def command(
     where: Annotated[
         str | None, typer.Option(metavar="SQL", help='Only rows like "width > 640".')
     ] = None,
+    caption: CaptionOption = False,
     answer: Annotated[
         bool, typer.Option("--answer", help="Answer TEXT from the hits, with numbered sources.")
     ] = False,
@@ -60,7 +62,7 @@ def command(
     query: Any = (
         {"text": text, "image": query_image} if text and query_image else text or query_image
     )
-    hits = searcher.search(query, max(top, rerank or 0), where)
+    hits = searcher.search(query, max(top, rerank or 0), where, caption=caption)
     if rerank is not None:
         hits = searcher.rerank(query, hits, rerank)
     hits = hits[:top]

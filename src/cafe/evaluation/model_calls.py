@@ -54,6 +54,7 @@ class ModelCalls:
                 twice as fast on recent CPUs; ties are a little more frequent
     encode_batch, generate_batch, score_batch    inputs, conversations and examples per batch
     prompt      name of the embedding prompt (`cafe.model.rows.prompts`)
+    caption     embed images with the model's own captions (`cafe.model.captions`)
     """
 
     model: CAFe
@@ -62,6 +63,7 @@ class ModelCalls:
     generate_batch: int = 64
     score_batch: int = 16
     prompt: str = "compress"
+    caption: bool = False
 
     def __post_init__(self) -> None:
         if self.precision == "bf16":
@@ -73,7 +75,10 @@ class ModelCalls:
     def encode(self, inputs: Sequence[Image | str | Conversation]) -> np.ndarray:
         with self._autocast():
             return self.model.encode(
-                list(inputs), batch_size=self.encode_batch, prompt_name=self.prompt
+                list(inputs),
+                batch_size=self.encode_batch,
+                prompt_name=self.prompt,
+                caption=self.caption,
             )
 
     def generate(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:

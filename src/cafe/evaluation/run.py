@@ -33,6 +33,7 @@ from cafe.evaluation.results import model_identity, package_versions, read_resul
 from cafe.evaluation.scenes.held_out import HELD_OUT_SEED
 from cafe.evaluation.task import TaskResult, TaskSetup
 from cafe.files import write_json
+from cafe.model.captions import CAPTION_WEIGHT
 from cafe.model.rows.prompts import DEFAULT_PROMPT, PROMPTS
 from cafe.progress import progress_bar
 from cafe.ranks import Rank, process_group
@@ -59,6 +60,7 @@ class Options:
     out       folder of the result files; None: nothing is kept
     force     measure again what is there
     judges    the judges of THRONE
+    caption   images are embedded with the model's own captions
     seed      of the bootstrap
     """
 
@@ -67,6 +69,7 @@ class Options:
     out: Path | None = None
     force: bool = False
     judges: tuple[str, ...] = ()
+    caption: bool = False
     seed: int = 0
 
 
@@ -111,6 +114,7 @@ def evaluate(
     limit: int | None = None,
     out: str | Path | None = None,
     judges: Sequence[str] = (),
+    caption: bool = False,
     force: bool = False,
     show_progress_bar: bool = False,
     on_outcome: Callable[[Outcome], None] | None = None,
@@ -138,6 +142,8 @@ def evaluate(
             again, and an interrupted one resumes; not so with a `CAFe`, whose weights may have
             changed since: a result that is there is an error.
         judges: The judges of THRONE: FLAN-T5 folders or hub names, or "http://HOST/v1#MODEL".
+        caption: Embed images together with the captions that the model writes of them
+            (`CAFe.encode`). Tasks that do not embed are not changed by it.
         force: Run tasks again that have a result in `out`.
         show_progress_bar: Draw a bar over the tasks on stderr.
         on_outcome: Called after each task, under torchrun on rank 0 only; None: logs a line.
@@ -160,7 +166,9 @@ def evaluate(
         data = load_source(data)
     if suite and isinstance(data, DataSource):
         raise DataError(f"{data.path}: keys of a data source are for a task, not for a suite")
-    options = Options(data, limit, None if out is None else Path(out), force, tuple(judges))
+    options = Options(
+        data, limit, None if out is None else Path(out), force, tuple(judges), caption
+    )
     with process_group() as rank:
         outcomes = _outcomes(model, names, options, suite, rank)
         return _records(outcomes, len(names), rank, show_progress_bar, on_outcome)
@@ -245,7 +253,7 @@ def run_tasks(
         limit = options.limit
         if limit is None and suite == "quick" and is_scenes(task):
             limit = QUICK_LIMIT
-        wanted = about | {"limit": limit}
+        wanted = about | {"limit": limit, "caption": options.caption}
         kept = _kept(task, options, wanted)
         if kept is not None:
             yield Outcome(task, kept, "kept")
@@ -256,7 +264,9 @@ def run_tasks(
             yield Outcome(task, None, "failed", str(error))
             continue
         if not loaded:
-            loaded.append(_loaded(load(), rank))  # without it no task can be measured
+            loaded.append(
+                _loaded(load(), rank, options.caption)
+            )  # without it no task can be measured
         model, plain, cached = loaded[0]
         # Generated scenes are few and shared by tasks; a data set may not fit in memory.
         calls: Calls = cached if data is None else plain
@@ -264,7 +274,7 @@ def run_tasks(
         journal = Journal(unfinished, rank.index)
         try:
             setup = TaskSetup(calls, data, limit, options.judges, journal, rank)
-            record = about | _measure(model, task, setup, options.seed)
+            record = about | _measure(model, task, setup, options)
         except CafeError as error:
             yield Outcome(task, None, "failed", str(error))
             continue
@@ -277,9 +287,9 @@ def run_tasks(
         yield Outcome(task, record, "measured")
 
 
-def _loaded(model: CAFe, rank: Rank) -> tuple[CAFe, Calls, Calls]:
+def _loaded(model: CAFe, rank: Rank, caption: bool) -> tuple[CAFe, Calls, Calls]:
     """The model, its calls, and the same calls cached."""
-    plain: Calls = ModelCalls(model)
+    plain: Calls = ModelCalls(model, caption=caption)
     plain = plain if rank.size == 1 else DistributedCalls(plain, rank)
     return model, plain, CachedCalls(plain, "compress")
 
@@ -289,15 +299,16 @@ def result_file(out: Path, task: str) -> Path:
     return out / f"{task.replace(':', '-')}.json"
 
 
-def _measure(model: CAFe, task: str, setup: TaskSetup, seed: int) -> TaskRecord:
+def _measure(model: CAFe, task: str, setup: TaskSetup, options: Options) -> TaskRecord:
     result: TaskResult = find_task(task).run(setup)
     return {
         "task": task,
         "version": find_task(task).version,
-        **result_record(result, seed=seed),
+        **result_record(result, seed=options.seed),
         "settings": {
             "data": _data_name(setup.data),
             "limit": setup.limit,
+            **({"caption": True, "caption_weight": CAPTION_WEIGHT} if options.caption else {}),
             **_prompts(task, model),
             "dtype": str(model.model.dtype).removeprefix("torch."),
             "processes": setup.rank.size,
@@ -348,6 +359,7 @@ def _kept(task: str, options: Options, wanted: dict[str, Any]) -> TaskRecord | N
         "model": record.get("model"),
         "model_files": record.get("model_files"),
         "limit": record["settings"].get("limit"),
+        "caption": record["settings"].get("caption", False),
     }
     if stored != wanted or record["version"] != find_task(task).version:
         other = next((k for k in wanted if stored[k] != wanted[k]), "version")

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from cafe.index.ann import GOAL, Approximate
 from cafe.index.fingerprint import ModelFacts
-from cafe.index.rows import ContentKind, IndexRow, Origin
+from cafe.index.rows import GENERATED_CAPTION, ContentKind, IndexRow, Origin
 from cafe.index.table import APPROXIMATE_ROWS, Index
-from cafe.index.upkeep import IndexItem, Report, SkippedItem, sync
+from cafe.index.upkeep import IndexItem, Report, SkippedItem, WriteCaptions, sync
 
 __all__ = [
     "APPROXIMATE_ROWS",
+    "GENERATED_CAPTION",
     "GOAL",
     "Approximate",
     "ContentKind",
@@ -29,5 +30,6 @@ __all__ = [
     "Origin",
     "Report",
     "SkippedItem",
+    "WriteCaptions",
     "sync",
 ]

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cafe.errors import CheckpointError, DataError
 
@@ -27,15 +28,22 @@ class ModelFacts:
     weights     `weights_fingerprint` of its files
     prompt      `prompt_fingerprint` of its embedding prompts
     dimension   of the vectors
+    caption     the weight with which an image's vector contains that of the model's own caption
+                (`cafe.model.captions`); None: it does not
     """
 
     name: str
     weights: str
     prompt: str
     dimension: int
+    caption: float | None = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The facts; without captions, those that earlier versions wrote."""
+        return {k: v for k, v in asdict(self).items() if k != "caption" or v is not None}
 
     @classmethod
     def from_json(cls, text: str) -> ModelFacts:
@@ -46,7 +54,10 @@ class ModelFacts:
             raise DataError(f"the facts of the index's model cannot be read ({error})") from error
 
     def difference(self, other: ModelFacts) -> str | None:
-        """The difference in words; None when vectors of the two models can be compared."""
+        """The difference in words; None when vectors of the two models can be compared.
+
+        Vectors with captions can be compared with vectors without.
+        """
         if self.dimension != other.dimension:
             return f"dimension {other.dimension} instead of {self.dimension}"
         if self.weights != other.weights:

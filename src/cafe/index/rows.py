@@ -9,6 +9,7 @@ record   string   blake2b of everything else: text, path, other columns
 width    int32    of the image, in pixels, after its EXIF rotation
 height   int32
 vector   float32 [dimension], of length one
+generated_caption  string  what the model wrote of the image; only in an index made with captions
 …        the other columns of the data: bool, int64, double or string
 """
 
@@ -29,6 +30,7 @@ from cafe.errors import DataError
 ContentKind = Literal["image", "text", "both"]
 
 VECTOR = "vector"
+GENERATED_CAPTION = "generated_caption"
 HIDDEN = frozenset({"id", "hash", "record", VECTOR})
 """Columns that are not part of a hit's metadata."""
 
@@ -76,6 +78,7 @@ class StoredVector(NamedTuple):
     vector: np.ndarray
     width: int | None
     height: int | None
+    generated_caption: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,13 +193,14 @@ class Index:
     def stored(self, ids: Iterable[str]) -> dict[str, StoredVector]:
         """The vectors of the rows with these ids; missing ids are left out."""
         vectors: dict[str, StoredVector] = {}
+        columns = ["id", *(f for f in StoredVector._fields if f in self._table.schema.names)]
         for clause in clauses(ids):
             with lance_errors(self.uri):
                 search = self._table.search().where(clause)
-                table = search.select(["id", "hash", VECTOR, "width", "height"]).to_arrow()
+                table = search.select(columns).to_arrow()
             rows = table.drop_columns([VECTOR]).to_pylist()
             for row, vector in zip(rows, vectors_of(table), strict=True):
-                vectors[row["id"]] = StoredVector(row["hash"], vector, row["width"], row["height"])
+                vectors[row.pop("id")] = StoredVector(vector=vector, **row)
         return vectors
 
     def values(self, column: str) -> set[Any]:

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 
-from cafe.batching import encode_each, prefetch_map
+from cafe.batching import encode_each_captioned, prefetch_map
 from cafe.errors import DataError
-from cafe.index.rows import ContentKind, IndexRow, RowState, column_types
+from cafe.index.rows import GENERATED_CAPTION, ContentKind, IndexRow, RowState, column_types
 from cafe.index.store import only_writer
 from cafe.index.table import EncodeItems, Index
 from cafe.media import open_image
@@ -30,6 +31,9 @@ MAX_BATCH_PIXELS = 200_000_000
 
 COMPACT_EVERY = 500
 """Batches between two compactions: a table of many small files is slow to open."""
+
+WriteCaptions = Callable[[Sequence[Any]], Sequence[str | None]]
+"""Images (PIL, RGB) and strings -> what the model says of each image, None for a string."""
 
 _DIGEST_BYTES = 16
 
@@ -106,6 +110,7 @@ def sync(
     max_batch_pixels: int = MAX_BATCH_PIXELS,
     compact_every: int = COMPACT_EVERY,
     progress: Callable[[int], None] | None = None,
+    write_captions: WriteCaptions | None = None,
 ) -> Report:
     """Make `index` hold exactly `items`.
 
@@ -121,6 +126,8 @@ def sync(
         max_batch_pixels: a batch ends when its decoded images have this many pixels.
         compact_every: batches between two compactions of the table.
         progress: called with the number of items done.
+        write_captions: writes the captions with which images are embedded; None: they are embedded
+            alone. `encode` gets them as the keyword `caption`, and the index keeps them.
 
     Returns:
         What was added, changed, moved, unchanged, deleted and skipped.
@@ -130,7 +137,8 @@ def sync(
             writing.
     """
     with only_writer(index.uri):
-        run = _Run(index, encode, progress or (lambda _: None), compact_every)
+        report = progress or (lambda _: None)
+        run = _Run(index, encode, report, compact_every, write_captions)
         return run.run(items, batch_size, max_batch_pixels)
 
 
@@ -141,11 +149,13 @@ class _Run:
         encode: EncodeItems,
         progress: Callable[[int], None],
         compact_every: int,
+        write_captions: WriteCaptions | None,
     ) -> None:
         self._index = index
         self._encode = encode
         self._progress = progress
         self._compact_every = compact_every
+        self._write_captions = write_captions
         self._known = index.known()
         self._by_content = {(k.kind, k.hash): id for id, k in self._known.items()}
         self._report = Report()
@@ -154,6 +164,8 @@ class _Run:
 
     def run(self, items: Sequence[IndexItem], batch_size: int, max_pixels: int) -> Report:
         self._index.add_columns(column_types(item.extra for item in items))
+        if self._write_captions is not None:
+            self._index.add_columns({GENERATED_CAPTION: pa.string()})
         batch: list[_Loaded] = []
         pixels = 0
         threads = min(8, os.cpu_count() or 1)  # read and decode a few ahead of the model
@@ -226,7 +238,8 @@ class _Run:
         for one in batch:
             original = stored.get(one.duplicate_of or "")
             if original is not None and original.hash == one.row.hash:
-                rows.append(_sized(one.row, original.width, original.height))
+                row = _sized(one.row, original.width, original.height)
+                rows.append(_captioned(row, original.generated_caption))
                 vectors.append(original.vector)
                 if one.row.id in self._known:
                     self._report.changed += 1
@@ -237,13 +250,16 @@ class _Run:
                 fresh.extend([again] if again else [])
             else:
                 fresh.append(one)
-        embeddings, failures = encode_each(self._encode, [one.value for one in fresh])
+        embeddings, failures = encode_each_captioned(
+            self._encode, [one.value for one in fresh], self._write_captions
+        )
         for i, one in enumerate(fresh):
             if i in failures:
                 self._report.skipped.append(_skipped(one.item, failures[i]))
                 continue
-            rows.append(one.row)
-            vectors.append(embeddings[i])
+            vector, caption = embeddings[i]
+            rows.append(_captioned(one.row, caption))
+            vectors.append(vector)
             if one.row.id in self._known:
                 self._report.changed += 1
             else:
@@ -314,6 +330,12 @@ def _decoded(item: IndexItem, row: IndexRow, content: bytes) -> _Loaded:
 
 def _sized(row: IndexRow, width: int | None, height: int | None) -> IndexRow:
     return replace(row, width=width, height=height)
+
+
+def _captioned(row: IndexRow, caption: str | None) -> IndexRow:
+    if caption is None:
+        return row
+    return replace(row, extra={**row.extra, GENERATED_CAPTION: caption})
 
 
 def _skipped(item: IndexItem, error: DataError) -> SkippedItem:

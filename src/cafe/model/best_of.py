@@ -61,6 +61,19 @@ class Candidate:
     posterior: float
 
 
+def best(
+    model: InferenceModel,
+    conversations: Sequence[Conversation],
+    samples: int,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: dict[str, Any],
+) -> list[str]:
+    """The most probable of the `candidates` for each conversation."""
+    ranked = candidates(model, conversations, samples, max_new_tokens, batch_size, sampling)
+    return [first.text for first, *_ in ranked]
+
+
 def candidates(
     model: InferenceModel,
     conversations: Sequence[Conversation],

@@ -17,23 +17,24 @@ from transformers import PreTrainedModel
 
 from cafe.model import inference
 from cafe.model.attention import SdpaWhileGenerating, layer_windows, row_sharing
-from cafe.model.best_of import candidates
+from cafe.model.best_of import best
+from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT, write_captions
 from cafe.model.checkpoint.directory import load_pretrained, save_checkpoint
+from cafe.model.encoding import Encoding, encode_inputs
 from cafe.model.families import family_of
 from cafe.model.families.base import distinct_features
 from cafe.model.hidden import features_of_rows, hidden_states
 from cafe.model.inference import Vision
 from cafe.model.last_layer import compute_last_layer_at, prepare
-from cafe.model.quantization import PRECISIONS, EmbeddingPrecision, quantized
+from cafe.model.quantization import EmbeddingPrecision
 from cafe.model.rerank import Reranked, reranked, trained_temperature
 from cafe.model.rows.collate import Collator
 from cafe.model.rows.inputs import EncodeOptions, Input, Inputs, as_messages, is_many
 from cafe.model.rows.inspect import embedding_contract
 from cafe.model.rows.prompts import DEFAULT_PROMPT, TrainedPrompts, own_prompt, turn_end
 from cafe.model.rows.rows import Rows
-from cafe.model.workers import ModelSource, encode_on
+from cafe.model.workers import ModelSource
 from cafe.precision import warn_if_emulated
-from cafe.progress import progress_bar
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -223,6 +224,8 @@ class CAFe(nn.Module):
         prompt_name: str = DEFAULT_PROMPT,
         precision: EmbeddingPrecision = "float32",
         ranges: np.ndarray | None = None,
+        caption: bool | Sequence[str | None] = False,
+        caption_weight: float = CAPTION_WEIGHT,
         convert_to_tensor: bool = False,
         devices: Sequence[str | torch.device] = (),
         show_progress_bar: bool = False,
@@ -240,6 +243,10 @@ class CAFe(nn.Module):
             prompt_name: "compress" (as the model was trained) or "none" (the text says it all).
             precision: float32, float16, int8, uint8, binary, ubinary (`cafe.model.quantization`).
             ranges: [2, d], bounds of int8 and uint8 values; None: those of these inputs.
+            caption: average the embedding of an image without words with that of the caption that
+                the model writes of it, which finds more (`cafe.model.captions`). Or the captions,
+                one string or None for each input (`write_captions`).
+            caption_weight: the caption's share of that average, 0 to 1.
             convert_to_tensor: return a tensor on the model's device instead of an array.
             devices: run a process with a copy of the model on each (["cuda:0", "cuda:1"]); empty:
                 use this process.
@@ -252,28 +259,14 @@ class CAFe(nn.Module):
             DataError: an input that cannot be read or is too long; the message names it.
             WorkerError: a process on one of `devices` died.
         """
-        width = self.embedding_dimension if truncate_dim is None else truncate_dim
-        if not 1 <= width <= self.embedding_dimension:
-            raise ValueError(f"truncate_dim={width}: use 1 to {self.embedding_dimension}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-        conversations = as_messages(inputs)
         self._trained_prompts.check(prompt_name)
-        device = self.device if convert_to_tensor else "cpu"
-        with progress_bar("encode", len(conversations), show=show_progress_bar, stays=True) as bar:
-            options = (conversations, batch_size, prompt_name)
-            if devices:
-                vectors = encode_on(devices, self, self.source, *options, bar.more)
-            else:
-                vectors = inference.encode(self, *options, device=device, on_progress=bar.more)
-        vectors = vectors[:, :width]
-        if normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=1)
-        vectors = vectors if is_many(inputs) else vectors[0]
-        if precision == "float32":
-            return vectors.to(device) if convert_to_tensor else vectors.numpy()
-        compact = quantized(vectors.cpu().numpy(), precision, ranges)
-        return torch.from_numpy(compact).to(device) if convert_to_tensor else compact
+        options = Encoding(
+            batch_size, normalize, truncate_dim, prompt_name, precision, ranges, caption,
+            caption_weight, devices, show_progress_bar,
+        )  # fmt: skip
+        device = self.device if convert_to_tensor else torch.device("cpu")
+        vectors = encode_inputs(self, self.source, inputs, options, device)
+        return vectors if convert_to_tensor else vectors.numpy()
 
     def generate(
         self,
@@ -314,11 +307,23 @@ class CAFe(nn.Module):
                 raise ValueError("stream=True answers one conversation at a time, without best_of")
             return inference.stream(self, conversations[0], max_new_tokens, sampling)
         if best_of is not None:
-            ranked = candidates(self, conversations, best_of, max_new_tokens, batch_size, sampling)
-            answers = [best.text for best, *_ in ranked]
+            answers = best(self, conversations, best_of, max_new_tokens, batch_size, sampling)
         else:
             answers = inference.generate(self, conversations, max_new_tokens, batch_size, sampling)
         return answers if is_many(messages) else answers[0]
+
+    def write_captions(
+        self, inputs: Inputs, *, max_new_tokens: int = CAPTION_TOKENS, batch_size: int = 32
+    ) -> list[str | None]:
+        """Describe each image that stands without words of its own, greedily, for `encode`.
+
+        >>> model.write_captions([image, "a text"])  # as in `generate`
+        ['a square', None]
+
+        Returns:
+            One caption for each of `inputs`; None for those that are or have text.
+        """
+        return write_captions(self, as_messages(inputs), batch_size, max_new_tokens)
 
     def generate_tokens(self, **inputs: Any) -> Int[Tensor, "rows t"]:
         """Token ids from transformers' `generate`, with a kernel that can decode step by step."""

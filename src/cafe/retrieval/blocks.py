@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from cafe.batching import encode_each
+from cafe.batching import encode_each_captioned
 from cafe.errors import DataError
+from cafe.index import WriteCaptions
 from cafe.media import open_image
 from cafe.retrieval.sources import Entry, SkippedRecord, SourceRecord
 from cafe.types import Image
 
-EncodeInputs = Callable[[Sequence[Any]], np.ndarray]
-"""Inputs, as `CAFe.encode` takes them -> float32 [n, d]. A DataError refuses them all."""
+EncodeInputs = Callable[..., np.ndarray]
+"""Inputs, as `CAFe.encode` takes them -> float32 [n, d]. A DataError refuses them all. Captions, if
+there are any, are the keyword `caption`, as in `CAFe.encode`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +39,18 @@ BLOCK_LIMITS = BlockLimits()
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecord:
-    """A record whose image is decoded; `value` is what the model's `encode` takes."""
+    """A record whose image is decoded.
+
+    value              what the model's `encode` takes
+    generated_caption  what the model wrote of the image, if it was asked to
+    """
 
     location: str
     id: str
     text: str | None
     path: Path | None
     value: Any
+    generated_caption: str | None = None
 
     @property
     def image(self) -> PIL.Image.Image | None:
@@ -60,6 +67,7 @@ def embedded_blocks(
     records: Iterable[Entry],
     on_block: Callable[[int, Sequence[SkippedRecord]], None],
     limits: BlockLimits = BLOCK_LIMITS,
+    write_captions: WriteCaptions | None = None,
 ) -> Iterator[Block]:
     """Records with their embeddings, block by block, in order.
 
@@ -69,9 +77,10 @@ def embedded_blocks(
         on_block: Called when a block has been used, with the number of its embeddings and the
             records that were skipped.
         limits: When a block is full.
+        write_captions: Writes captions of images, which `encode` then gets; None: it gets none.
     """
     for block, skipped in loaded_blocks(records, limits):
-        rows, embeddings, refused = encode_block(encode, block)
+        rows, embeddings, refused = encode_block(encode, block, write_captions)
         yield rows, embeddings
         on_block(len(rows), [*skipped, *refused])
 
@@ -98,16 +107,21 @@ def loaded_blocks(
 
 
 def encode_block(
-    encode: EncodeInputs, block: list[LoadedRecord]
+    encode: EncodeInputs,
+    block: list[LoadedRecord],
+    write_captions: WriteCaptions | None = None,
 ) -> tuple[list[LoadedRecord], np.ndarray | None, list[SkippedRecord]]:
     """Embed a block; where the model refuses it, find the broken inputs and skip only those."""
-    embeddings, failures = encode_each(encode, [row.value for row in block])
+    embeddings, failures = encode_each_captioned(
+        encode, [row.value for row in block], write_captions
+    )
     kept = [i for i in range(len(block)) if i not in failures]
     skipped = [
         SkippedRecord(block[i].location, str(error)) for i, error in sorted(failures.items())
     ]
-    stacked = np.stack([embeddings[i] for i in kept]) if kept else None
-    return [block[i] for i in kept], stacked, skipped
+    stacked = np.stack([embeddings[i][0] for i in kept]) if kept else None
+    rows = [replace(block[i], generated_caption=embeddings[i][1]) for i in kept]
+    return rows, stacked, skipped
 
 
 def _load(record: SourceRecord) -> LoadedRecord | SkippedRecord:

@@ -16,6 +16,7 @@ import numpy as np
 
 from cafe.errors import DataError
 from cafe.files import replacing
+from cafe.index import WriteCaptions
 from cafe.progress import progress_bar
 from cafe.ranks import Rank
 from cafe.retrieval.blocks import (
@@ -25,11 +26,12 @@ from cafe.retrieval.blocks import (
     EncodeInputs,
     embedded_blocks,
 )
-from cafe.retrieval.indexing import open_model
+from cafe.retrieval.indexing import open_model, with_caption
 from cafe.retrieval.shards import (
     EmbedReport,
     OpenSink,
     Tally,
+    columns_of,
     embed_shards,
     open_files,
     open_table,
@@ -58,6 +60,7 @@ def embed_dataset(
     shard_size: int | None = None,
     engine: EmbedEngine = "local",
     workers: int | None = None,
+    caption: bool = False,
     batch_size: int = 32,
     limits: BlockLimits = BLOCK_LIMITS,
     encode: EncodeInputs | None = None,
@@ -79,10 +82,12 @@ def embed_dataset(
         shard_size: Number of inputs of a shard. Shards that are there are not made again.
         engine: "ray" writes the shards on Ray Data, on the cluster at RAY_ADDRESS or here.
         workers: Number of processes of Ray; None: one per GPU, else one.
+        caption: Embed each image without text together with a caption that the model writes of it
+            (`CAFe.encode`); Parquet files and tables keep it in the column `generated_caption`.
         batch_size: Inputs of one forward pass.
         limits: How much is decoded and embedded together.
         encode: Embeds inputs (strings, PIL images in RGB, or {"text", "image"}) as float32 [n, d],
-            in place of the model's own `encode`. Not with Ray.
+            in place of the model's own `encode`; captions are its keyword `caption`. Not with Ray.
         load: Loads the model by its name, in place of `CAFe.from_pretrained`. Not with Ray.
         on_skipped: Called with one line for each input that is skipped; None: the line is logged
             as a warning.
@@ -110,7 +115,7 @@ def embed_dataset(
         [PosixPath('notes.parquet')]
     """
     job = _Job(
-        model, out, to, shard_size, engine, workers, batch_size, limits, encode, load,
+        model, out, to, shard_size, engine, workers, caption, batch_size, limits, encode, load,
         on_skipped or _log_skipped, show_progress_bar,
     )  # fmt: skip
     job.check()
@@ -130,6 +135,7 @@ class _Job:
     shard_size: int | None
     engine: EmbedEngine
     workers: int | None
+    caption: bool
     batch_size: int
     limits: BlockLimits
     encode: EncodeInputs | None
@@ -182,6 +188,7 @@ class _Job:
                 open_sink,
                 size,
                 self.workers,
+                caption=self.caption,
                 batch_size=self.batch_size,
                 limits=self.limits,
                 on_skipped=self.on_skipped,
@@ -191,12 +198,13 @@ class _Job:
         return embed_shards(
             self.encode or partial(model.encode, batch_size=self.batch_size),
             source,
-            open_sink(facts),
+            open_sink(with_caption(facts, self.caption)),
             size,
             self.rank,
             on_skipped=self.on_skipped,
             show_progress_bar=self.show_progress_bar,
             limits=self.limits,
+            write_captions=self._write_captions(model),
         )
 
     def _sink(self, source: RecordSource, size: int) -> OpenSink:
@@ -207,9 +215,10 @@ class _Job:
     def _in_file(self, source: RecordSource, out: str | Path) -> EmbedReport:
         report = EmbedReport(uri=str(out), paths=[Path(out)])
         with replacing(Path(out)) as unfinished:  # before the model: a wrong path fails immediately
-            encode = self._open_encode()
-            with EmbeddingTable(unfinished, source.columns, _name(self.model)) as table:
-                for rows, embeddings in self._blocks(encode, source, report):
+            functions = self._functions()
+            columns = columns_of(source, self.caption)
+            with EmbeddingTable(unfinished, columns, _name(self.model)) as table:
+                for rows, embeddings in self._blocks(*functions, source, report):
                     table.append(rows, embeddings)
             report.check_any(source)
         return report
@@ -217,17 +226,17 @@ class _Job:
     def _in_memory(self, source: RecordSource) -> EmbedReport:
         report = EmbedReport()
         parts: list[np.ndarray] = []
-        for rows, embeddings in self._blocks(self._open_encode(), source, report):
+        for rows, embeddings in self._blocks(*self._functions(), source, report):
             report.ids += [row.id for row in rows]
             parts += [] if embeddings is None else [embeddings]
         report.check_any(source)
         report.embeddings = np.concatenate(parts)
         return report
 
-    def _open_encode(self) -> EncodeInputs:
-        """What embeds; the model is loaded only if it does."""
-        if self.encode is not None:
-            return self.encode
+    def _functions(self) -> tuple[EncodeInputs, WriteCaptions | None]:
+        """What embeds and what writes captions; the model is loaded only if it does one of them."""
+        if self.encode is not None and not self.caption:
+            return self.encode, None
         model, load = self.model, self.load
         if isinstance(model, str | Path):
             if load is None:
@@ -235,14 +244,24 @@ class _Job:
 
                 load = CAFe.from_pretrained
             model = load(str(model))
-        return partial(model.encode, batch_size=self.batch_size)
+        encode = self.encode or partial(model.encode, batch_size=self.batch_size)
+        return encode, self._write_captions(model)
+
+    def _write_captions(self, model: CAFe) -> WriteCaptions | None:
+        return partial(model.write_captions, batch_size=self.batch_size) if self.caption else None
 
     def _blocks(
-        self, encode: EncodeInputs, source: RecordSource, report: EmbedReport
+        self,
+        encode: EncodeInputs,
+        write_captions: WriteCaptions | None,
+        source: RecordSource,
+        report: EmbedReport,
     ) -> Iterator[Block]:
         with progress_bar("embed", source.count, show=self.show_progress_bar) as bar:
             tally = Tally(report, self.on_skipped, bar.to)
-            yield from embedded_blocks(encode, source.records(), tally.add, self.limits)
+            yield from embedded_blocks(
+                encode, source.records(), tally.add, self.limits, write_captions
+            )
 
 
 def _name(model: CAFe | str | Path) -> str:

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,9 @@ def build_index(
     source: str | Path,
     to: str | Path,
     *,
+    caption: bool | None = None,
     batch_size: int = 64,
-    encode: Callable[[Sequence[Any]], np.ndarray] | None = None,
+    encode: Callable[..., np.ndarray] | None = None,
     load: Callable[[str], CAFe] | None = None,
     on_skipped: Callable[[str], None] | None = None,
     show_progress_bar: bool = False,
@@ -80,10 +82,14 @@ def build_index(
         source: a folder of images, a data file of images with captions, or a .jsonl file of
             {"text": ...} (`cafe.retrieval.sources`).
         to: the index: a folder, or the URI of an object store.
+        caption: embed each image together with a caption that the model writes of it
+            (`CAFe.encode`), and keep the captions in the column `generated_caption`. An index is
+            made with or without; None: as the index that is there was made, a new one without.
         batch_size: inputs that are embedded together and then written in one step.
         encode: embeds items (PIL images in RGB, and strings) in place of the model's own
             `encode`, as float32 [n, d]: a pool of processes, for example. The index still
-            records the facts of `model`.
+            records the facts of `model`, which also writes the captions; they are given to
+            `encode` as the keyword `caption`.
         load: loads the model by its name, in place of `CAFe.from_pretrained`.
         on_skipped: called with one line for each item that cannot be used; None: the line is
             logged as a warning.
@@ -109,16 +115,22 @@ def build_index(
     index = Index.find(to)
     if index is not None:
         _check_origin(index, origin)
+        caption = _check_captions(index, caption, origin)
     vlm, facts = open_model(model, index, load=load)
-
-    def encode_items(values: Sequence[Any]) -> np.ndarray:
-        return vlm.encode(values, batch_size=batch_size)
-
-    encode = encode or encode_items
+    facts = with_caption(facts, bool(caption))
+    encode = encode or partial(vlm.encode, batch_size=batch_size)
+    write_captions = partial(vlm.write_captions, batch_size=batch_size) if caption else None
     with one_run(str(to)):
         index = _opened(to, facts, origin)
         with progress_bar("index", len(listing.items), show=show_progress_bar) as bar:
-            changes = sync(index, listing.items, encode, batch_size=batch_size, progress=bar.to)
+            changes = sync(
+                index,
+                listing.items,
+                encode,
+                batch_size=batch_size,
+                progress=bar.to,
+                write_captions=write_captions,
+            )
         index.set_origin(origin)
         changes.skipped[:0] = listing.skipped
         for problem in changes.skipped:
@@ -238,6 +250,25 @@ def _check_origin(index: Index, origin: Origin) -> None:
             f"index {index.uri} is of {before.source}, whose rows would be deleted; index "
             f"{origin.source} into another one"
         )
+
+
+def with_caption(facts: ModelFacts, caption: bool) -> ModelFacts:
+    """The facts of vectors that are made with captions, or without."""
+    from cafe.model.captions import CAPTION_WEIGHT
+
+    return replace(facts, caption=CAPTION_WEIGHT if caption else None)
+
+
+def _check_captions(index: Index, caption: bool | None, origin: Origin) -> bool:
+    """Whether the index is made with captions; DataError if it is and should not be, or reverse."""
+    own = index.model.caption is not None
+    if caption is None or caption == own:
+        return own
+    made, wanted = ("with", "without") if own else ("without", "with")
+    raise DataError(
+        f"index {index.uri} was made {made} captions; index {origin.source} {wanted} them into "
+        "another one"
+    )
 
 
 def _caption_queries(

@@ -13,11 +13,13 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cafe.errors import CafeError
 from cafe.progress import progress_bar
 from cafe.retrieval.blocks import BlockLimits, embedded_blocks
+from cafe.retrieval.indexing import open_model, with_caption
 from cafe.retrieval.shards import (
     EmbedReport,
     OpenSink,
@@ -32,8 +34,6 @@ from cafe.retrieval.sinks import Sink
 from cafe.retrieval.sources import Entry, RecordSource, SkippedRecord
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from cafe.index import ModelFacts
 
 ATTEMPTS = 3
@@ -47,6 +47,7 @@ def embed_with_ray(
     shard_size: int,
     workers: int | None,
     *,
+    caption: bool,
     batch_size: int,
     limits: BlockLimits,
     on_skipped: Callable[[str], None],
@@ -60,6 +61,7 @@ def embed_with_ray(
         open_sink: Opens where the shards go, once the model's facts are known.
         shard_size: Number of inputs of a shard; the last one may have fewer.
         workers: Number of processes; None: one for each GPU of the cluster, or one.
+        caption: Embed images together with captions that the model writes of them.
         batch_size: Inputs that a worker embeds together.
         limits: How much a worker decodes together.
         on_skipped: Called with one line for each input that is skipped.
@@ -71,7 +73,7 @@ def embed_with_ray(
     with _cluster() as ray, _explained():
         size, share = shares(ray.cluster_resources(), workers)
         facts = ray.get(ray.remote(_facts).options(**share).remote(model))
-        sink = open_sink(facts)
+        sink = open_sink(with_caption(facts, caption))
         report = EmbedReport(uri=sink.uri, shards=0)
         missing = missing_shards(report, sink, source.count, shard_size)
         records = unique(source.records(), sink)
@@ -79,7 +81,7 @@ def embed_with_ray(
         total = inputs_in(missing, source.count, shard_size)
         with progress_bar("embed", total, show=show_progress_bar) as bar:
             tally = Tally(report, on_skipped, bar.to)
-            for row in _written(parts, (model, sink, batch_size, limits), size, share):
+            for row in _written(parts, (model, sink, caption, batch_size, limits), size, share):
                 count_shard(report, sink, row["shard"])
                 tally.add(row["embedded"], pickle.loads(row["skipped"]))
         sink.complete()
@@ -91,11 +93,17 @@ def embed_with_ray(
 class Worker:
     """One process of the pool: a model, and where its shards go."""
 
-    def __init__(self, model: str, sink: Sink, batch_size: int, limits: BlockLimits) -> None:
+    def __init__(
+        self, model: str, sink: Sink, caption: bool, batch_size: int, limits: BlockLimits
+    ) -> None:
         from cafe.model.vlm import CAFe
 
-        self._vlm, self._sink = CAFe.from_pretrained(model), sink
-        self._batch_size, self._limits = batch_size, limits
+        vlm = CAFe.from_pretrained(model)
+        self._sink, self._limits = sink, limits
+        self._encode = partial(vlm.encode, batch_size=batch_size)
+        self._write_captions = (
+            partial(vlm.write_captions, batch_size=batch_size) if caption else None
+        )
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Embed and write one shard; returns the number of embeddings and what was skipped."""
@@ -109,11 +117,11 @@ class Worker:
 
         records = pickle.loads(row["records"])
         shard = int(row["shard"])
-        self._sink.write(shard, embedded_blocks(self._encode, records, on_block, self._limits))
+        blocks = embedded_blocks(
+            self._encode, records, on_block, self._limits, self._write_captions
+        )
+        self._sink.write(shard, blocks)
         return {"shard": shard, "embedded": embedded, "skipped": pickle.dumps(skipped)}
-
-    def _encode(self, inputs: Sequence[Any]) -> np.ndarray:
-        return self._vlm.encode(inputs, batch_size=self._batch_size)
 
 
 def shares(resources: Mapping[str, float], workers: int | None) -> tuple[int, dict[str, float]]:
@@ -127,8 +135,6 @@ def shares(resources: Mapping[str, float], workers: int | None) -> tuple[int, di
 
 def _facts(model: str) -> ModelFacts:
     """On a worker: the driver may have no GPU."""
-    from cafe.retrieval.indexing import open_model
-
     return open_model(model)[1]
 
 

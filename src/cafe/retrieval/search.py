@@ -145,7 +145,12 @@ class Searcher:
         self.index.count(where)
 
     def search(
-        self, query: Input | np.ndarray, top: int = 10, where: str | None = None
+        self,
+        query: Input | np.ndarray,
+        top: int = 10,
+        where: str | None = None,
+        *,
+        caption: bool = False,
     ) -> list[RankedHit]:
         """Find the rows that are nearest to a query by cosine, the nearest first.
 
@@ -154,6 +159,8 @@ class Searcher:
                 dict), or its embedding, float [d].
             top: number of hits.
             where: SQL over the columns of the index: "width > 640 AND text LIKE '%cat%'".
+            caption: embed an image query together with a caption that the model writes of it now
+                (`CAFe.encode`). A query in words is not changed by it.
 
         Returns:
             Up to `top` hits.
@@ -162,7 +169,7 @@ class Searcher:
             DataError: the query cannot be read or has another dimension, the SQL cannot be used,
                 or the query is not a vector and there is no model.
         """
-        vector = query if isinstance(query, np.ndarray) else self._model.encode(query)
+        vector = query if isinstance(query, np.ndarray) else self._encode(query, caption)
         walked: dict[Path, Path] = {}
         return [
             RankedHit(hit, self._file(hit, walked)) for hit in self.index.search(vector, top, where)
@@ -244,6 +251,9 @@ class Searcher:
                 "Searcher.open"
             )
         return self.model
+
+    def _encode(self, query: Input, caption: bool) -> np.ndarray:
+        return self._model.encode(query, caption=caption)
 
     def _file(self, hit: Hit, walked: dict[Path, Path]) -> str | None:
         """Path of the hit's image; None when it is not a file of the index's own folder.

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from cafe.errors import DataError
 from cafe.files import write_json
-from cafe.index import Index, ModelFacts, Origin
+from cafe.index import GENERATED_CAPTION, Index, ModelFacts, Origin, WriteCaptions
 from cafe.progress import progress_bar
 from cafe.ranks import Rank
 from cafe.retrieval.blocks import BLOCK_LIMITS, BlockLimits, EncodeInputs, embedded_blocks
@@ -100,7 +100,12 @@ def open_files(
 ) -> FileSink:
     """The folder `out`, with its plan. Raises DataError when that is of another run."""
     _agree(out, _plan(facts, source, shard_size))
-    return FileSink(out, source.columns, model, facts.dimension)
+    return FileSink(out, columns_of(source, facts.caption is not None), model, facts.dimension)
+
+
+def columns_of(source: RecordSource, caption: bool) -> tuple[str, ...]:
+    """Columns of a Parquet file, besides the id and the embedding."""
+    return (*source.columns, GENERATED_CAPTION) if caption else source.columns
 
 
 def open_table(source: RecordSource, to: str, shard_size: int, facts: ModelFacts) -> TableSink:
@@ -109,9 +114,11 @@ def open_table(source: RecordSource, to: str, shard_size: int, facts: ModelFacts
     index = Index.find(to)
     if index is None:
         root = None if source.root is None else str(source.root.resolve())
+        columns = {"shard": pa.int32()}
+        columns |= {} if facts.caption is None else {GENERATED_CAPTION: pa.string()}
         origin = Origin(json.dumps(plan, sort_keys=True), root, "embed")
         try:
-            Index.create(to, facts, origin=origin, columns={"shard": pa.int32()})
+            Index.create(to, facts, origin=origin, columns=columns)
             return TableSink(to, source.root)
         except DataError:  # another rank was quicker
             index = Index.open(to)
@@ -133,6 +140,7 @@ def embed_shards(
     on_skipped: Callable[[str], None],
     show_progress_bar: bool = False,
     limits: BlockLimits = BLOCK_LIMITS,
+    write_captions: WriteCaptions | None = None,
 ) -> EmbedReport:
     """Write the shards that are this process's and not there; the input is read once, in order.
 
@@ -145,6 +153,7 @@ def embed_shards(
         on_skipped: Called with one line for each input that is skipped.
         show_progress_bar: Draw one on stderr, on the first process.
         limits: How much is decoded and embedded together.
+        write_captions: Writes captions of images, which `encode` then gets; None: it gets none.
 
     Raises:
         DataError: There is nothing to embed, or a shard cannot be written.
@@ -155,7 +164,8 @@ def embed_shards(
     with progress_bar("embed", total, show=show_progress_bar and rank.index == 0) as bar:
         tally = Tally(report, on_skipped, bar.to)
         for shard, records in split(unique(source.records(), sink), shard_size, missing):
-            sink.write(shard, embedded_blocks(encode, records, tally.add, limits))
+            blocks = embedded_blocks(encode, records, tally.add, limits, write_captions)
+            sink.write(shard, blocks)
             count_shard(report, sink, shard)
     if rank.size == 1:
         sink.complete()
@@ -224,7 +234,7 @@ def unique(records: Iterable[Entry], sink: Sink) -> Iterator[Entry]:
 
 
 def _plan(facts: ModelFacts, source: RecordSource, shard_size: int) -> dict[str, Any]:
-    model = {name: value for name, value in asdict(facts).items() if name != "name"}
+    model = {name: value for name, value in facts.as_dict().items() if name != "name"}
     return {
         "model": model,
         "input": source.origin,

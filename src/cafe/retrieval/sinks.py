@@ -3,6 +3,7 @@
 A Parquet file is written block by block:
 
     id: string    text: string, path: string (where the input has them)
+    generated_caption: string (where images are embedded with captions)
     embedding: fixed_size_list<float32>[dimensions]
     schema metadata "cafe.model": the model that was named
 
@@ -15,14 +16,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cafe.files import replacing, writing
-from cafe.index import ContentKind, Index, IndexRow
+from cafe.index import GENERATED_CAPTION, ContentKind, Index, IndexRow
 from cafe.retrieval.blocks import Block, LoadedRecord
 
 
@@ -126,7 +127,9 @@ def _row(record: LoadedRecord, shard: int, root: Path | None) -> IndexRow:
         width, height = record.image.size
     if record.path is not None and root is not None:
         path = record.path.relative_to(root).as_posix()
-    extra = {"shard": shard}
+    extra: dict[str, Any] = {"shard": shard}
+    if record.generated_caption is not None:
+        extra[GENERATED_CAPTION] = record.generated_caption
     return IndexRow(record.id, kind, path, record.text, width=width, height=height, extra=extra)
 
 
@@ -170,6 +173,7 @@ class EmbeddingTable:
             "id": [row.id for row in rows],
             "text": [row.text for row in rows],
             "path": [None if row.path is None else str(row.path) for row in rows],
+            GENERATED_CAPTION: [row.generated_caption for row in rows],
         }
         schema = self._schema(embeddings.shape[1])
         arrays = [pa.array(texts[name], pa.string()) for name in schema.names[:-1]]

@@ -21,9 +21,7 @@ from cafe.data.formats.base import Format
 from cafe.data.media_paths import MediaResolver, media_value
 from cafe.data.records import ReadOptions, Record, kind
 from cafe.errors import DataError
-from cafe.types import Example, Message, user
-
-REQUEST = "Describe this image."
+from cafe.types import CAPTION_REQUEST, Example, Message, user
 
 _OTHERS = {"conversations", "messages"}
 
@@ -39,7 +37,7 @@ def _read(
     examples: list[Example] = []
     for number, caption in enumerate(captions, 1):
         name = f"{identity}-{number}" if several else identity
-        dialogue = (*user(*shown, REQUEST), Message("assistant", (caption,)))
+        dialogue = (*user(*shown, CAPTION_REQUEST), Message("assistant", (caption,)))
         if options.mode == "chat":
             examples.append(Example(name, dialogues=(dialogue,), task=options.task))
             continue

@@ -27,6 +27,8 @@ class EncodeOptions(TypedDict, total=False):
     prompt_name: str
     precision: EmbeddingPrecision
     ranges: np.ndarray | None
+    caption: bool | Sequence[str | None]
+    caption_weight: float
     devices: Sequence[str | torch.device]
     show_progress_bar: bool
 
