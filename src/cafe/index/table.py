@@ -200,7 +200,8 @@ class Index:
                 table = search.select(columns).to_arrow()
             rows = table.drop_columns([VECTOR]).to_pylist()
             for row, vector in zip(rows, vectors_of(table), strict=True):
-                vectors[row.pop("id")] = StoredVector(vector=vector, **row)
+                id = row.pop("id")
+                vectors[id] = StoredVector(vector=vector, **row)
         return vectors
 
     def values(self, column: str) -> set[Any]:

@@ -49,7 +49,7 @@ def write_captions(
     batch_size: int,
     max_new_tokens: int = CAPTION_TOKENS,
 ) -> list[str | None]:
-    """Greedy captions in input order; None where `caption_request` has no request."""
+    """Greedy captions in input order; None where there is no request, or an empty answer."""
     requests = [caption_request(conversation) for conversation in conversations]
     asked = [i for i, request in enumerate(requests) if request is not None]
     texts = inference.generate(
@@ -57,7 +57,7 @@ def write_captions(
     )
     captions: list[str | None] = [None] * len(requests)
     for i, text in zip(asked, texts, strict=True):
-        captions[i] = text
+        captions[i] = text or None
     return captions
 
 

@@ -321,7 +321,7 @@ class CAFe(nn.Module):
         ['a square', None]
 
         Returns:
-            One caption for each of `inputs`; None for those that are or have text.
+            One caption for each input; None for one that has text, or if the model says nothing.
         """
         return write_captions(self, as_messages(inputs), batch_size, max_new_tokens)
 

@@ -119,10 +119,7 @@ def embed_dataset(
         on_skipped or _log_skipped, show_progress_bar,
     )  # fmt: skip
     job.check()
-    records = open_source(source)
-    report = job.run(records)
-    report.left_out = records.left_out
-    return report
+    return job.run(open_source(source))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +172,11 @@ class _Job:
             )
 
     def run(self, source: RecordSource) -> EmbedReport:
+        report = self._embedded(source)
+        report.left_out = source.left_out
+        return report
+
+    def _embedded(self, source: RecordSource) -> EmbedReport:
         if not self.in_shards:
             return self._in_memory(source) if self.out is None else self._in_file(source, self.out)
         size = self.shard_size or TABLE_SHARD_SIZE

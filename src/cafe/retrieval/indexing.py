@@ -28,7 +28,7 @@ from cafe.index import (
 from cafe.index.fingerprint import prompt_fingerprint, weights_fingerprint
 from cafe.index.store import one_run
 from cafe.progress import progress_bar
-from cafe.retrieval.sources import list_items
+from cafe.retrieval.sources import Listing, list_items
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,14 +82,12 @@ def build_index(
         source: a folder of images, a data file of images with captions, or a .jsonl file of
             {"text": ...} (`cafe.retrieval.sources`).
         to: the index: a folder, or the URI of an object store.
-        caption: embed each image together with a caption that the model writes of it
-            (`CAFe.encode`), and keep the captions in the column `generated_caption`. An index is
-            made with or without; None: as the index that is there was made, a new one without.
+        caption: embed each image with a caption that the model writes (`CAFe.encode`), which the
+            column `generated_caption` keeps; None: as an existing index was made, else without.
         batch_size: inputs that are embedded together and then written in one step.
-        encode: embeds items (PIL images in RGB, and strings) in place of the model's own
-            `encode`, as float32 [n, d]: a pool of processes, for example. The index still
-            records the facts of `model`, which also writes the captions; they are given to
-            `encode` as the keyword `caption`.
+        encode: embeds items (PIL images in RGB, and strings) in place of the model's own `encode`,
+            as float32 [n, d]: a pool of processes, for example. The index still records the facts
+            of `model`, which also writes the captions: the keyword `caption` of `encode`.
         load: loads the model by its name, in place of `CAFe.from_pretrained`.
         on_skipped: called with one line for each item that cannot be used; None: the line is
             logged as a warning.
@@ -111,30 +109,24 @@ def build_index(
         4
     """
     listing = list_items(str(source))  # before torch: a wrong path is reported immediately
-    origin = Origin(listing.source, None if listing.root is None else str(listing.root))
+    origin = _origin(listing)
     index = Index.find(to)
     if index is not None:
         _check_origin(index, origin)
         caption = _check_captions(index, caption, origin)
     vlm, facts = open_model(model, index, load=load)
-    facts = with_caption(facts, bool(caption))
     encode = encode or partial(vlm.encode, batch_size=batch_size)
-    write_captions = partial(vlm.write_captions, batch_size=batch_size) if caption else None
+    write = partial(vlm.write_captions, batch_size=batch_size) if caption else None
     with one_run(str(to)):
-        index = _opened(to, facts, origin)
+        index = _opened(to, with_caption(facts, bool(caption)), origin)
         with progress_bar("index", len(listing.items), show=show_progress_bar) as bar:
             changes = sync(
-                index,
-                listing.items,
-                encode,
-                batch_size=batch_size,
-                progress=bar.to,
-                write_captions=write_captions,
-            )
+                index, listing.items, encode, batch_size=batch_size, progress=bar.to,
+                write_captions=write,
+            )  # fmt: skip
         index.set_origin(origin)
         changes.skipped[:0] = listing.skipped
-        for problem in changes.skipped:
-            (on_skipped or _log_skipped)(f"{problem.location}: {problem.reason}")
+        _report_skipped(changes, on_skipped or _log_skipped)
         rows = len(index)
         approximate = index.optimize(_caption_queries(encode, listing.items, rows))
     return IndexReport(index.uri, rows, changes, approximate, listing.left_out)
@@ -147,6 +139,7 @@ def _opened(to: str | Path, facts: ModelFacts, origin: Origin) -> Index:
         return Index.create(to, facts, origin=origin)
     _check_origin(index, origin)
     index.check_model(facts)
+    _check_captions(index, facts.caption is not None, origin)
     return index
 
 
@@ -236,6 +229,10 @@ def _facts(model: CAFe, name: str, weights: str) -> ModelFacts:
     return ModelFacts(name, weights, prompt, model.embedding_dimension)
 
 
+def _origin(listing: Listing) -> Origin:
+    return Origin(listing.source, None if listing.root is None else str(listing.root))
+
+
 def _check_origin(index: Index, origin: Origin) -> None:
     """Raises DataError when the index is of another source, and that still exists."""
     before = index.origin
@@ -283,6 +280,11 @@ def _caption_queries(
         return None
     step = len(captions) // MEASURED_QUERIES
     return encode([text.split("\n")[0] for text in captions[::step][:MEASURED_QUERIES]])
+
+
+def _report_skipped(changes: Report, on_skipped: Callable[[str], None]) -> None:
+    for problem in changes.skipped:
+        on_skipped(f"{problem.location}: {problem.reason}")
 
 
 def _log_skipped(line: str) -> None:
