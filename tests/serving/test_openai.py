@@ -94,6 +94,33 @@ def test_chats_with_images_are_embedded_as_encode_does(server: Server, tiny: CAF
     assert np.abs(np.array(one["data"][0]["embedding"]) - want[1]).max() < 1e-5
 
 
+def test_captions_are_written_mixed_in_and_returned(
+    server: Server, client: openai.OpenAI, tiny: CAFe
+):
+    chats = [shown(1), shown(2, "a red cat"), [{"role": "user", "content": "a red cat"}]]
+    inputs: list[Any] = [
+        sample_image(1),
+        {"image": sample_image(2), "text": "a red cat"},
+        "a red cat",
+    ]
+    reply = request(server, "/v1/embeddings", {"messages": chats, "caption": True})[1]
+    captions = tiny.write_captions(inputs)
+    assert [one["caption"] for one in reply["data"]] == captions
+    assert captions[0]
+    assert captions[1:] == [None, None]
+    found = np.array([one["embedding"] for one in reply["data"]])
+    assert np.abs(found - tiny.encode(inputs, caption=captions)).max() < 1e-5
+    plain = request(server, "/v1/embeddings", {"messages": chats})[1]
+    assert "caption" not in plain["data"][0]
+    assert np.abs(found[0] - np.array(plain["data"][0]["embedding"])).max() > 1e-3
+    assert reply["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"] + 36, (
+        "image read twice"
+    )
+    # As the official client sends a field that OpenAI's own server does not know.
+    one = client.embeddings.create(model="tiny", input="a cat", extra_body={"caption": True})
+    assert np.abs(vectors(one)[0] - tiny.encode("a cat")).max() < 1e-5
+
+
 def test_tokens_are_counted_with_the_template_and_the_image(server: Server, tiny: CAFe):
     for body, value in [
         ({"input": "a red cat"}, "a red cat"),

@@ -11,14 +11,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from cafe.errors import DataError
 from cafe.evaluation.datasets.captioned import CaptionedImage
-from cafe.evaluation.task import Generate, ScoreExamples
-from cafe.evaluation.tasks.caption import caption_loss_scores, caption_objects
+from cafe.evaluation.task import Encode, Generate, ScoreExamples
+from cafe.evaluation.tasks.caption import (
+    MAX_NEW_TOKENS,
+    caption_loss_scores,
+    caption_objects,
+    caption_prompt,
+)
 from cafe.evaluation.tasks.gap import gap_scores
 from cafe.evaluation.tasks.presence import exact_matches, question_dialogues, question_scores
 from cafe.evaluation.tasks.retrieval import caption_indices, retrieval_scores
+from cafe.model.captions import CAPTION_WEIGHT, with_captions
 from cafe.types import Example, Scores, user
 
 if TYPE_CHECKING:
@@ -100,6 +107,29 @@ def evaluate_scenes(
         images=images,
         captions=captions,
     )
+
+
+def captioned_scores(
+    encode: Encode, generate: Generate, scenes: Sequence[CaptionedImage], alone: SceneScores
+) -> Scores:
+    """Retrieval scores and gap of images that are embedded with the captions the model writes.
+
+    Args:
+        encode: Embeds the captions.
+        generate: Writes them.
+        scenes: As for `evaluate_scenes`.
+        alone: What that has returned for these scenes.
+    """
+    written = generate([caption_prompt(scene) for scene in scenes], MAX_NEW_TOKENS)
+    said = [i for i, text in enumerate(written) if text]
+    texts = torch.from_numpy(encode([written[i] for i in said]))
+    own = caption_indices(scenes)
+    images = with_captions(torch.from_numpy(alone.images), texts, said, CAPTION_WEIGHT).numpy()
+    scores = (
+        retrieval_scores(images, alone.captions, own).scores
+        | gap_scores(images, alone.captions, own).scores
+    )
+    return {name: scores[name] for name in SCORES if name in scores}
 
 
 def _full_example(image: CaptionedImage) -> Example:

@@ -27,10 +27,10 @@ from rich.table import Table
 
 from cafe.data.scenes import Split, write_scenes
 from cafe.demo.figure import Clouds, Curves, ExampleSearch, FigureHit, draw_demo
-from cafe.demo.measure import SCORES, SceneScores, evaluate_scenes
+from cafe.demo.measure import SCORES, SceneScores, captioned_scores, evaluate_scenes
 from cafe.errors import DataError
 from cafe.evaluation.datasets.captioned import CaptionedImage, read_captioned_images
-from cafe.evaluation.model_calls import ModelCalls
+from cafe.evaluation.model_calls import CachedCalls, ModelCalls
 from cafe.evaluation.results import package_versions
 from cafe.media import open_image
 from cafe.metrics import first_relevant_ranks
@@ -41,10 +41,12 @@ from cafe.recipes import Recipe, load_recipe
 from cafe.training.build import training_device
 from cafe.training.log import StepRecord
 from cafe.training.run import train
+from cafe.types import Scores
 
 # The example query describes an image with at least three object classes: it has some detail.
 _SEARCH_CLASSES = 3
 _SHOWN_HITS = 5
+_FORECAST_STEP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +112,15 @@ def run_demo(
     precision = resolved_precision(recipe.precision, training_device())
     images = read_captioned_images(out / "test").images
     with stage.quiet("evaluate_before", f"2. Evaluating the base on {len(images)} unseen scenes"):
-        before = _evaluate(recipe.model, images, precision)
+        calls = _calls(recipe.model, precision)
+        before = evaluate_scenes(calls.score_examples, calls.generate, images)
     with stage("train", f"3. Fine-tuning with the joint objective: {recipe.schedule.steps} steps"):
-        run = train(recipe)
-    with stage.quiet("evaluate_after", "4. Evaluating the fine-tuned model"):
-        after = _evaluate(str(run.model_dir), images, precision)
+        forecast = _Forecast(console, recipe.schedule.steps, stage.seconds["evaluate_before"])
+        run = train(recipe, on_step=forecast)
+    with stage.quiet("evaluate_after", "4. Evaluating the fine-tuned model, also with its words"):
+        calls = CachedCalls(_calls(str(run.model_dir), precision))  # captions are written once
+        after = evaluate_scenes(calls.score_examples, calls.generate, images)
+        captioned = captioned_scores(calls.encode, calls.generate, images, after)
     with stage.quiet("image", "5. Drawing the figure"):
         draw_demo(
             out / "demo.png",
@@ -123,7 +129,7 @@ def run_demo(
             before=Clouds(before.images, before.captions),
             after=Clouds(after.images, after.captions),
         )
-    results = _results(before, after, stage.seconds, recipe, precision, settings)
+    results = _results(before, after, captioned, stage.seconds, recipe, precision, settings)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _print_summary(console, out, images[0], results)
 
@@ -159,11 +165,36 @@ def _recipe(out: Path, steps: int | None, seed: int, settings: DemoSettings) -> 
         return load_recipe(path, overrides)
 
 
-def _evaluate(
-    name_or_dir: str, images: tuple[CaptionedImage, ...], precision: ComputePrecision
-) -> SceneScores:
-    calls = ModelCalls(CAFe.from_pretrained(name_or_dir), precision=precision)
-    return evaluate_scenes(calls.score_examples, calls.generate, images)
+def _calls(name_or_dir: str, precision: ComputePrecision) -> ModelCalls:
+    return ModelCalls(CAFe.from_pretrained(name_or_dir), precision=precision)
+
+
+@dataclass(slots=True)
+class _Forecast:
+    """After a few steps, prints how long the rest of the demo will take.
+
+    evaluation   seconds of the evaluation before training; the one after it is alike
+    """
+
+    console: Console
+    steps: int
+    evaluation: float
+    _seconds: list[float] = field(default_factory=list)
+
+    def __call__(self, record: StepRecord) -> None:
+        if record.step > _FORECAST_STEP:
+            return
+        self._seconds.append(record.seconds)
+        if record.step == _FORECAST_STEP < self.steps:
+            # The first step is slower than the others: kernels are chosen and memory is allocated.
+            each = float(np.median(self._seconds[1:]))
+            rest = each * (self.steps - record.step) + self.evaluation
+            minutes = max(1, round(rest / 60))
+            self.console.print(
+                f"   {each:.1f} s a step: about {minutes} min to the end of the demo",
+                style="dim",
+                highlight=False,
+            )
 
 
 def _curves(records: Sequence[StepRecord]) -> Curves:
@@ -191,6 +222,7 @@ def example_search(images: tuple[CaptionedImage, ...], scores: SceneScores) -> E
 def _results(
     before: SceneScores,
     after: SceneScores,
+    captioned: Scores,
     seconds: dict[str, float],
     recipe: Recipe,
     precision: ComputePrecision,
@@ -199,6 +231,7 @@ def _results(
     return {
         "before": before.scores,
         "after": after.scores,
+        "after_with_captions": captioned,
         "seconds": round(sum(seconds.values()), 1),
         "question_accuracy": {
             "before": before.question_accuracy,
@@ -219,6 +252,20 @@ def _results(
     }
 
 
+def _caption_table(results: dict[str, Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for name in ("", "image alone", "with its caption"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, value in results["after_with_captions"].items():
+        table.add_row(*_cells(name, [results["after"][name], value]))
+    return table
+
+
+def _cells(name: str, values: Sequence[float]) -> list[str]:
+    percent = name not in ("caption_loss", "modality_gap", "caption_object_f1")
+    return [name.replace("_", " "), *(f"{v:.1%}" if percent else f"{v:.3f}" for v in values)]
+
+
 def _print_summary(
     console: Console, out: Path, example: CaptionedImage, results: dict[str, Any]
 ) -> None:
@@ -227,12 +274,10 @@ def _print_summary(
     for name in ("before", "after"):
         table.add_column(name, justify="right")
     for name in SCORES:
-        percent = name not in ("caption_loss", "modality_gap", "caption_object_f1")
-        values = [results[when][name] for when in ("before", "after")]
-        table.add_row(
-            name.replace("_", " "), *(f"{v:.1%}" if percent else f"{v:.3f}" for v in values)
-        )
+        table.add_row(*_cells(name, [results[when][name] for when in ("before", "after")]))
     console.print(table)
+    console.print("Images embedded with the captions that the fine-tuned model writes of them:")
+    console.print(_caption_table(results))
     console.print(f"Total: {results['seconds']:.0f} s. Results, model and demo.png are in {out}")
     model, image = str(out / "model"), str(example.image.source)
     commands = (

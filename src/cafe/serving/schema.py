@@ -78,13 +78,17 @@ ChatMessages = Many[ChatMessage]
 
 
 class EmbeddingRequest(Request):
-    """Texts in `input`, or one conversation or a batch of them in `messages`."""
+    """Texts in `input`, or one conversation or a batch of them in `messages`.
+
+    caption   embed images without words with captions that the model writes, and return these
+    """
 
     model: Text | None = None
     input: Text | Many[Text] | Many[int] | Many[Many[int]] | None = None
     messages: ChatMessages | Many[ChatMessages] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     encoding_format: Literal["float", "base64"] = "float"
+    caption: bool | None = False
     user: Text | None = None
 
     @field_validator("input")
@@ -145,12 +149,17 @@ class RerankRequest(Request):
 
 
 class SearchRequest(Request):
-    """Search by text, by an image, or by both. `where`: as `cafe.index.condition` reads it."""
+    """Search by text, by an image, or by both.
+
+    where     as `cafe.index.condition` reads it
+    caption   embed an image without words with a caption that the model writes
+    """
 
     query: Text | None = None
     image: Text | None = None
     top: Annotated[int, Field(ge=1, le=MAX_TOP)] = 10
     where: Annotated[Text, Field(max_length=2000)] | None = None
+    caption: bool | None = False
 
 
 class Error(BaseModel):

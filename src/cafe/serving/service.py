@@ -11,25 +11,41 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from jinja2.exceptions import TemplateError
 from starlette.requests import Request
 
 from cafe.errors import DataError
+from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT, caption_request, with_captions
 from cafe.serving.content import Reader
 from cafe.serving.engine import Call, Engine
 from cafe.serving.errors import ApiError
 from cafe.serving.fetch import Fetch
 from cafe.serving.limits import Budget, Limits, Reservation
-from cafe.serving.messages import RequestKind, WorkItem
+from cafe.serving.messages import Completion, Embedding, Prompt, RequestKind, WorkItem
 from cafe.serving.metrics import Metrics
 from cafe.serving.middleware import CLEANUP
-from cafe.types import Hit
+from cafe.types import Conversation, Hit, user
 
 SearchFunction = Callable[[np.ndarray, int, str | None], Sequence[Hit]]
 """Unit vector [d], number of hits, SQL or None -> hits, best first. Raises ApiError for bad SQL."""
 
 MAX_FETCHES = 8
 """Maximum number of remote images fetched at the same time."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedded:
+    """What a request embedded.
+
+    vectors   float32 [n, d], not normalised
+    captions  those that the model wrote for it, None where it wrote none
+    tokens    of the inputs, and of the captions where there are any
+    """
+
+    vectors: np.ndarray
+    captions: list[str | None]
+    tokens: int
 
 
 @dataclass(eq=False)
@@ -110,6 +126,48 @@ class Service:
         self.submit(request, call)
         with as_api_errors():
             return await asyncio.wrap_future(call.future)
+
+    async def embed(
+        self, request: Request, conversations: Sequence[Conversation], *, caption: bool = False
+    ) -> Embedded:
+        """Embed conversations as `CAFe.encode` does, but for their length.
+
+        Raises:
+            ApiError: As in `results`.
+        """
+        captions: list[str | None] = [None] * len(conversations)
+        tokens = 0
+        if caption:
+            captions, tokens = await self._captions(request, conversations)
+        captioned = [i for i, text in enumerate(captions) if text is not None]
+        asked = [*conversations, *(user(captions[i] or "") for i in captioned)]
+        items = [WorkItem(conversation, number) for number, conversation in enumerate(asked)]
+        results: list[Embedding] = await self.results(request, "embed", items)
+        embed_tokens = sum(one.tokens for one in results)
+        self.metrics.tokens(embed_tokens)
+        vectors = torch.from_numpy(np.stack([one.vector for one in results]))
+        own, texts = vectors[: len(conversations)], vectors[len(conversations) :]
+        mixed = with_captions(own, texts, captioned, CAPTION_WEIGHT)
+        return Embedded(mixed.numpy(), captions, tokens + embed_tokens)
+
+    async def _captions(
+        self, request: Request, conversations: Sequence[Conversation]
+    ) -> tuple[list[str | None], int]:
+        """Captions, None where there is none, and the number of tokens that they took."""
+        longest = min(CAPTION_TOKENS, self.limits.new_tokens)
+        captions: list[str | None] = [None] * len(conversations)
+        items = [
+            WorkItem(Prompt(prompt, longest), number)
+            for number, prompt in enumerate(map(caption_request, conversations))
+            if prompt is not None
+        ]
+        if not items:
+            return captions, 0
+        answers: list[Completion] = await self.results(request, "generate", items)
+        for item, answer in zip(items, answers, strict=True):
+            captions[item.number] = answer.text or None
+            self.metrics.tokens(answer.prompt_tokens, answer.new_tokens)
+        return captions, sum(answer.prompt_tokens + answer.new_tokens for answer in answers)
 
     async def _check_lengths(self, items: Sequence[WorkItem]) -> None:
         """Refuse (400) texts beyond the context here: the engine would tokenise all of them, each

@@ -14,9 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cafe.serving.errors import ApiError, json_response
-from cafe.serving.messages import Embedding, WorkItem
 from cafe.serving.schema import ChatMessage, EmbeddingRequest
-from cafe.serving.service import Service
+from cafe.serving.service import Embedded, Service
 from cafe.types import Conversation
 
 
@@ -35,46 +34,46 @@ def embedding_routes(service: Service) -> APIRouter:
                 f"dimensions: the model's embeddings have only {dimension}", "dimensions"
             )
         conversations = await _inputs(service, request, body)
-        items = [WorkItem(c, number) for number, c in enumerate(conversations)]
-        results: list[Embedding] = await service.results(request, "embed", items)
-        tokens = sum(embedding.tokens for embedding in results)
-        service.metrics.tokens(tokens)
+        caption = body.caption is True
+        embedded = await service.embed(request, conversations, caption=caption)
         head = {
             "id": f"embd-{uuid.uuid4().hex}",
             "object": "list",
             "created": int(time.time()),
             "model": service.name,
-            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "usage": {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens},
         }
         return await service.run_in_thread(
-            _embedding_response, head, results, width, body.encoding_format
+            _embedding_response, head, embedded, caption, width, body.encoding_format
         )
 
     return router
 
 
 def _embedding_response(
-    head: dict[str, Any], results: list[Embedding], width: int, encoding: str
+    head: dict[str, Any], embedded: Embedded, caption: bool, width: int, encoding: str
 ) -> Response:
-    vectors = unit_vectors([embedding.vector for embedding in results], width)
-    data = [
+    data: list[dict[str, Any]] = [
         {"object": "embedding", "index": index, "embedding": encode_vector(vector, encoding)}
-        for index, vector in enumerate(vectors)
+        for index, vector in enumerate(unit_vectors(embedded.vectors, width))
     ]
+    if caption:
+        for one, text in zip(data, embedded.captions, strict=True):
+            one["caption"] = text
     return json_response(head | {"data": data})
 
 
-def unit_vectors(vectors: list[np.ndarray], width: int) -> np.ndarray:
+def unit_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
     """The first `width` coordinates of each vector, normalised as in `CAFe.encode`.
 
     Args:
-        vectors: n vectors [d].
+        vectors: [n, d].
         width: At most d.
 
     Returns:
         float32 [n, width], each row of length 1.
     """
-    truncated = np.stack(vectors)[:, :width]
+    truncated = vectors[:, :width]
     return truncated / np.maximum(np.linalg.norm(truncated, axis=1, keepdims=True), 1e-12)
 
 

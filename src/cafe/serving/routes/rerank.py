@@ -75,7 +75,8 @@ def _rerank(embeddings: list[Embedding], scores: list[Score], temperature: float
     """
     from cafe.model.rerank import reranked  # late, as above
 
-    query, *documents = unit_vectors([one.vector for one in embeddings], len(embeddings[0].vector))
+    vectors = np.stack([one.vector for one in embeddings])
+    query, *documents = unit_vectors(vectors, vectors.shape[1])
     odds = np.array([score.log_odds for score in scores])
     return reranked(np.stack(documents) @ query, odds, temperature)
 

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from cafe.errors import DataError
 from cafe.retrieval.search import Searcher
 from cafe.serving.errors import ApiError, json_response
-from cafe.serving.messages import Embedding, WorkItem
 from cafe.serving.routes.embeddings import unit_vectors
 from cafe.serving.schema import Content, SearchRequest
 from cafe.serving.service import SearchFunction, Service
@@ -65,7 +64,9 @@ def search_routes(service: Service, search: SearchFunction) -> APIRouter:
         if body.query is None and body.image is None:
             raise ApiError.invalid("give query, image or both", "query")
         content = Content(text=body.query, image=body.image)
-        hits = await hits_of(service, search, request, content, body.top, body.where)
+        hits = await hits_of(
+            service, search, request, content, body.top, body.where, body.caption is True
+        )
         return json_response(
             {"hits": [{"id": h.id, "score": h.score, "metadata": h.metadata} for h in hits]}
         )
@@ -80,10 +81,10 @@ async def hits_of(
     query: Content,
     top: int,
     where: str | None = None,
+    caption: bool = False,
 ) -> list[Hit]:
     """The `top` rows nearest to a query of text, an image or both. Raises ApiError."""
     conversation = await service.reader(request).content(query, "query")
-    embeddings: list[Embedding] = await service.results(request, "embed", [WorkItem(conversation)])
-    service.metrics.tokens(embeddings[0].tokens)
-    (vector,) = unit_vectors([embeddings[0].vector], len(embeddings[0].vector))
+    embedded = await service.embed(request, [conversation], caption=caption)
+    (vector,) = unit_vectors(embedded.vectors, embedded.vectors.shape[1])
     return list(await service.run_in_thread(search, vector, top, where))
