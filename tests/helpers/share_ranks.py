@@ -25,8 +25,19 @@ from helpers.twin import gradients
 BATCHES = (1, 3, 5, 9)
 CHUNKS = (None, 1, 2, 4)
 TOKENS = 300
-CASES = [*itertools.product(BATCHES, CHUNKS), (5, f"{TOKENS} tokens"), (9, f"{TOKENS} tokens")]
-SHARDED_CASES = [(1, 1), (3, None), (5, 2), (9, 4), (9, f"{TOKENS} tokens")]
+CASES: list[tuple[int, int | str | None]] = [
+    *((b, c) for b, c in itertools.product(BATCHES, CHUNKS) if c is None or c < b),
+    (5, f"{TOKENS} tokens"),
+    (9, f"{TOKENS} tokens"),
+]
+"""A chunk of the whole batch, or of more, is the case without chunks."""
+SHARDED_CASES: list[tuple[int, int | str | None]] = [
+    (1, None),
+    (3, None),
+    (5, 2),
+    (9, 4),
+    (9, f"{TOKENS} tokens"),
+]
 """Enough for the order of the collectives, which sharding adds."""
 STEPS = 2
 """DDP arranges its buckets anew between the first step and the second."""
@@ -44,7 +55,7 @@ def training_data(batch: int) -> TrainingData:
 
 def cases(sharded: bool) -> list[tuple[int, int | str | None]]:
     """The combinations of batch and chunk that are trained."""
-    return [*SHARDED_CASES] if sharded else [*CASES]
+    return SHARDED_CASES if sharded else CASES
 
 
 def share(model: Any, batch: int, chunk: int | str | None, rank: int, ranks: int) -> list[StepData]:

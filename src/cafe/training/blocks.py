@@ -34,18 +34,22 @@ def enable_gradient_checkpointing(vlm: CAFe) -> None:
         vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def compile_blocks(vlm: CAFe) -> None:
+def compile_blocks(vlm: CAFe, backend: str = "inductor") -> None:
     """Compile each block of the language model in place; equal blocks share their code.
 
     The first steps with a new kind of shape are slow. The whole model is not compiled: where
     features go is decided in Python, and every row length would be another graph. Neither is the
     vision tower: transformers reads its layers' outputs through hooks that the compiler cannot
     trace. The hooks of `last_layer` cannot be traced either, so they are removed first.
+
+    Args:
+        vlm: Its language model is compiled.
+        backend: What makes code of the traced graphs, as `torch.compile` takes it.
     """
     decoder = vlm.model.get_decoder()
     last_layer.release(decoder)
     for block in blocks_of(decoder):
-        block.compile()
+        block.compile(backend=backend)
 
 
 def offload_saved_tensors(least_bytes: int = LEAST_BYTES) -> saved_tensors_hooks:
