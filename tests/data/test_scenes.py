@@ -354,9 +354,12 @@ def test_written_folder_holds_what_the_scenes_say(tmp_path):
         assert all((a["from"], b["from"]) != ("gpt", "gpt") for a, b in pairwise(turns))
 
 
-def test_same_seed_writes_the_same_bytes(tmp_path):
-    for name in ("one", "two"):
-        write_scenes(tmp_path / name, 4, seed=1)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_same_seed_writes_the_same_bytes(tmp_path, processes):
+    done = []
+    write_scenes(tmp_path / "one", 4, seed=1)
+    write_scenes(tmp_path / "two", 4, seed=1, processes=processes, progress=done.append)
+    assert done == [1, 2, 3, 4]
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
     assert len(files) == 7
     for file in files:

@@ -10,6 +10,7 @@ out/
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,8 @@ from cafe.types import Scores
 _SEARCH_CLASSES = 3
 _SHOWN_HITS = 5
 _FORECAST_STEP = 4
+# Fewer are drawn sooner than a second process starts.
+_SCENES_PER_PROCESS = 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ def _write_scenes(out: Path, seed: int, settings: DemoSettings) -> None:
                 split=split,
                 questions_per_scene=questions,
                 progress=lambda _: bar.more(1),
+                processes=min(count // _SCENES_PER_PROCESS, os.cpu_count() or 1),
             )
 
 

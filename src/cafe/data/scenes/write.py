@@ -13,7 +13,10 @@ truth.jsonl      {"id": "000000", "image": "images/000000.png", "seed": 0, "spli
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,13 @@ class Truth:
     caption: str
 
 
+_Written = tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]
+"""The truth of a scene, the record of its caption, and that of its questions, if there are any."""
+
+_SCENES_AT_ONCE = 50
+"""Scenes that one process draws before it sends their records."""
+
+
 def write_scenes(
     out: Path,
     count: int,
@@ -50,6 +60,7 @@ def write_scenes(
     split: Split = "train",
     questions_per_scene: int = 6,
     progress: Callable[[int], None] | None = None,
+    processes: int = 1,
 ) -> None:
     """Write scenes into the folder `out`, which appears only when complete.
 
@@ -60,6 +71,8 @@ def write_scenes(
         split: Which of the two splits the scenes belong to.
         questions_per_scene: At most this many questions about each scene.
         progress: Called after each scene with the number of scenes written.
+        processes: Number of processes that draw; the bytes are the same. A script that asks for
+            more than one needs `if __name__ == "__main__":`.
 
     Raises:
         DataError: `out` exists and is not an empty folder.
@@ -68,7 +81,8 @@ def write_scenes(
         raise DataError(f"{out} exists and is not an empty folder; name a new one or remove it")
     with whole_directory(out, sync=False) as unfinished:
         (unfinished / "images").mkdir()
-        _write_into(unfinished, count, seed, split, questions_per_scene, progress)
+        write = _SceneWriter(unfinished, seed, split, questions_per_scene)
+        _write_into(unfinished, count, write, processes, progress or (lambda _: None))
 
 
 def read_truth(folder: Path) -> list[Truth]:
@@ -104,32 +118,47 @@ def _parse_truth(line: str, location: str) -> Truth:
 
 
 def _write_into(
-    folder: Path,
-    count: int,
-    seed: int,
-    split: Split,
-    questions_per_scene: int,
-    progress: Callable[[int], None] | None,
+    folder: Path, count: int, write: _SceneWriter, processes: int, progress: Callable[[int], None]
 ) -> None:
     captions: list[dict[str, Any]] = []
     asked: list[dict[str, Any]] = []
-    with (folder / "truth.jsonl").open("w", encoding="utf-8") as truth:
-        for index in range(count):
-            scene = sample_scene(scene_seed(seed, index), split)
-            rng = random_stream(scene.seed, split, "language")
-            name, image, text = f"{index:06d}", f"images/{index:06d}.png", caption(scene, rng)
-            draw(scene).save(folder / image, compress_level=1)  # noise hardly compresses
-            captions.append(_record(name, image, [(PROMPT_CAPTION, text)]))
-            turns = questions(scene, rng, questions_per_scene)
-            if turns:
-                record = _record(f"{name}-questions", image, [(q.text, q.answer) for q in turns])
-                asked.append({**record, "kinds": [q.kind for q in turns]})
-            line = {"id": name, "image": image, **asdict(scene), "caption": text}
+    with ExitStack() as stack:
+        truth = stack.enter_context((folder / "truth.jsonl").open("w", encoding="utf-8"))
+        each: Iterable[_Written] = map(write, range(count))
+        if processes > 1:
+            # A fork may copy locks that other threads hold.
+            pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+            each = stack.enter_context(pool).map(write, range(count), chunksize=_SCENES_AT_ONCE)
+        for done, (line, written, questions) in enumerate(each, 1):
             truth.write(json.dumps(line) + "\n")
-            if progress is not None:
-                progress(index + 1)
+            captions.append(written)
+            asked += [] if questions is None else [questions]
+            progress(done)
     for file, records in (("captions.json", captions), ("questions.json", asked)):
         (folder / file).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class _SceneWriter:
+    """Writes the image of a scene, and returns its records; each scene has a seed of its own."""
+
+    folder: Path
+    seed: int
+    split: Split
+    questions_per_scene: int
+
+    def __call__(self, index: int) -> _Written:
+        scene = sample_scene(scene_seed(self.seed, index), self.split)
+        rng = random_stream(scene.seed, self.split, "language")
+        name, image, text = f"{index:06d}", f"images/{index:06d}.png", caption(scene, rng)
+        draw(scene).save(self.folder / image, compress_level=1)  # noise hardly compresses
+        turns = questions(scene, rng, self.questions_per_scene)
+        asked = None
+        if turns:
+            record = _record(f"{name}-questions", image, [(q.text, q.answer) for q in turns])
+            asked = {**record, "kinds": [q.kind for q in turns]}
+        line = {"id": name, "image": image, **asdict(scene), "caption": text}
+        return line, _record(name, image, [(PROMPT_CAPTION, text)]), asked
 
 
 def _record(name: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
