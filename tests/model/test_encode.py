@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -515,3 +516,30 @@ def test_half_a_surrogate_pair_is_one_error(small_model: CAFe):
             DataError, match=r"^input [01]: .*not Unicode \('.ud800' at character \d+ is half"
         ):
             call()
+
+
+def test_of_many_short_turns_the_oldest_are_left_out_and_images_stay(model: CAFe):
+    """No text is long enough to be cut, so a long dialogue loses its oldest exchanges."""
+    image = Image(noise(1, 64, 64))
+    turns = [Message("system", ("Be brief.",))]
+    for number in range(6):
+        shown = (image,) if number == 0 else ()
+        turns.append(Message("user", (*shown, f"What is number {number}?")))
+        turns.append(Message("assistant", (f"It is {number}.",)))
+    whole = model.collator([Example("e", dialogues=(tuple(turns),))])
+    assert not whole.rows.input_ids.shape[0] > 1
+    longest = int(whole.rows.positions.max()) + 1
+    # Enough for the images, the system turn, and the last two exchanges.
+    kept = (*turns[:3], *turns[-4:])
+    alone = model.collator([Example("e", dialogues=(kept,))])
+    limit = int(alone.rows.positions.max()) + 1
+    assert limit < longest
+    short = replace(model.collator, max_tokens=limit)([Example("e", dialogues=(tuple(turns),))])
+    assert int(short.rows.positions.max()) + 1 == limit
+    assert short.label_count == whole.label_count, "every answer is still trained"
+    tokenizer = model.processor.tokenizer
+    text = tokenizer.decode(short.rows.input_ids[0])
+    last = tokenizer.decode(alone.rows.input_ids[0])
+    assert last[last.index("4?") :] in text
+    with pytest.raises(DataError, match="images and prompts are never cut"):
+        replace(model.collator, max_tokens=20)([Example("e", dialogues=(tuple(turns[:3]),))])

@@ -328,6 +328,9 @@ class Collator:
             )
             if len(tokens) > self.max_tokens:
                 kept = self._kept(s, prompt.text, len(tokens), spans)
+                if kept is None:
+                    self._tokenize([s], images)
+                    continue
                 tokens, keys, spans = tokens[kept], keys[kept], spans[kept]
             s.tokens = TokenSequence(tokens, keys, images.positions(keys))
             if s.rendered.labelled:
@@ -338,10 +341,19 @@ class Collator:
                     s.label_at = official_labels(prompt.text, tokens, spans, self._tokenizer)
                     s.labelled_answers = answers_labelled(prompt.text, spans)
 
-    def _kept(self, sequence: _Sequence, text: str, count: int, spans: np.ndarray) -> np.ndarray:
-        """Which tokens of a too long sequence are kept: its longest texts lose their ends."""
+    def _kept(
+        self, sequence: _Sequence, text: str, count: int, spans: np.ndarray
+    ) -> np.ndarray | None:
+        """Which tokens of a too long sequence are kept: its longest texts lose their ends.
+
+        None where they are too short for that: the sequence has lost its oldest turns instead.
+        """
         kept = kept_tokens(sequence.rendered.texts, text, spans, count - self.max_tokens)
         if kept is None:
+            shorter = named(sequence.name, self.render.without_oldest, sequence.rendered)
+            if shorter is not None:
+                sequence.rendered = shorter
+                return None
             raise DataError(
                 f"{sequence.name}: {count} tokens, and max_tokens is {self.max_tokens}; images "
                 "and prompts are never cut: raise max_tokens or use fewer or smaller images"

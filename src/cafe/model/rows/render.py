@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Self
 
 from cafe.errors import CheckpointError, DataError, check_unicode
@@ -43,6 +44,7 @@ class RenderedSequence:
     texts     its pieces of text, in order: the longest are cut when the sequence does not fit
     labelled  number of characters at the end that carry the language loss
     answers   number of answers among them
+    turns     what a sequence with one answer was rendered from; empty: turns are never left out
     """
 
     text: str
@@ -50,6 +52,7 @@ class RenderedSequence:
     texts: tuple[str, ...] = ()
     labelled: int = 0
     answers: int = 0
+    turns: Conversation = ()
 
     @classmethod
     def of(cls, text: str, conversation: Conversation, **facts: Any) -> Self:
@@ -176,24 +179,45 @@ class Renderer:
         for message in self._readable(dialogue):
             if message.role == "assistant":
                 message = Message("assistant", (_answer(message),))
-                prompt = self._apply(history, add_generation_prompt=True)
-                whole = self._apply((*history, Message("assistant", (_STAND_IN,))))
-                at = whole.rfind(_STAND_IN)
-                if at < 0:
-                    raise CheckpointError(
-                        f"{template_file(self.processor)}: the chat template does not write the "
-                        "text of an assistant turn, so no answer can be trained or scored; copy it "
-                        "from the model's publisher"
-                    )
-                # What the template writes between its prompt and an answer: "Assistant:", " cat".
-                between = whole[len(prompt) : at] if whole.startswith(prompt) else ""
-                target = between + message.text + whole[at + 1 :].rstrip()
-                text, turns = prompt + target, (*history, message)
-                rendered.append(RenderedSequence.of(text, turns, labelled=len(target), answers=1))
+                rendered.append(self._answered((*history, message)))
             history = (*history, message)
         if not rendered:
             raise DataError("a dialogue without an assistant turn has no tokens to train on")
         return rendered
+
+    def _answered(self, turns: Conversation) -> RenderedSequence:
+        """The last of `turns`, after the prompt that the model gets when it generates it."""
+        *history, answer = turns
+        prompt = self._apply(tuple(history), add_generation_prompt=True)
+        whole = self._apply((*history, Message("assistant", (_STAND_IN,))))
+        at = whole.rfind(_STAND_IN)
+        if at < 0:
+            raise CheckpointError(
+                f"{template_file(self.processor)}: the chat template does not write the text of an "
+                "assistant turn, so no answer can be trained or scored; copy it from the model's "
+                "publisher"
+            )
+        # What the template writes between its prompt and an answer: "Assistant:", " cat".
+        between = whole[len(prompt) : at] if whole.startswith(prompt) else ""
+        target = between + answer.text + whole[at + 1 :].rstrip()
+        return RenderedSequence.of(
+            prompt + target, turns, labelled=len(target), answers=1, turns=turns
+        )
+
+    def without_oldest(self, sequence: RenderedSequence) -> RenderedSequence | None:
+        """An answer's sequence without its oldest question and answer, for one that is too long.
+
+        Turns with images stay, and so do the system turn and the last question.
+
+        Returns:
+            None where no turn can be left out.
+        """
+        turns = sequence.turns
+        asked = [i for i, message in enumerate(turns) if message.role == "user"]
+        for begin, end in pairwise(asked):
+            if not _images(turns[begin:end]):
+                return self._answered((*turns[:begin], *turns[end:]))
+        return None
 
     def _whole(self, dialogue: Conversation) -> RenderedSequence:
         """One sequence of all turns, as the published code trains a dialogue."""
