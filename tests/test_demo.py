@@ -15,13 +15,14 @@ import pytest
 from rich.console import Console
 
 from cafe.demo.measure import SCORES, SceneScores
-from cafe.demo.run import DemoSettings, example_search, run_demo
+from cafe.demo.run import DemoSettings, Forecast, example_search, run_demo
 from cafe.errors import DataError
 from cafe.evaluation.datasets.captioned import CaptionedImage
 from cafe.model.vlm import CAFe
 from cafe.precision import resolved_precision
 from cafe.recipes import load_recipe
 from cafe.training.build import training_device
+from cafe.training.log import StepRecord
 from cafe.types import Image
 
 
@@ -54,6 +55,37 @@ def test_results_hold_every_score_before_and_after(results):
     assert results["seconds"] == pytest.approx(sum(results["stages_seconds"].values()), abs=0.1)
     assert (results["settings"]["steps"], results["settings"]["seed"]) == (2, 5)
     assert results["settings"]["precision"] == resolved_precision("auto", training_device())
+
+
+def test_the_second_table_is_that_of_images_with_captions(demo, results):
+    out, printed = demo
+    names = tuple(results["after_with_captions"])
+    assert names == (*SCORES[:4], "modality_gap")
+    model = CAFe.from_pretrained(out / "model")
+    paths = sorted((out / "test" / "images").iterdir())
+    captions = [one["conversations"][1]["value"] for one in read_json(out / "test/captions.json")]
+    images = model.encode(paths, caption=True)
+    texts = model.encode(captions)
+    gap = np.linalg.norm(images.mean(0) - texts.mean(0))
+    assert results["after_with_captions"]["modality_gap"] == pytest.approx(gap, abs=1e-3)
+    assert "with its caption" in printed
+
+
+def test_after_a_few_steps_the_demo_says_how_long_it_will_take():
+    printed = io.StringIO()
+    forecast = Forecast(Console(file=printed, width=100), steps=100, evaluation=60.0)
+    for step, seconds in enumerate((9.0, 2.0, 3.0, 2.5, 2.5), 1):
+        forecast(record(step, seconds))
+    # 96 steps of the median 2.5 s, and the evaluation: 300 s
+    assert " ".join(printed.getvalue().split()).startswith("2.5 s a step: about 5 min to the end")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def record(step: int, seconds: float) -> StepRecord:
+    return StepRecord(step, 1.0, 1.0, 1.0, 1.0, 1e-4, 1.0, 1.0, 0.0, seconds)
 
 
 def test_the_run_is_the_recipe_of_the_package_on_the_written_scenes(demo):

@@ -118,7 +118,7 @@ def run_demo(
         calls = _calls(recipe.model, precision)
         before = evaluate_scenes(calls.score_examples, calls.generate, images)
     with stage("train", f"3. Fine-tuning with the joint objective: {recipe.schedule.steps} steps"):
-        forecast = _Forecast(console, recipe.schedule.steps or 0, stage.seconds["evaluate_before"])
+        forecast = Forecast(console, recipe.schedule.steps or 0, stage.seconds["evaluate_before"])
         run = train(recipe, on_step=forecast)
     with stage.quiet("evaluate_after", "4. Evaluating the fine-tuned model, also with its words"):
         calls = CachedCalls(_calls(str(run.model_dir), precision))  # captions are written once
@@ -174,7 +174,7 @@ def _calls(name_or_dir: str, precision: ComputePrecision) -> ModelCalls:
 
 
 @dataclass(slots=True)
-class _Forecast:
+class Forecast:
     """After a few steps, prints how long the rest of the demo will take.
 
     evaluation   seconds of the evaluation before training; the one after it is alike
