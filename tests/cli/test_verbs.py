@@ -186,6 +186,17 @@ def test_an_unexpected_error_is_never_hidden(cafe, stand_in):
         cafe("demo")
 
 
+@pytest.mark.parametrize("verb", ["embed", "index", "train", "data inspect"])
+def test_a_name_too_long_for_a_file_is_one_line(command_line, verb, tmp_path):
+    name = "a" * 300 + ".json"
+    model, to = {"embed": (["tiny"], ["--out", tmp_path / "o.parquet"]),
+                 "index": (["tiny"], ["--to", tmp_path / "i"])}.get(verb, ([], []))  # fmt: skip
+    code, _, err = command_line(*verb.split(), *model, name, *to)
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert "is no file: its name is too long" in err
+
+
 def test_ctrl_c_is_exit_code_130(cafe, stand_in):
     stand_in("cafe.demo.run_demo", raising(KeyboardInterrupt()))
     code, _, err = cafe("demo")

@@ -518,6 +518,26 @@ def test_half_a_surrogate_pair_is_one_error(small_model: CAFe):
             call()
 
 
+def test_a_long_chat_is_embedded_and_answered_without_its_oldest_turns(model: CAFe):
+    turns: list[Message] = []
+    for number in range(400):
+        turns.append(Message("user", (f"Question {number}?",)))
+        turns.append(Message("assistant", (f"Answer {number}.",)))
+    turns.append(Message("user", ("What was the last one?",)))
+    for rows, _ in (
+        model.collator.embedding_rows([tuple(turns)]),
+        model.collator.prompt_rows([tuple(turns)]),
+    ):
+        assert rows.input_ids.shape[1] <= model.collator.max_tokens
+        text = model.processor.tokenizer.decode(rows.input_ids[0])
+        first = int(text.split("Question ")[1].split("?")[0])
+        assert 0 < first < 399
+        kept = [f"Question {n}?" in text and f"Answer {n}." in text for n in range(400)]
+        assert kept == [n >= first for n in range(400)]
+        assert "What was the last one?" in text
+    assert isinstance(model.generate(turns, max_new_tokens=1), str)
+
+
 def test_of_many_short_turns_the_oldest_are_left_out_and_images_stay(model: CAFe):
     """No text is long enough to be cut, so a long dialogue loses its oldest exchanges."""
     image = Image(noise(1, 64, 64))

@@ -172,6 +172,21 @@ def test_a_long_text_that_fits_is_embedded(server: Server, tiny: CAFe):
 # ---------------------------------------------------------------------- chat
 
 
+def test_an_answer_is_sent_back_as_the_client_received_it(client: openai.OpenAI):
+    """With `refusal: null`, as the official client's `model_dump` has it, and other nulls."""
+    asked = shown(1, DESCRIBE)
+    reply = client.chat.completions.create(model="tiny", messages=asked, max_tokens=4)
+    answer: Any = reply.choices[0].message.model_dump()
+    assert answer["refusal"] is None
+    again = client.chat.completions.create(
+        model="tiny",
+        messages=[*asked, answer, {"role": "user", "content": "And what else?"}],
+        max_tokens=4,
+        extra_body={"response_format": None, "tools": None},
+    )
+    assert again.choices[0].message.content is not None
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_answers_are_those_of_generate(client: openai.OpenAI, tiny: CAFe, seed: int):
     value = {"image": sample_image(seed), "text": DESCRIBE}

@@ -6,6 +6,7 @@ through the logger `cafe`, which is silent for library users and shown on stderr
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -134,5 +135,14 @@ def main() -> None:
         message = prefix + " ".join(str(error).split())
         print(printable(message, sys.stderr), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # Asking whether a name is that of a file, as every verb does, fails for one that is too
+        # long to be a name.
+        if error.errno != errno.ENAMETOOLONG or os.environ.get("CAFE_DEBUG", "0") not in {"", "0"}:
+            raise
+        name = str(error.filename or "")
+        message = f"error: {name[:60]}… is no file: its name is too long ({len(name):,} characters)"
+        print(printable(message, sys.stderr), file=sys.stderr)
+        sys.exit(CafeError.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -31,7 +31,10 @@ Text = Annotated[str, AfterValidator(_check_surrogates)]
 
 
 class Request(BaseModel):
-    """Base of all request schemas: strict types, no unknown fields."""
+    """Base of all request schemas: strict types, no unknown fields but those that are null.
+
+    Clients write null for what is not there: OpenAI's sends an answer back with `refusal: null`.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -41,6 +44,8 @@ class Request(BaseModel):
         """Each unknown field would be an error of its own."""
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise ValueError(f"an object has more than {MAX_FIELDS} fields")
+        if isinstance(value, dict):
+            return {k: v for k, v in value.items() if v is not None or k in cls.model_fields}
         return value
 
 

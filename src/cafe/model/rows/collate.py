@@ -350,7 +350,8 @@ class Collator:
         """
         kept = kept_tokens(sequence.rendered.texts, text, spans, count - self.max_tokens)
         if kept is None:
-            shorter = named(sequence.name, self.render.without_oldest, sequence.rendered)
+            share = 1 - self.max_tokens / count
+            shorter = named(sequence.name, sequence.rendered.without_oldest, share)
             if shorter is not None:
                 sequence.rendered = shorter
                 return None

@@ -6,8 +6,9 @@ Training, evaluation and serving all come through here, so a prompt cannot be fo
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Self
 
@@ -35,6 +36,9 @@ from cafe.model.rows.prompts import (
 from cafe.model.rows.template import render_chat, template_file
 from cafe.types import Conversation, Image, Message, Video, joined_turns
 
+_CAUTION = 0.9
+"""How much of the turns that seem to be too many is left out at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class RenderedSequence:
@@ -44,7 +48,8 @@ class RenderedSequence:
     texts     its pieces of text, in order: the longest are cut when the sequence does not fit
     labelled  number of characters at the end that carry the language loss
     answers   number of answers among them
-    turns     what a sequence with one answer was rendered from; empty: turns are never left out
+    turns     what it was rendered from
+    again     renders fewer turns, for a sequence that is too long; None: no turn is left out
     """
 
     text: str
@@ -53,11 +58,41 @@ class RenderedSequence:
     labelled: int = 0
     answers: int = 0
     turns: Conversation = ()
+    again: Callable[[Conversation], RenderedSequence] | None = None
 
     @classmethod
     def of(cls, text: str, conversation: Conversation, **facts: Any) -> Self:
         """`text` is the rendered `conversation`; `facts` are the other fields."""
         return cls(text, _images(conversation), _texts(conversation), **facts)
+
+    def without_oldest(self, share: float) -> RenderedSequence | None:
+        """The sequence without its oldest questions and answers.
+
+        Turns with images stay, and so do the system turn and the last question.
+
+        Args:
+            share: of the text to leave out. It is estimated, and rather too little is left out than
+                too much, but one question at least.
+
+        Returns:
+            None where no turn can be left out.
+        """
+        asked = [i for i, message in enumerate(self.turns) if message.role == "user"]
+        exchanges = [
+            range(*ends) for ends in pairwise(asked) if not _images(self.turns[slice(*ends)])
+        ]
+        if self.again is None or not exchanges:
+            return None
+        lengths = [len(message.text) for message in self.turns]
+        markup = max(0, len(self.text) - sum(lengths)) / len(lengths)
+        wanted = _CAUTION * share * len(self.text)
+        dropped: set[int] = set()
+        for exchange in exchanges:
+            dropped.update(exchange)
+            wanted -= sum(lengths[i] + markup for i in exchange)
+            if wanted <= 0:
+                break
+        return self.again(tuple(m for i, m in enumerate(self.turns) if i not in dropped))
 
 
 @dataclass(frozen=True)  # without slots, so that cached_property works
@@ -155,16 +190,17 @@ class Renderer:
         if self.official and prompt == UNPROMPTED:
             text, turns = self._published(conversation, add_generation_prompt=True)
             return RenderedSequence.of(text + TURN_END, turns)
-        conversation = self._readable(conversation)
+        readable = self._readable(conversation)
         if self.official:
-            conversation = with_system_turn(conversation)
-        text = self._apply(conversation, chat_template=self.template(prompt))
-        return RenderedSequence.of(text, conversation)
+            readable = with_system_turn(readable)
+        text = self._apply(readable, chat_template=self.template(prompt))
+        again = partial(self.embedding, prompt=prompt)
+        return RenderedSequence.of(text, readable, turns=conversation, again=again)
 
     def prompt(self, conversation: Conversation) -> RenderedSequence:
-        conversation = self._readable(conversation)
-        text = self._apply(conversation, add_generation_prompt=True)
-        return RenderedSequence.of(text, conversation)
+        readable = self._readable(conversation)
+        text = self._apply(readable, add_generation_prompt=True)
+        return RenderedSequence.of(text, readable, turns=conversation, again=self.prompt)
 
     def answers(self, dialogue: Conversation) -> list[RenderedSequence]:
         """Each assistant turn, after the prompt that the model gets when it generates that turn.
@@ -201,23 +237,13 @@ class Renderer:
         between = whole[len(prompt) : at] if whole.startswith(prompt) else ""
         target = between + answer.text + whole[at + 1 :].rstrip()
         return RenderedSequence.of(
-            prompt + target, turns, labelled=len(target), answers=1, turns=turns
+            prompt + target,
+            turns,
+            labelled=len(target),
+            answers=1,
+            turns=turns,
+            again=self._answered,
         )
-
-    def without_oldest(self, sequence: RenderedSequence) -> RenderedSequence | None:
-        """An answer's sequence without its oldest question and answer, for one that is too long.
-
-        Turns with images stay, and so do the system turn and the last question.
-
-        Returns:
-            None where no turn can be left out.
-        """
-        turns = sequence.turns
-        asked = [i for i, message in enumerate(turns) if message.role == "user"]
-        for begin, end in pairwise(asked):
-            if not _images(turns[begin:end]):
-                return self._answered((*turns[:begin], *turns[end:]))
-        return None
 
     def _whole(self, dialogue: Conversation) -> RenderedSequence:
         """One sequence of all turns, as the published code trains a dialogue."""
