@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import cafe.cli.doctor as doctor
+import cafe.release.installation as installation
 from cafe import precision
 from cafe.cli import app
 from cafe.errors import CheckpointError
@@ -41,7 +41,7 @@ def test_a_wrong_version_is_reported_with_its_fix(monkeypatch, installed, report
         return installed
 
     metadata_version = metadata.version
-    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(installation.metadata, "version", version)
     code, output = run()
     assert code == 1
     assert reported in output
@@ -53,7 +53,7 @@ def test_a_check_that_cannot_run_is_broken_not_a_crash(monkeypatch):
         raise OSError("libcudart.so: cannot open\nmore")
         yield
 
-    monkeypatch.setattr(doctor, "devices", devices)
+    monkeypatch.setattr(installation, "devices", devices)
     code, output = run()
     assert code == 1
     assert "device: OSError: libcudart.so: cannot open; reinstall torch" in output
@@ -61,9 +61,9 @@ def test_a_check_that_cannot_run_is_broken_not_a_crash(monkeypatch):
 
 def test_the_contract_of_a_model_is_shown(monkeypatch):
     def contract(model: str):
-        yield doctor.Check("pooled token", f"<|im_end|> of {model}")
+        yield installation.Check("pooled token", f"<|im_end|> of {model}")
 
-    monkeypatch.setattr(doctor, "contract", contract)
+    monkeypatch.setattr(installation, "contract", contract)
     code, output = run("some/model")
     assert code == 0
     assert "<|im_end|> of some/model" in output
@@ -74,7 +74,7 @@ def test_a_model_that_does_not_load_is_reported(monkeypatch):
         raise CheckpointError("model 'x': no config.json in that directory")
         yield
 
-    monkeypatch.setattr(doctor, "contract", contract)
+    monkeypatch.setattr(installation, "contract", contract)
     code, output = run("x")
     assert code == 1
     assert "model: model 'x': no config.json" in output
@@ -130,7 +130,9 @@ def pair_of(monkeypatch, torch_version: str, package: str, torchvision_version: 
 
     monkeypatch.setattr(torch, "__version__", torch_version)
     monkeypatch.setattr(torchvision, "__version__", torchvision_version)
-    monkeypatch.setattr(doctor, "_installed", lambda name: package if name == "torch" else None)
+    monkeypatch.setattr(
+        installation, "_installed", lambda name: package if name == "torch" else None
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def pair_of(monkeypatch, torch_version: str, package: str, torchvision_version: 
 def test_a_torchvision_of_another_build_is_a_warning(monkeypatch, versions, declared, said, fix):
     pair_of(monkeypatch, *versions)
     monkeypatch.setattr(torchvision_pair, "operators_declared", lambda: declared)
-    monkeypatch.setattr(doctor, "versions", lambda: [])
+    monkeypatch.setattr(installation, "versions", lambda: [])
     code, output = run()
     assert code == 0, "cafe works all the same"
     assert f"WARN    torchvision pair  {said}" in output
@@ -167,7 +169,7 @@ def test_a_torchvision_of_another_build_is_a_warning(monkeypatch, versions, decl
 def test_a_pair_of_one_build_works(monkeypatch):
     pair_of(monkeypatch, "2.13.0+cu130", "2.13.0", "0.28.0+cu130")
     monkeypatch.setattr(torchvision_pair, "operators_declared", lambda: False)
-    monkeypatch.setattr(doctor, "versions", lambda: [])
+    monkeypatch.setattr(installation, "versions", lambda: [])
     code, output = run()
     assert code == 0
     assert "WARN" not in output

@@ -89,6 +89,7 @@ def _read(console: Console, source: DataSource) -> list[Example]:
     from cafe.data.quarantine import summarized
     from cafe.data.read import read_examples
     from cafe.data.records import ReadOptions
+    from cafe.errors import DataError
 
     records = read_examples(source.path, ReadOptions.of(source))
     console.print(
@@ -102,6 +103,8 @@ def _read(console: Console, source: DataSource) -> list[Example]:
         console.print(f"  {line.removeprefix(f'{source.path}, ')}", style="red")
     if len(lines) > _SHOWN_SKIPPED:
         console.print(f"  and {len(lines) - _SHOWN_SKIPPED:,} more", style="red")
+    if not records.examples:
+        raise DataError(f"{source.path}: no record can be used")
     return records.examples
 
 

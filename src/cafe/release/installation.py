@@ -1,4 +1,4 @@
-"""`cafe doctor`: check the installation, and show where a model's embeddings come from."""
+"""What `cafe doctor` checks: the installation, and where a model's embeddings come from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Annotated
-
-import typer
 
 from cafe.errors import CafeError
 
@@ -18,8 +15,10 @@ OPTIONAL = ("sentence-transformers",)
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the table.
+    """One checked fact.
 
+    name     of what was checked
+    value    what was found
     fix      what to do; None when all is well
     broken   False: cafe works all the same, other tools may not
     """
@@ -36,16 +35,18 @@ class Check:
         return "BROKEN" if self.broken else "WARN"
 
 
-def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="Also show this model's prompt and pooled token."),
-    ] = None,
-) -> None:
-    """Check the installation.
+def check_installation(model: str | None = None) -> list[Check]:
+    """Check versions, devices, the precision of training and the torchvision pair.
 
-    Versions, devices, the precision of training, the torchvision pair; with MODEL, its prompt and
-    pooled token too. The exit code is 1 when something is broken.
+    Args:
+        model: Also loads this model and states where its embeddings are read.
+
+    Returns:
+        One check for each fact; what cannot be checked counts as broken, and nothing is raised.
+
+    Example:
+        >>> [check.value for check in check_installation("tiny") if check.name == "dimension"]
+        ['256']
     """
     reinstall = "reinstall torch and torchvision"
     checks = [
@@ -55,14 +56,7 @@ def command(
     ]
     if model is not None:
         checks += _guarded("model", lambda: contract(model), "name another model")
-    width = max(len(check.name) for check in checks)
-    for check in checks:
-        print(f"{check.state:<6}  {check.name:<{width}}  {check.value}")
-    faults = [check for check in checks if check.fix is not None]
-    for check in faults:
-        print(f"\n{check.name}: {check.fix}")
-    if any(check.broken for check in faults):
-        raise typer.Exit(1)
+    return checks
 
 
 def _guarded(name: str, checks: Callable[[], Iterator[Check]], fix: str) -> list[Check]:
