@@ -122,9 +122,11 @@ def captioned_scores(
     """
     written = generate([caption_prompt(scene) for scene in scenes], MAX_NEW_TOKENS)
     said = [i for i, text in enumerate(written) if text]
-    texts = torch.from_numpy(encode([written[i] for i in said]))
+    images = alone.images
+    if said:
+        texts = torch.from_numpy(encode([written[i] for i in said]))
+        images = with_captions(torch.from_numpy(images), texts, said, CAPTION_WEIGHT).numpy()
     own = caption_indices(scenes)
-    images = with_captions(torch.from_numpy(alone.images), texts, said, CAPTION_WEIGHT).numpy()
     scores = (
         retrieval_scores(images, alone.captions, own).scores
         | gap_scores(images, alone.captions, own).scores

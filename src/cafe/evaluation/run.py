@@ -373,7 +373,9 @@ def _kept(task: str, options: Options, wanted: dict[str, Any]) -> TaskRecord | N
 def _journal_folder(options: Options, task: str, wanted: dict[str, Any]) -> Path | None:
     if options.out is None:
         return None
-    digest = blake2b(repr(sorted(wanted.items())).encode(), digest_size=6).hexdigest()
+    # Without captions the name is that of earlier versions, whose journals are still used.
+    settings = {k: v for k, v in wanted.items() if k != "caption" or v}
+    digest = blake2b(repr(sorted(settings.items())).encode(), digest_size=6).hexdigest()
     return options.out / ".unfinished" / f"{result_file(options.out, task).stem}-{digest}"
 
 

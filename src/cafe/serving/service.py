@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from jinja2.exceptions import TemplateError
 from starlette.requests import Request
 
 from cafe.errors import DataError
-from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT, caption_request, with_captions
 from cafe.serving.content import Reader
 from cafe.serving.engine import Call, Engine
 from cafe.serving.errors import ApiError
@@ -135,6 +133,11 @@ class Service:
         Raises:
             ApiError: As in `results`.
         """
+        # Late: the server listens before torch is imported.
+        import torch
+
+        from cafe.model.captions import CAPTION_WEIGHT, with_captions
+
         captions: list[str | None] = [None] * len(conversations)
         tokens = 0
         if caption:
@@ -154,6 +157,8 @@ class Service:
         self, request: Request, conversations: Sequence[Conversation]
     ) -> tuple[list[str | None], int]:
         """Captions, None where there is none, and the number of tokens that they took."""
+        from cafe.model.captions import CAPTION_TOKENS, caption_request
+
         longest = min(CAPTION_TOKENS, self.limits.new_tokens)
         captions: list[str | None] = [None] * len(conversations)
         items = [
