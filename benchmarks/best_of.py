@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cafe.data.scenes import PROMPT_CAPTION
 from cafe.evaluation.scenes.hallucination import SCENE_WORDS
 from cafe.evaluation.scenes.held_out import HELD_OUT_COUNT, HELD_OUT_SEED, SceneItem, scene_items
 from cafe.evaluation.scoring import Ratio, score_samples
@@ -40,7 +39,7 @@ from cafe.memory import keep_memory
 from cafe.metrics import Interval, percentile_interval
 from cafe.model.best_of import SAMPLING_TEMPERATURE
 from cafe.model.vlm import CAFe
-from cafe.types import user
+from cafe.types import CAPTION_REQUEST, user
 
 SCORES = ("chair_i", "chair_s", "recall", "unfounded", "all_right", "mean_mentions")
 
@@ -86,7 +85,7 @@ def main() -> None:
     scenes = unseen_scenes(arguments.scenes)
     keep_memory()
     model = CAFe.from_pretrained(arguments.model)
-    prompts = [user(item.image, PROMPT_CAPTION) for item in scenes]
+    prompts = [user(item.image, CAPTION_REQUEST) for item in scenes]
     torch.manual_seed(arguments.seed)
     temperature = arguments.temperature or SAMPLING_TEMPERATURE
     methods: dict[str, dict[str, Any]] = {

@@ -23,7 +23,6 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cafe.data.scenes import (
-    PROMPT_CAPTION,
     caption,
     draw,
     questions,
@@ -37,7 +36,7 @@ from cafe.model.rows.rows import Chunk
 from cafe.model.tiny import tiny_model, tiny_processor
 from cafe.model.vlm import CAFe
 from cafe.objective import next_token_nll
-from cafe.types import Example, Image, Message
+from cafe.types import CAPTION_REQUEST, Example, Image, Message
 
 IMAGES = 64
 CAPTIONS, QUESTIONS = 3, 6  # per image; branches are cheap
@@ -71,7 +70,7 @@ def example(seed: int, index: int) -> Example:
     scene = sample_scene(scene_seed(seed, index), "train")
     rng = random_stream(scene.seed, "train", "language")
     captions = dict.fromkeys(caption(scene, rng) for _ in range(CAPTIONS))
-    turns = [(PROMPT_CAPTION, text) for text in captions]
+    turns = [(CAPTION_REQUEST, text) for text in captions]
     turns += [(q.text, q.answer) for q in questions(scene, rng, QUESTIONS)]
     image = Image(draw(scene))
     return Example(

@@ -18,7 +18,6 @@ from cafe.data.scenes import (
     CLASS_NAMES,
     CLASSES,
     PLACES,
-    PROMPT_CAPTION,
     QUESTION_KINDS,
     Scene,
     SceneQuestion,
@@ -40,6 +39,7 @@ from cafe.data.scenes.world import (
     scene_seed,
 )
 from cafe.errors import DataError
+from cafe.types import CAPTION_REQUEST
 
 SCENES = [sample_scene(seed, "test" if seed % 2 else "train") for seed in range(300)]
 SINGULARS = {plural(name): name for name in CLASS_NAMES}
@@ -344,7 +344,7 @@ def test_written_folder_holds_what_the_scenes_say(tmp_path):
         with Image.open(out / truth.image) as image:
             assert image.tobytes() == draw(truth.scene).tobytes()
         assert captions[index]["conversations"] == [
-            {"from": "human", "value": f"<image>\n{PROMPT_CAPTION}"},
+            {"from": "human", "value": f"<image>\n{CAPTION_REQUEST}"},
             {"from": "gpt", "value": truth.caption},
         ]
         turns = asked[index]["conversations"]

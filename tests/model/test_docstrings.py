@@ -14,7 +14,16 @@ from cafe.model.vlm import CAFe
 
 @pytest.mark.parametrize(
     "method",
-    ["from_pretrained", "save_pretrained", "encode", "generate", "score", "rerank", "similarity"],
+    [
+        "from_pretrained",
+        "save_pretrained",
+        "encode",
+        "generate",
+        "write_captions",
+        "score",
+        "rerank",
+        "similarity",
+    ],
 )
 def test_an_example_prints_what_its_docstring_says(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,10 +15,7 @@ from cafe.errors import DataError
 from cafe.model.vlm import CAFe
 from cafe.retrieval.mining import mine_hard_negatives
 from cafe.types import Conversation
-from helpers.images import noise
-
-WORDS = ["cat", "dog", "mug", "tree", "red", "blue", "big", "small", "top", "left", "yes", "no"]
-COUNT = 14
+from helpers.captioned_noise import COUNT, write_captioned_noise
 
 ANGLES = {"q": 0, "near": 10, "middle": 30, "far": 60, "other": 90, "opposite": 180}
 """Degrees at which the embeddings of these texts lie, so that scores are cosines of differences."""
@@ -142,22 +139,7 @@ def test_data_and_output_are_checked_before_the_model_loads(pairs: Path, tmp_pat
 
 @pytest.fixture
 def captions(tmp_path: Path) -> Path:
-    """Images of noise with captions; the last two records show the same image."""
-    rng = np.random.default_rng(0)
-    records = []
-    for i in range(COUNT):
-        noise(i).save(tmp_path / f"{i}.png")
-        text = " ".join(rng.choice(WORDS, size=4)) + f" {i}"
-        records.append(_record(i, f"{i}.png", text))
-    records.append(_record(COUNT, f"{COUNT - 1}.png", "another text"))
-    path = tmp_path / "captions.json"
-    path.write_text(json.dumps(records))
-    return path
-
-
-def _record(number: int, image: str, text: str) -> dict[str, Any]:
-    turns = [{"from": "human", "value": "<image>\nCaption?"}, {"from": "gpt", "value": text}]
-    return {"id": str(number), "image": image, "conversations": turns}
+    return write_captioned_noise(tmp_path)
 
 
 def test_the_negatives_are_those_of_the_models_own_scores(

@@ -126,23 +126,26 @@ def main() -> None:
     """Run `cafe`. An expected error is one line on stderr and exit code 2; Ctrl-C is 130."""
     try:
         app()
-    except CafeError as error:
-        if os.environ.get("CAFE_DEBUG", "0") not in {"", "0"}:
+    except (CafeError, OSError) as error:
+        expected = _expected(error)
+        if expected is None or os.environ.get("CAFE_DEBUG", "0") not in {"", "0"}:
             raise
         prefix = (
-            "" if error.exit_code > _SIGNALS else "error: "
+            "" if expected.exit_code > _SIGNALS else "error: "
         )  # stopping on request is not an error
-        message = prefix + " ".join(str(error).split())
+        message = prefix + " ".join(str(expected).split())
         print(printable(message, sys.stderr), file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        # Asking whether a name is that of a file, as every verb does, fails for one that is too
-        # long to be a name.
-        if error.errno != errno.ENAMETOOLONG or os.environ.get("CAFE_DEBUG", "0") not in {"", "0"}:
-            raise
-        name = str(error.filename or "")
-        message = f"error: {name[:60]}… is no file: its name is too long ({len(name):,} characters)"
-        print(printable(message, sys.stderr), file=sys.stderr)
-        sys.exit(CafeError.exit_code)
+        sys.exit(expected.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _expected(error: CafeError | OSError) -> CafeError | None:
+    """The error as a user is told; None where it is a fault of ours."""
+    if isinstance(error, CafeError):
+        return error
+    if error.errno != errno.ENAMETOOLONG:
+        return None
+    # Asking whether a name is that of a file, as every verb does, fails for one that is too long.
+    name = str(error.filename or "")
+    return CafeError(f"{name[:60]}… is no file: its name is too long ({len(name):,} characters)")

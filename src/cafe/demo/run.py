@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
@@ -256,32 +256,29 @@ def _results(
     }
 
 
-def _caption_table(results: dict[str, Any]) -> Table:
+def _table(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> Table:
+    """A score in each row, in words, with its values."""
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for name in ("", "image alone", "with its caption"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, value in results["after_with_captions"].items():
-        table.add_row(*_cells(name, [results["after"][name], value]))
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for name, values in rows.items():
+        percent = name not in ("caption_loss", "modality_gap", "caption_object_f1")
+        cells = (f"{v:.1%}" if percent else f"{v:.3f}" for v in values)
+        table.add_row(name.replace("_", " "), *cells)
     return table
-
-
-def _cells(name: str, values: Sequence[float]) -> list[str]:
-    percent = name not in ("caption_loss", "modality_gap", "caption_object_f1")
-    return [name.replace("_", " "), *(f"{v:.1%}" if percent else f"{v:.3f}" for v in values)]
 
 
 def _print_summary(
     console: Console, out: Path, example: CaptionedImage, results: dict[str, Any]
 ) -> None:
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    table.add_column("")
-    for name in ("before", "after"):
-        table.add_column(name, justify="right")
-    for name in SCORES:
-        table.add_row(*_cells(name, [results[when][name] for when in ("before", "after")]))
-    console.print(table)
+    before, after = results["before"], results["after"]
+    captioned = results["after_with_captions"]
+    rows = {name: (before[name], after[name]) for name in SCORES}
+    console.print(_table(("before", "after"), rows))
     console.print("Images embedded with the captions that the fine-tuned model writes of them:")
-    console.print(_caption_table(results))
+    rows = {name: (after[name], value) for name, value in captioned.items()}
+    console.print(_table(("image alone", "with its caption"), rows))
     console.print(f"Total: {results['seconds']:.0f} s. Results, model and demo.png are in {out}")
     model, image = str(out / "model"), str(example.image.source)
     commands = (

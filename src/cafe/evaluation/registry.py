@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cafe.data.scenes import PRESENCE_QUESTION, PROMPT_CAPTION
+from cafe.data.scenes import PRESENCE_QUESTION
 from cafe.data.tables import HUB
 from cafe.data.tables.tar import is_shards
 from cafe.errors import DataError
@@ -33,6 +33,7 @@ from cafe.evaluation.tasks import (
 )
 from cafe.evaluation.tasks.judges import FLAN_T5, make_judge
 from cafe.recipes import DataSource
+from cafe.types import CAPTION_REQUEST
 
 Suite = Literal["quick", "paper", "all"]
 
@@ -174,7 +175,7 @@ def _greedy(prompt: str, max_new_tokens: int) -> dict[str, Any]:
 
 
 _OWN_WORDS = _greedy("as the data set asks", caption.MAX_NEW_TOKENS)
-_SCENE_CAPTION = _greedy(PROMPT_CAPTION, caption.MAX_NEW_TOKENS)
+_SCENE_CAPTION = _greedy(CAPTION_REQUEST, caption.MAX_NEW_TOKENS)
 _SCENE_POPE = _greedy(PRESENCE_QUESTION, pope.MAX_NEW_TOKENS)
 
 TASKS: dict[str, Task] = {

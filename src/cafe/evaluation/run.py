@@ -264,9 +264,8 @@ def run_tasks(
             yield Outcome(task, None, "failed", str(error))
             continue
         if not loaded:
-            loaded.append(
-                _loaded(load(), rank, options.caption)
-            )  # without it no task can be measured
+            # Without it no task can be measured.
+            loaded.append(_loaded(load(), rank, options.caption))
         model, plain, cached = loaded[0]
         # Generated scenes are few and shared by tasks; a data set may not fit in memory.
         calls: Calls = cached if data is None else plain

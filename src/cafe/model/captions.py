@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from cafe.model import inference
 from cafe.model.inference import InferenceModel
-from cafe.types import CAPTION_REQUEST, Conversation, Image, Message
+from cafe.types import CAPTION_REQUEST, Conversation, Image, Message, user
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -76,6 +76,22 @@ def check_captions(captions: Sequence[str | None], count: int, weight: float) ->
         if not isinstance(caption, str | None):
             raise ValueError(f"caption {number} is {type(caption).__name__}; give a string or None")
     return [caption if caption and caption.strip() else None for caption in captions]
+
+
+def inputs_and_captions(
+    conversations: Sequence[Conversation], captions: Sequence[str | None]
+) -> list[Conversation]:
+    """What is embedded: all inputs, and behind them the captions that there are."""
+    return [*conversations, *(user(caption) for caption in captions if caption is not None)]
+
+
+def mixed(
+    vectors: Float[Tensor, "n+m hidden"], captions: Sequence[str | None], weight: float
+) -> Float[Tensor, "n hidden"]:
+    """The embeddings of n inputs, from those of `inputs_and_captions` (`with_captions`)."""
+    own, texts = vectors[: len(captions)], vectors[len(captions) :]
+    captioned = [i for i, caption in enumerate(captions) if caption is not None]
+    return with_captions(own, texts, captioned, weight)
 
 
 def with_captions(

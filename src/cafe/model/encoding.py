@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from cafe.model import inference
-from cafe.model.captions import check_captions, with_captions, write_captions
+from cafe.model.captions import check_captions, inputs_and_captions, mixed, write_captions
 from cafe.model.inference import InferenceModel
 from cafe.model.quantization import PRECISIONS, EmbeddingPrecision, quantized
 from cafe.model.rows.inputs import Inputs, as_messages, is_many
 from cafe.model.workers import ModelSource, encode_on
 from cafe.progress import progress_bar
-from cafe.types import Conversation, user
+from cafe.types import Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,14 @@ def encode_inputs(
     width = options.width(model.embedding_dimension)
     conversations = as_messages(inputs)
     captions = _captions(model, conversations, options)
-    captioned = [i for i, caption in enumerate(captions) if caption is not None]
-    everything = [*conversations, *(user(captions[i] or "") for i in captioned)]
+    everything = inputs_and_captions(conversations, captions)
     with progress_bar("encode", len(everything), show=options.show_progress_bar, stays=True) as bar:
         asked = (everything, options.batch_size, options.prompt_name)
         if options.devices:
             vectors = encode_on(options.devices, model, source, *asked, bar.more)
         else:
             vectors = inference.encode(model, *asked, device=device, on_progress=bar.more)
-    own, texts = vectors[: len(conversations)], vectors[len(conversations) :]
-    vectors = with_captions(own, texts, captioned, options.caption_weight)[:, :width]
+    vectors = mixed(vectors, captions, options.caption_weight)[:, :width]
     if options.normalize:
         vectors = torch.nn.functional.normalize(vectors, dim=1)
     vectors = vectors if is_many(inputs) else vectors[0]

@@ -317,8 +317,8 @@ class CAFe(nn.Module):
     ) -> list[str | None]:
         """Describe each image that stands without words of its own, greedily, for `encode`.
 
-        >>> model.write_captions([image, "a text"])  # as in `generate`
-        ['a square', None]
+        >>> [type(caption).__name__ for caption in model.write_captions([image, "a text"])]
+        ['str', 'NoneType']
 
         Returns:
             One caption for each input; None for one that has text, or if the model says nothing.

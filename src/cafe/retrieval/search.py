@@ -169,7 +169,9 @@ class Searcher:
             DataError: the query cannot be read or has another dimension, the SQL cannot be used,
                 or the query is not a vector and there is no model.
         """
-        vector = query if isinstance(query, np.ndarray) else self._encode(query, caption)
+        vector = (
+            query if isinstance(query, np.ndarray) else self._model.encode(query, caption=caption)
+        )
         walked: dict[Path, Path] = {}
         return [
             RankedHit(hit, self._file(hit, walked)) for hit in self.index.search(vector, top, where)
@@ -251,9 +253,6 @@ class Searcher:
                 "Searcher.open"
             )
         return self.model
-
-    def _encode(self, query: Input, caption: bool) -> np.ndarray:
-        return self._model.encode(query, caption=caption)
 
     def _file(self, hit: Hit, walked: dict[Path, Path]) -> str | None:
         """Path of the hit's image; None when it is not a file of the index's own folder.

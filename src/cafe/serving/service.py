@@ -23,7 +23,7 @@ from cafe.serving.limits import Budget, Limits, Reservation
 from cafe.serving.messages import Completion, Embedding, Prompt, RequestKind, WorkItem
 from cafe.serving.metrics import Metrics
 from cafe.serving.middleware import CLEANUP
-from cafe.types import Conversation, Hit, user
+from cafe.types import Conversation, Hit
 
 SearchFunction = Callable[[np.ndarray, int, str | None], Sequence[Hit]]
 """Unit vector [d], number of hits, SQL or None -> hits, best first. Raises ApiError for bad SQL."""
@@ -136,22 +136,20 @@ class Service:
         # Late: the server listens before torch is imported.
         import torch
 
-        from cafe.model.captions import CAPTION_WEIGHT, with_captions
+        from cafe.model.captions import CAPTION_WEIGHT, inputs_and_captions, mixed
 
         captions: list[str | None] = [None] * len(conversations)
         tokens = 0
         if caption:
             captions, tokens = await self._captions(request, conversations)
-        captioned = [i for i, text in enumerate(captions) if text is not None]
-        asked = [*conversations, *(user(captions[i] or "") for i in captioned)]
+        asked = inputs_and_captions(conversations, captions)
         items = [WorkItem(conversation, number) for number, conversation in enumerate(asked)]
         results: list[Embedding] = await self.results(request, "embed", items)
         embed_tokens = sum(one.tokens for one in results)
         self.metrics.tokens(embed_tokens)
         vectors = torch.from_numpy(np.stack([one.vector for one in results]))
-        own, texts = vectors[: len(conversations)], vectors[len(conversations) :]
-        mixed = with_captions(own, texts, captioned, CAPTION_WEIGHT)
-        return Embedded(mixed.numpy(), captions, tokens + embed_tokens)
+        vectors = mixed(vectors, captions, CAPTION_WEIGHT)
+        return Embedded(vectors.numpy(), captions, tokens + embed_tokens)
 
     async def _captions(
         self, request: Request, conversations: Sequence[Conversation]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cafe.data.scenes.classes import CATEGORIES, CLASS_NAMES, CLASSES, COLOURS, ObjectClass
-from cafe.data.scenes.language import PROMPT_CAPTION, caption, mentioned_classes
+from cafe.data.scenes.language import caption, mentioned_classes
 from cafe.data.scenes.questions import (
     PRESENCE_QUESTION,
     QUESTION_KINDS,
@@ -29,7 +29,6 @@ __all__ = [
     "COLOURS",
     "PLACES",
     "PRESENCE_QUESTION",
-    "PROMPT_CAPTION",
     "QUESTION_KINDS",
     "ObjectClass",
     "Scene",

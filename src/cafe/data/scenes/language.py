@@ -10,8 +10,6 @@ import numpy as np
 from cafe.data.scenes.classes import CLASS_NAMES, plural
 from cafe.data.scenes.world import Scene, SceneObject
 
-PROMPT_CAPTION = "Describe this image."
-
 _PLACE_PHRASES = {"centre": "in the centre"}  # all others: "at the ..."
 
 _NAMED = {form: name for name in CLASS_NAMES for form in (name, plural(name))}

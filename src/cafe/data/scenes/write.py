@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cafe.data.scenes.language import PROMPT_CAPTION, caption
+from cafe.data.scenes.language import caption
 from cafe.data.scenes.questions import questions
 from cafe.data.scenes.world import (
     Scene,
@@ -34,6 +34,7 @@ from cafe.data.scenes.world import (
 )
 from cafe.errors import DataError
 from cafe.files import whole_directory
+from cafe.types import CAPTION_REQUEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ class _SceneWriter:
             record = _record(f"{name}-questions", image, [(q.text, q.answer) for q in turns])
             asked = {**record, "kinds": [q.kind for q in turns]}
         line = {"id": name, "image": image, **asdict(scene), "caption": text}
-        return line, _record(name, image, [(PROMPT_CAPTION, text)]), asked
+        return line, _record(name, image, [(CAPTION_REQUEST, text)]), asked
 
 
 def _record(name: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:

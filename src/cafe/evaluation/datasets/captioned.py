@@ -15,11 +15,11 @@ from typing import Any
 
 from cafe.data.read import read_examples
 from cafe.data.records import NoSuchSplit, ReadOptions, Records
-from cafe.data.scenes import PROMPT_CAPTION, SceneQuestion, read_truth
+from cafe.data.scenes import SceneQuestion, read_truth
 from cafe.errors import DataError
 from cafe.files import check_is_content
 from cafe.recipes import DataSource
-from cafe.types import Conversation, Example, Image, Message, Video, user
+from cafe.types import CAPTION_REQUEST, Conversation, Example, Image, Message, Video, user
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def _scenes(folder: Path) -> Iterator[CaptionedImage]:
             id=truth.id,
             image=image,
             captions=(truth.caption,),
-            dialogues=((*user(image, PROMPT_CAPTION), Message("assistant", (truth.caption,))),),
+            dialogues=((*user(image, CAPTION_REQUEST), Message("assistant", (truth.caption,))),),
             questions=questions.get(truth.image, ()),
             kinds=frozenset(truth.scene.classes),
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from cafe.data.scenes import CLASS_NAMES, CLASSES, PRESENCE_QUESTION, PROMPT_CAPTION
+from cafe.data.scenes import CLASS_NAMES, CLASSES, PRESENCE_QUESTION
 from cafe.data.scenes.classes import plural, with_article
 from cafe.evaluation.datasets.object_words import ObjectWords
 from cafe.evaluation.scenes.held_out import SceneItem, item_stream
@@ -24,6 +24,7 @@ from cafe.evaluation.tasks.chair import AnnotatedImage, chair
 from cafe.evaluation.tasks.judges import ExactJudge
 from cafe.evaluation.tasks.pope import PopeQuestion
 from cafe.evaluation.tasks.throne import throne
+from cafe.types import CAPTION_REQUEST
 
 MOST_PRESENT = 3
 SCENE_WORDS = ObjectWords({form: name for name in CLASS_NAMES for form in (name, plural(name))})
@@ -35,7 +36,7 @@ def scenes_chair(generate: Generate, scenes: Sequence[SceneItem]) -> TaskResult:
         generate,
         _shown(scenes),
         SCENE_WORDS.mentions,
-        prompt=PROMPT_CAPTION,
+        prompt=CAPTION_REQUEST,
         max_new_tokens=MAX_NEW_TOKENS,
     )
 
@@ -49,7 +50,7 @@ def scenes_throne(generate: Generate, scenes: Sequence[SceneItem]) -> TaskResult
         [ExactJudge(SCENE_WORDS.mentions)],
         _shown(scenes),
         CLASS_NAMES,
-        prompt=PROMPT_CAPTION,
+        prompt=CAPTION_REQUEST,
         max_new_tokens=MAX_NEW_TOKENS,
     )
 

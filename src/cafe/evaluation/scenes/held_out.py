@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from cafe.data.scenes import (
-    PROMPT_CAPTION,
     Scene,
     caption,
     draw,
@@ -21,7 +20,7 @@ from cafe.data.scenes import (
 from cafe.data.scenes.world import has_held_out_pair, random_stream, scene_seed
 from cafe.errors import DataError
 from cafe.evaluation.datasets.captioned import CaptionedImage
-from cafe.types import Image, Message, user
+from cafe.types import CAPTION_REQUEST, Image, Message, user
 
 HELD_OUT_SEED = 20_000
 HELD_OUT_COUNT = 500
@@ -99,7 +98,7 @@ def _image(item: SceneItem, questions_per_scene: int) -> CaptionedImage:
         id=item.id,
         image=item.image,
         captions=(item.caption,),
-        dialogues=((*user(item.image, PROMPT_CAPTION), Message("assistant", (item.caption,))),),
+        dialogues=((*user(item.image, CAPTION_REQUEST), Message("assistant", (item.caption,))),),
         questions=tuple(questions(item.scene, rng, questions_per_scene)),
         kinds=frozenset(item.scene.classes),
     )
