@@ -77,8 +77,8 @@ class RequestGuard:
     page_auth   access control of the web page, where a browser has a cookie instead of a header;
                 None: there is no page
     draining    new requests are refused with 503
-    active      number of accepted requests in progress, without health probes: what a client sends
-                without a key must not delay the end of the process
+    active      number of accepted requests in progress, without health probes and logins: what a
+                client sends without a key must not delay the end of the process
     """
 
     app: App
@@ -146,7 +146,7 @@ class RequestGuard:
             self._check(scope, headers)
         except ApiError as error:
             rejection = error
-        if rejection is None and scope["path"] not in PROBES:
+        if rejection is None and not self._without_key(scope["path"]):
             self.active += 1
             cleanup.callback(self._ended)
         share = Reservation(self._strangers if self._without_key(scope["path"]) else self._bodies)
