@@ -17,8 +17,13 @@ from torch import Tensor
 
 from cafe.errors import DataError, NoLabelledTokens
 from cafe.model.families import Family
-from cafe.model.image_keys import visible_until
-from cafe.model.rows.blocks import blocks_of
+from cafe.model.rows.assembly import (
+    ReadSequence,
+    RowLayout,
+    SequenceRole,
+    concatenated,
+    embedding_order,
+)
 from cafe.model.rows.cutting import kept_tokens
 from cafe.model.rows.images import ImageInputs, named
 from cafe.model.rows.lengths import PlaceholderLengths
@@ -26,7 +31,7 @@ from cafe.model.rows.official import answers_labelled, official_labels
 from cafe.model.rows.prompts import DEFAULT_PROMPT
 from cafe.model.rows.render import RenderedSequence, Renderer
 from cafe.model.rows.rows import Chunk, Rows, hashes, identity, shared_rows
-from cafe.model.rows.trie import Row, TokenSequence, build_row, pack_rows, separate_rows, stack_rows
+from cafe.model.rows.trie import TokenSequence
 from cafe.types import Conversation, Example
 
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
@@ -77,6 +82,17 @@ class Collator:
         )
 
     @property
+    def layout(self) -> RowLayout:
+        """How sequences become rows."""
+        return RowLayout(
+            self.pad_id,
+            self.sharing,
+            self.row_tokens,
+            self.block_cost,
+            self.family.bidirectional_image_attention,
+        )
+
+    @property
     def _tokenizer(self) -> Any:
         return self.processor.tokenizer
 
@@ -105,12 +121,13 @@ class Collator:
                     f"{s.name}: {answers - s.labelled_answers} of its {answers} answers have no "
                     "labelled token: its text does not show them as answers"
                 )
-        embedded = [[s for s in group if s.role != "answer"] for group in groups]
+        whole = [[s.read() for s in group] for group in groups]
+        embedded = [[s for s in group if s.role != "answer"] for group in whole]
         pairs = [e for e in examples if e.query is not None]
         return Chunk(
             ids=tuple(example.id for example in examples),
-            rows=self._rows(groups, _embedding_order(groups), images),
-            embedding_rows=self._rows(embedded, _embedding_order(embedded), images),
+            rows=self.layout.rows(whole, embedding_order(whole), images.orders),
+            embedding_rows=self.layout.rows(embedded, embedding_order(embedded), images.orders),
             vision=images.inputs,
             pairs=len(pairs),
             target_ids=hashes([e.target_id or identity(e.target) for e in pairs]),
@@ -128,7 +145,7 @@ class Collator:
         sequences = self._sequences(example)
         media = [(s.name, s.rendered.images) for s in sequences]
         self._tokenize(sequences, self._lengths.images(media))
-        return [len(row) for row in self._merged(sequences)]
+        return [len(row) for row in self.layout.merged([s.tokens for s in sequences])]
 
     @cached_property
     def _lengths(self) -> PlaceholderLengths:
@@ -136,7 +153,9 @@ class Collator:
 
     def _sequences(self, example: Example) -> list[_Sequence]:
         """Query, target, negatives, then every assistant turn, each a branch of the row."""
-        sides: list[tuple[_Role, Conversation]] = [("negative", n) for n in example.negatives]
+        sides: list[tuple[SequenceRole, Conversation]] = [
+            ("negative", n) for n in example.negatives
+        ]
         if example.query is not None and example.target is not None:
             sides = [("query", example.query), ("target", example.target), *sides]
         name, prompt = f"example {example.id!r}", example.embedding_prompt
@@ -152,68 +171,6 @@ class Collator:
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         return [*embedded, *answers]
-
-    def _rows(
-        self, groups: Sequence[Sequence[_Sequence]], pooled: Sequence[int], images: ImageInputs
-    ) -> Rows:
-        """The sequences of a group share their common beginning, unless `sharing` is "none".
-
-        pooled   the sequences whose last token is `Rows.pooled`, in that order: indices into the
-                 concatenated groups
-        """
-        sequences = [s for group in groups for s in group]
-        if not sequences:
-            return Rows.none()
-        rows = [row for group in groups for row in self._merged(group)]
-        if self.row_tokens is not None:
-            rows = pack_rows(rows, self.row_tokens)
-        # Rows are in the order of sequences, and are stacked in the order of their lengths.
-        lengths = [len(row) for row in rows]
-        order = (
-            np.argsort(lengths, kind="stable")
-            if self.block_cost is not None
-            else np.arange(len(rows))
-        )
-        batch = stack_rows([rows[i] for i in order], self.pad_id)
-        width = batch.input_ids.shape[1]
-        # The flat index of every token of every sequence; argsort inverts the permutation.
-        flat = [
-            indices + r * width
-            for r, row in zip(np.argsort(order).tolist(), rows, strict=True)
-            for indices in row.token_indices
-        ]
-        labelled = [(at, s) for at, s in zip(flat, sequences, strict=True) if len(s.label_at)]
-        image_order, video_order = images.orders(batch.keys)
-        pooled_at = np.array([flat[i][-1] for i in pooled], dtype=np.int64)
-        label_source = _concatenated([at[s.label_at - 1] for at, s in labelled])
-        label_ids = _concatenated([s.tokens.tokens[s.label_at] for _, s in labelled])
-        read = np.union1d(pooled_at, label_source)
-        return Rows(
-            input_ids=batch.input_ids,
-            positions=batch.positions,
-            subtree_end=batch.subtree_end,
-            image_order=torch.tensor(image_order, dtype=torch.long),
-            video_order=torch.tensor(video_order, dtype=torch.long),
-            pooled=torch.from_numpy(pooled_at),
-            label_source=torch.from_numpy(label_source),
-            label_ids=torch.from_numpy(label_ids),
-            visible_until=torch.from_numpy(visible_until(batch.keys))
-            if self.family.bidirectional_image_attention
-            else None,
-            plain=all(len(row.token_indices) == 1 for row in rows),
-            tokens=sum(len(row) for row in rows),
-            read=torch.from_numpy(read),
-            blocks=()
-            if self.block_cost is None
-            else blocks_of(batch.keys, sorted(lengths), self.block_cost, images.orders, read),
-        )
-
-    def _merged(self, group: Sequence[_Sequence]) -> list[Row]:
-        """The rows of a group: one, or one for each sequence."""
-        tokens = [s.tokens for s in group]
-        if not tokens:
-            return []
-        return [build_row(tokens)] if self.sharing == "trie" else separate_rows(tokens)
 
     # ------------------------------------------------------------------ inference
 
@@ -286,9 +243,10 @@ class Collator:
         order = [i for group in groups for i in group]
         # Sequence order[j] comes j-th; argsort inverts the permutation.
         pooled = np.argsort(order).tolist()
-        rows = self._rows([[sequences[i] for i in group] for group in groups], pooled, images)
+        read = [[sequences[i].read() for i in group] for group in groups]
+        rows = self.layout.rows(read, pooled, images.orders)
         owners = [np.full(len(sequences[i].label_at), i) for i in order]
-        return rows, images.inputs, torch.from_numpy(_concatenated(owners))
+        return rows, images.inputs, torch.from_numpy(concatenated(owners))
 
     # ------------------------------------------------------------------ tokens
 
@@ -362,32 +320,20 @@ class Collator:
         return kept
 
 
-_Role = Literal["query", "target", "negative", "answer"]
-
-
 @dataclass(slots=True, eq=False)
 class _Sequence:
     """A sequence under construction: rendered first; tokens follow once images are counted.
 
-    role   its part in the example; None outside training
-    label_at   indices of the labelled tokens
+    role, label_at     as in `ReadSequence`
     labelled_answers   how many answers have a labelled token other than control tokens
     """
 
     name: str
     rendered: RenderedSequence
-    role: _Role | None = None
+    role: SequenceRole | None = None
     tokens: TokenSequence = field(default_factory=lambda: TokenSequence.from_text([]))
     label_at: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     labelled_answers: int = 0
 
-
-def _embedding_order(groups: Sequence[Sequence[_Sequence]]) -> list[int]:
-    """Indices of the queries, then the targets, then the negatives among all sequences."""
-    roles = [s.role for group in groups for s in group]
-    wanted: tuple[_Role, ...] = ("query", "target", "negative")
-    return [i for role in wanted for i, own in enumerate(roles) if own == role]
-
-
-def _concatenated(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+    def read(self) -> ReadSequence:
+        return ReadSequence(self.tokens, self.role, self.label_at)

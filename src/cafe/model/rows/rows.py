@@ -36,7 +36,8 @@ class Rows:
     video_order    int64 [v]  as `image_order`, for placeholders that only videos have
     plain          every row holds one sequence, so causal attention is the whole rule
     tokens         number of tokens, padding not included
-    read           int64 [r]  the distinct indices of `pooled` and `label_source`, in order
+    asked          int64 [q]  flat index of the last token of each match question
+    read           int64 [r]  the distinct indices of `pooled`, `label_source` and `asked`, in order
     blocks         rows of similar length (`cafe.model.rows.blocks`); empty: all are one block
     """
 
@@ -51,6 +52,7 @@ class Rows:
     video_order: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     plain: bool = False
     tokens: int = 0
+    asked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     read: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     blocks: tuple[LengthBlock, ...] = ()
 
@@ -104,9 +106,9 @@ class Rows:
         return cls(grid, grid, grid, nothing, nothing, nothing, nothing)
 
     def without_outputs(self) -> Self:
-        """The same tokens, without embeddings and labels."""
+        """The same tokens, without embeddings, labels and match questions."""
         nothing = torch.zeros(0, dtype=torch.long)
-        return replace(self, pooled=nothing, label_source=nothing, label_ids=nothing)
+        return replace(self, pooled=nothing, label_source=nothing, label_ids=nothing, asked=nothing)
 
 
 @dataclass(frozen=True, slots=True)
