@@ -31,7 +31,7 @@ import transformers
 from torch import Tensor
 
 from cafe.model.checkpoint.directory import kernels
-from cafe.model.rows.rows import Chunk
+from cafe.model.rows.chunk import Chunk
 from cafe.model.tiny import tiny_processor
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import cafe
 from cafe.data.scenes import questions
-from cafe.model import inference
+from cafe.model.rows import matching
 from cafe.types import MATCH_QUESTION
 
 SOURCE = Path(cafe.__file__).parent
@@ -185,4 +185,4 @@ def test_the_match_question_is_written_once():
     assert written == ["types.py"]
     trained = sys.modules[questions.__module__]
     assert vars(trained)["MATCH_QUESTION"] is MATCH_QUESTION
-    assert vars(inference)["MATCH_QUESTION"] is MATCH_QUESTION
+    assert vars(matching)["MATCH_QUESTION"] is MATCH_QUESTION

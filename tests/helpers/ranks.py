@@ -11,6 +11,7 @@ import torch
 
 from cafe.recipes import Objective
 from cafe.training.contrastive import ContrastiveLoss
+from cafe.training.matching import Matcher
 from cafe.training.step import TrainingStep
 from helpers.models import build_small_model, in_float64
 from helpers.twin import gradients, make_examples
@@ -36,13 +37,22 @@ def examples_of(rank: int) -> list[Any]:
     return {0: everything[:4], 1: everything[4:], -1: everything}[rank]
 
 
-def step_of(rank: int, chunk: int, wrapped: bool) -> tuple[Any, Any, Any]:
+def step_of(
+    rank: int, chunk: int, wrapped: bool, match_weight: float = 0.0
+) -> tuple[Any, Any, Any]:
     model = in_float64(build_small_model()).train()
-    collator = dataclasses.replace(model.collator, dummy_image=True)
-    contrast = ContrastiveLoss(JOINT).double()
+    matching = match_weight > 0
+    collator = dataclasses.replace(model.collator, dummy_image=True, matching=matching)
+    objective = JOINT.model_copy(update={"match_weight": match_weight})
+    contrast = ContrastiveLoss(objective).double()
     outer: Any = torch.nn.parallel.DistributedDataParallel(model) if wrapped else model
     step = TrainingStep(
-        outer, model, contrast, JOINT, **({"no_sync": outer.no_sync} if wrapped else {})
+        outer,
+        model,
+        contrast,
+        objective,
+        matcher=Matcher.of(model) if matching else None,
+        **({"no_sync": outer.no_sync} if wrapped else {}),
     )
     examples = examples_of(rank)
     size = chunk or len(examples)
@@ -51,16 +61,17 @@ def step_of(rank: int, chunk: int, wrapped: bool) -> tuple[Any, Any, Any]:
     return model, contrast, numbers
 
 
-def worker(rank: int, port: int, chunk: int, out: str) -> None:
+def worker(rank: int, port: int, chunk: int, out: str, match_weight: float = 0.0) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
-    model, contrast, numbers = step_of(rank, chunk, wrapped=True)
+    model, contrast, numbers = step_of(rank, chunk, wrapped=True, match_weight=match_weight)
     torch.save(
         {
             "gradients": gradients(model),
             "temperature": contrast.log_temperature.grad,
+            "match": numbers.match,
             "numbers": (numbers.contrastive, numbers.language, numbers.tokens, numbers.pairs),
         },
         f"{out}/rank{rank}.pt",

@@ -21,6 +21,7 @@ from cafe.model.rows.render import RenderedSequence
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
 from cafe.training.contrastive import ContrastiveLoss
+from cafe.training.matching import Matcher
 from cafe.training.step import StepMetrics, TrainingStep
 from cafe.types import Example, Image, Message, user
 
@@ -59,7 +60,7 @@ def three_passes(model: CAFe, examples: list[Example], objective: Objective) -> 
     targets = [collator.render.embedding(e.target, "compress") for e in examples]
     answers = [s for e in examples for d in e.dialogues for s in collator.render.answers(d)]
 
-    query, target = _last_states(model, queries), _last_states(model, targets)
+    query, target = last_states(model, queries), last_states(model, targets)
     scores = functional.normalize(query) @ functional.normalize(target).T / objective.temperature
     own = torch.arange(len(examples))
     contrastive = (
@@ -91,7 +92,7 @@ def _inputs(model: CAFe, sequences: list[RenderedSequence]) -> dict[str, Tensor]
     return {k: v.to(dtype) if v.is_floating_point() else v for k, v in dict(inputs).items()}
 
 
-def _last_states(model: CAFe, sequences: list[RenderedSequence]) -> Tensor:
+def last_states(model: CAFe, sequences: list[RenderedSequence]) -> Tensor:
     inputs = _inputs(model, sequences)
     states = model.model.model(**inputs).last_hidden_state
     return states[torch.arange(len(sequences)), inputs["attention_mask"].sum(1) - 1]
@@ -118,8 +119,12 @@ def run_step(
     """The step under test, with the batch in chunks of `chunk` examples."""
     collator = replace(model.collator, sharing=sharing, block_cost=block_cost)
     size = chunk or len(examples)
+    matching = objective.match_weight > 0
+    collator = replace(collator, matching=matching)
     parts = [collator(examples[i : i + size]) for i in range(0, len(examples), size)]
-    return TrainingStep(model, model, ContrastiveLoss(objective), objective)(parts)
+    matcher = Matcher.of(model) if matching else None
+    step = TrainingStep(model, model, ContrastiveLoss(objective), objective, matcher=matcher)
+    return step(parts)
 
 
 def gradients(model: CAFe) -> dict[str, Tensor]:

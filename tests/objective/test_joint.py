@@ -118,7 +118,13 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def test_what_the_package_exports_is_there_and_complete() -> None:
     objective = cafe.objective
-    modules = (objective.contrastive, objective.joint, objective.language, objective.official)
+    modules = (
+        objective.contrastive,
+        objective.joint,
+        objective.language,
+        objective.matching,
+        objective.official,
+    )
     public = {name for module in modules for name in module.__all__}
     assert set(cafe.objective.__all__) == public
     assert all(hasattr(cafe.objective, name) for name in public)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cafe.errors import DataError
-from cafe.model.inference import match_question
+from cafe.model.rows.matching import match_question
 from cafe.model.vlm import CAFe
 from cafe.serving.decoding import Generation, Lockstep, PerRowSampler, probabilities
 from cafe.serving.messages import Completion, Prompt, WorkItem

@@ -15,8 +15,8 @@ import torch
 
 from cafe.data.quarantine import Quarantine
 from cafe.errors import DataError, TrainingError
+from cafe.model.rows.chunk import Chunk
 from cafe.model.rows.collate import Collator
-from cafe.model.rows.rows import Chunk
 from cafe.model.vlm import CAFe
 from cafe.training.data import load_data
 from cafe.training.loader import Steps

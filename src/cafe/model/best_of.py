@@ -27,8 +27,9 @@ from torch.nn import functional
 
 from cafe.errors import DataError
 from cafe.model import inference
-from cafe.model.inference import InferenceModel, match_question
+from cafe.model.inference import InferenceModel
 from cafe.model.rerank import softmax, trained_temperature
+from cafe.model.rows.matching import match_question
 from cafe.model.rows.prompts import DEFAULT_PROMPT
 from cafe.types import Conversation, Image, Message, Video, user
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from cafe.batching import prefetch_map
-from cafe.errors import DataError
 from cafe.model.families import Family
 from cafe.model.head import LanguageHead, token_log_probs, token_logits
 from cafe.model.rows.collate import Collator
 from cafe.model.rows.inputs import Input, Inputs, as_conversation, as_messages
+from cafe.model.rows.matching import match_question
 from cafe.model.rows.rows import Rows
-from cafe.types import MATCH_QUESTION, Conversation, Image, Message
+from cafe.types import Conversation
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -139,7 +139,7 @@ def log_odds(
         return model.collator.prompt_rows(chosen, batch, model.token_cost)
 
     for batch, (rows, vision) in _batches(model, questions, batch_size, collate):
-        result[batch] = odds(model.hidden_at(rows, vision)).cpu()
+        result[batch] = odds(model.hidden_at(rows, vision)).to(result)
     return result
 
 
@@ -156,7 +156,7 @@ def yes_over_no(
     model: InferenceModel,
 ) -> Callable[[Float[Tensor, "n hidden"]], Float[Tensor, " n"]]:
     """A function from states to log P("yes") - log P("no") as the beginning of what follows."""
-    yes, no = _answer_ids(model, "yes"), _answer_ids(model, "no")
+    yes, no = yes_no_tokens(model)
 
     def odds(states: Tensor) -> Tensor:  # the softmax's normaliser cancels out
         logits = token_logits(model, states, [*yes, *no])
@@ -187,26 +187,6 @@ def log_likelihood(
         log_p, _ = token_log_probs(model, states, rows.label_ids)
         result[batch] = torch.zeros(len(batch)).index_add(0, owner, log_p.cpu())
     return result
-
-
-def match_question(a: Conversation, b: Conversation) -> Conversation:
-    """The yes/no matching prompt: does the image (one side) show what the text (the other) says?
-
-    Raises:
-        DataError: unless one side is one image and the other is text.
-    """
-    sides = [[p for m in side for p in m.content] for side in (a, b)]
-    image_side, text_side = sorted(
-        sides, key=lambda side: not any(isinstance(p, Image) for p in side)
-    )
-    statement = " ".join(p for p in text_side if isinstance(p, str))
-    match image_side:
-        case [Image() as image] if len(statement) and all(isinstance(p, str) for p in text_side):
-            question = MATCH_QUESTION.format(statement=statement)
-            return (Message("user", (image, question)),)
-    raise DataError(
-        "score compares one image with a text: one side must be a single image, the other text only"
-    )
 
 
 @torch.inference_mode()
@@ -389,6 +369,11 @@ def length_buckets(conversations: Sequence[Conversation], batch_size: int) -> li
         groups.setdefault(images or i, []).append(i)
     order = [i for group in groups.values() for i in group]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def yes_no_tokens(model: InferenceModel) -> tuple[list[int], list[int]]:
+    """The tokens that begin a "yes", and those that begin a "no"."""
+    return _answer_ids(model, "yes"), _answer_ids(model, "no")
 
 
 def _answer_ids(model: InferenceModel, word: str) -> list[int]:

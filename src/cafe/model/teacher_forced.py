@@ -24,7 +24,7 @@ from cafe.model.inference import InferenceModel
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-    from cafe.model.rows.rows import Chunk
+    from cafe.model.rows.chunk import Chunk
     from cafe.types import Example
 
 _CHUNK_TOKENS = 1024  # positions whose logits exist at one time: 1024 x vocabulary floats

@@ -8,6 +8,7 @@ from __future__ import annotations
 from cafe.objective.contrastive import Directions, clamped_temperature, info_nce, sigmoid_loss
 from cafe.objective.joint import joint_loss
 from cafe.objective.language import IGNORE_LABEL, next_token_nll
+from cafe.objective.matching import hardest_wrong, known_right, log_odds, match_loss
 from cafe.objective.official import Compat, contrastive_share, language_count
 
 __all__ = [
@@ -16,9 +17,13 @@ __all__ = [
     "Directions",
     "clamped_temperature",
     "contrastive_share",
+    "hardest_wrong",
     "info_nce",
     "joint_loss",
+    "known_right",
     "language_count",
+    "log_odds",
+    "match_loss",
     "next_token_nll",
     "sigmoid_loss",
 ]

@@ -19,8 +19,10 @@ def joint_loss(
     *,
     contrastive_weight: float,
     language_weight: float,
+    match: Float[Tensor, ""] | None = None,
+    match_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """contrastive_weight * contrastive + language_weight * nll_sum / token_count.
+    """contrastive_weight * contrastive + language_weight * nll_sum / token_count + the match term.
 
     The language term is a mean over tokens, not over examples, chunks or ranks: `token_count`
     counts the labels of the whole batch over all ranks, while `nll_sum` may be the sum of one
@@ -35,6 +37,9 @@ def joint_loss(
             zero gradients where there is a graph, so that no rank waits for another.
         contrastive_weight: alpha_con of the paper's formula.
         language_weight: alpha_lm of the paper's formula.
+        match: the loss of the match questions (`match_loss`), or the part of one chunk. None omits
+            it; the paper has none.
+        match_weight: of `match`.
 
     Raises:
         ValueError: both terms None, or a negative count.
@@ -48,4 +53,6 @@ def joint_loss(
         terms.append(language_weight * (nll_sum / token_count if token_count else 0.0 * nll_sum))
     if not terms:
         raise ValueError("contrastive and nll_sum are both None; give at least one term")
-    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    if match is not None:
+        terms.append(match_weight * match)
+    return sum(terms[1:], terms[0])

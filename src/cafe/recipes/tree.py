@@ -111,6 +111,10 @@ class Objective(Section):
     """Weight of the contrastive loss; 0 trains generation only."""
     language_weight: NotNegative = 1.0
     """Weight of the mean negative log-likelihood per answer token; 0 trains embeddings only."""
+    match_weight: NotNegative = 0.0
+    """Weight of the match question ("Does the image show …?") about each pair of an image and a
+    text, and about the wrong text and image that its embeddings are nearest to; it trains what
+    `rerank` asks. 0 is off."""
     contrastive: Literal["info_nce", "sigmoid"] = "info_nce"
     """info_nce: softmax over the batch (CAFe). sigmoid: each pair independently (SigLIP)."""
     temperature: Positive = 0.05
@@ -130,6 +134,13 @@ class Objective(Section):
     def _check_weights(self) -> Self:
         if self.contrastive_weight == self.language_weight == 0:
             raise ValueError("contrastive_weight and language_weight are both 0: nothing to learn")
+        if self.match_weight and not self.contrastive_weight:
+            raise ValueError(
+                "match_weight needs embeddings, which find the wrong pairs to ask about; set "
+                "contrastive_weight above 0, or match_weight: 0"
+            )
+        if self.match_weight and self.compat == "official":
+            raise ValueError("compat is official, which has no match question; set match_weight: 0")
         return self
 
 

@@ -81,7 +81,7 @@ class CafeCalls:
 
     @torch.inference_mode()
     def score(self, items: list[WorkItem]) -> list[Score]:
-        """Score yes/no prompts of `cafe.model.inference.match_question`. Raises as `embed` does."""
+        """Score yes/no prompts (`cafe.model.rows.matching`). Raises as `embed` does."""
         pooled, counts = self._states(items, self._collator.prompt_rows)
         odds = self._odds(pooled).tolist()
         return [Score(o, count) for o, count in zip(odds, counts, strict=True)]

@@ -30,6 +30,7 @@ from cafe.training.blocks import (
 from cafe.training.contrastive import ContrastiveLoss
 from cafe.training.deepspeed import ZeroOptimizer, hidden_from_accelerate, zero_settings
 from cafe.training.distributed import any_rank, world_size
+from cafe.training.matching import Matcher
 from cafe.training.optim import build_optimizer, freeze, head_is_tied, parts_of
 from cafe.training.sharding import shard
 from cafe.training.state import TrainingState, fingerprint, uses_dropout
@@ -141,13 +142,15 @@ def build_step(
 ) -> tuple[TrainingStep, TrainingState]:
     """The training step on the prepared model, and the state that it changes."""
     freeze(parts_of(vlm), recipe.optimizer.freeze)
-    if recipe.objective.language_weight == 0 and not head_is_tied(vlm):
+    reads_head = recipe.objective.language_weight > 0 or recipe.objective.match_weight > 0
+    if not reads_head and not head_is_tied(vlm):
         vlm.lm_head.requires_grad_(False)  # it is unused, and DDP would wait for its gradient
     sharded = is_sharded(recipe)
     bf16 = precision_in_use(accelerator) == "bf16"
     if recipe.tuning.kind == "lora" and bf16 and not sharded:
         cast_frozen_linears_to_bf16(vlm)
     vlm.train()
+    matcher = Matcher.of(vlm) if recipe.objective.match_weight > 0 else None
     if recipe.gradient_checkpointing:
         enable_gradient_checkpointing(vlm)
     if recipe.compile:
@@ -166,6 +169,7 @@ def build_step(
         backward=accelerator.backward,
         autocast=lambda: _forward_context(recipe, accelerator),
         sharded=sharded,
+        matcher=matcher,
     )
     optimizer: Any = build_optimizer(parts_of(vlm), contrast, recipe.optimizer, device.type)
     if (zero := zero_settings(recipe)) is not None:
@@ -219,6 +223,7 @@ def build_collator(recipe: Recipe, vlm: CAFe) -> Collator:
         row_tokens=batch.row_tokens,
         dummy_image=world_size() > 1,
         official=recipe.objective.compat == "official",
+        matching=recipe.objective.match_weight > 0,
         # Every forward of a sharded layer is collective, and ranks may have unequal blocks.
         block_cost=None if is_sharded(recipe) else BLOCK_COST,
     )

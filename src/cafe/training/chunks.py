@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from cafe.data.quarantine import Skipped
 from cafe.errors import TrainingError
-from cafe.model.rows.rows import Chunk
+from cafe.model.rows.chunk import Chunk
 from cafe.model.rows.trie import padded_tokens
 
 

@@ -25,6 +25,7 @@ from cafe.training.build import build_accelerator, build_collator, build_step, s
 from cafe.training.chunks import StepChunks
 from cafe.training.data import TrainingData, load_data
 from cafe.training.loader import StepData, Steps, check_answers_labelled
+from cafe.training.matching import check_matchable
 from cafe.training.optim import Parts, parts_of
 from cafe.training.run import as_recipe, data_warnings, earlier_run
 from cafe.training.state import TrainingState
@@ -144,6 +145,8 @@ def dry_run(recipe: Recipe | str | os.PathLike[str], *, overrides: Sequence[str]
     collator = build_collator(recipe, vlm)
     steps = Steps.of(recipe.batch, data, collator)
     check_answers_labelled(steps)
+    if recipe.objective.match_weight > 0:
+        check_matchable(steps)
     step, state = build_step(recipe, vlm, accelerator)
 
     started = time.perf_counter()

@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 
 from cafe.data.quarantine import Skipped
 from cafe.errors import DataError, NoLabelledTokens, TrainingError
-from cafe.model.rows.collate import Chunk, Collator
+from cafe.model.rows.chunk import Chunk
+from cafe.model.rows.collate import Collator
 from cafe.model.rows.trie import padded_tokens
 from cafe.recipes.tree import Batch
 from cafe.training.chunks import Collated, StepChunks, StepPlan, chunks_of_tokens

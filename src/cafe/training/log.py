@@ -39,9 +39,10 @@ class StepRecord:
     """One optimizer step.
 
     step                 number of finished steps, this one included
-    loss                 weighted sum of the next two
+    loss                 weighted sum of the contrastive, the language and the match loss
     contrastive          contrastive loss of the whole batch
     language             nats per labelled token of the whole batch
+    match                cross-entropy of the match questions; None when they are not trained
     temperature          None when it is not learned
     gradient_norm        before clipping
     learning_rate        that of parts without a rate of their own
@@ -64,6 +65,7 @@ class StepRecord:
     data_wait_share: float
     seconds: float
     padding: float | None = None
+    match: float | None = None
     temperature: float | None = None
 
     def known(self) -> dict[str, float]:
@@ -185,8 +187,9 @@ class Reporter:
 
 
 def _summary(record: StepRecord) -> str:
+    match = "" if record.match is None else f", match {record.match:.3f}"
     return (
         f"loss {record.loss:.3f} (contrastive {record.contrastive:.3f}, "
-        f"language {record.language:.3f})  {record.examples_per_second:,.1f} examples/s  "
+        f"language {record.language:.3f}{match})  {record.examples_per_second:,.1f} examples/s  "
         f"{record.tokens_per_second:,.0f} tokens/s"
     )

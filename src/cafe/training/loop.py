@@ -203,6 +203,7 @@ class Loop:
         """The record of the step that was just done."""
         objective = self.step.objective
         contrastive, language = float(metrics.contrastive), float(metrics.language)
+        match = None if metrics.match is None else float(metrics.match)
         row_tokens = sum_over_ranks(metrics.row_tokens, self.state.device)
         padding = sum_over_ranks(metrics.padding, self.state.device)
         with torch.no_grad():
@@ -210,9 +211,12 @@ class Loop:
         seconds = time.perf_counter() - started
         return StepRecord(
             step=done + 1,
-            loss=objective.contrastive_weight * contrastive + objective.language_weight * language,
+            loss=objective.contrastive_weight * contrastive
+            + objective.language_weight * language
+            + objective.match_weight * (match or 0.0),
             contrastive=contrastive,
             language=language,
+            match=match,
             gradient_norm=norm,
             learning_rate=self.recipe.optimizer.learning_rate * self._rate_share(done),
             examples_per_second=batch.examples / seconds,

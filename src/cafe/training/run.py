@@ -57,6 +57,7 @@ from cafe.training.distributed import any_rank, lost_contact, rank, world_size
 from cafe.training.loader import StepData, Steps, check_answers_labelled, step_loader
 from cafe.training.log import Reporter, RunLog, StepRecord, read_log
 from cafe.training.loop import Loop
+from cafe.training.matching import check_matchable
 from cafe.training.sharding import full_weights
 from cafe.training.state import config_fingerprint, weights_of
 from cafe.training.stopping import Interrupted
@@ -155,6 +156,8 @@ def _train(
     vlm = load_model(recipe, torch.device("cpu") if is_sharded(recipe) else accelerator.device)
     steps = Steps.of(recipe.batch, data, build_collator(recipe, vlm))
     check_answers_labelled(steps)
+    if recipe.objective.match_weight > 0:
+        check_matchable(steps)
     step, state = build_step(recipe, vlm, accelerator)
     origin = {"the configuration of model": config_fingerprint(locate(recipe.model)), **data.origin}
     checkpoints = Checkpoints(

@@ -13,7 +13,9 @@ needs no forward of its own.
     2. The contrastive loss of the whole batch and its gradient with respect to this rank's
        embeddings.
     3. Per chunk, with gradient: loss = <embedding, that gradient> + language weight x
-       (sum of the chunk's token NLL / token count of the whole batch); one backward.
+       (sum of the chunk's token NLL / token count of the whole batch); one backward. Match
+       questions, which step 1 has shown to be hard, are further branches of these rows
+       (`cafe.training.matching`); with them a single chunk is read twice, too.
 
 Ranks average their gradients, so each rank's loss is scaled by the number of ranks: the weights
 mean the same on 1 and on 64 GPUs.
@@ -33,9 +35,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cafe.model.rows.rows import Chunk, Rows
+from cafe.model.rows.chunk import Chunk
+from cafe.model.rows.matching import MatchQuestion
+from cafe.model.rows.rows import Rows
 from cafe.model.vlm import CAFe
-from cafe.objective import contrastive_share, joint_loss, language_count, next_token_nll
+from cafe.objective import (
+    contrastive_share,
+    joint_loss,
+    language_count,
+    match_loss,
+    next_token_nll,
+)
 from cafe.recipes import Objective
 from cafe.training.chunks import StepChunks, planned_pairs
 from cafe.training.contrastive import ContrastiveBatch, ContrastiveLoss
@@ -47,6 +57,7 @@ from cafe.training.distributed import (
     sum_over_ranks,
     world_size,
 )
+from cafe.training.matching import Matcher
 from cafe.training.state import replay, torch_random_state, uses_dropout
 
 if TYPE_CHECKING:
@@ -59,6 +70,7 @@ class StepMetrics:
 
     contrastive   the contrastive loss of the whole batch (all ranks); 0 without pairs
     language      nats per labelled token, over all ranks
+    match         cross-entropy of the match questions of all ranks, in nats; None: none are trained
     tokens        labelled tokens of the batch, over all ranks
     pairs         contrastive pairs of the batch, over all ranks
     row_tokens    tokens that this rank's full rows hold, padding included
@@ -68,6 +80,7 @@ class StepMetrics:
 
     contrastive: Float[Tensor, ""]
     language: Float[Tensor, ""]
+    match: Float[Tensor, ""] | None
     tokens: int
     pairs: int
     row_tokens: int
@@ -92,11 +105,27 @@ class _Totals:
     def add(self, chunk: Chunk, rows: Rows, *, own: bool = True) -> None:
         """`own`: the chunk is of this rank's share, and does not pad it."""
         self.chunks.append(chunk.without_inputs())
-        if not own:
-            return
-        self.labels += rows.label_ids.numel()
+        if own:
+            self.labels += rows.label_ids.numel()
+
+    def computed(self, rows: Rows) -> None:
+        """Count rows that were computed with gradient."""
         self.row_tokens += rows.computed_tokens
         self.padding += rows.computed_tokens - rows.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A chunk's forward with gradient.
+
+    embedding  [e, d]
+    nll        the summed NLL of the labels
+    match      the chunk's part of the loss of the match questions; None: it is asked none
+    """
+
+    embedding: Tensor
+    nll: Tensor
+    match: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +138,7 @@ class TrainingStep:
     autocast    the context of every forward
     no_sync     the context of a backward that does not reduce gradients over ranks
     sharded     every forward is a collective of all ranks, so none may be skipped
+    matcher     chooses and reads match questions, if the objective has them
     """
 
     model: nn.Module
@@ -119,6 +149,7 @@ class TrainingStep:
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext
     sharded: bool = False
+    matcher: Matcher | None = None
 
     def __call__(self, chunks: Sequence[Chunk] | StepChunks) -> StepMetrics:
         """Accumulate the gradients of one batch in the parameters.
@@ -131,7 +162,8 @@ class TrainingStep:
             The losses of the whole batch, and how much was computed.
         """
         most = max_over_ranks(len(chunks), self.unwrapped.device)
-        return self._direct(chunks[0]) if most == 1 else self._cached(chunks, most)
+        direct = most == 1 and self.matcher is None
+        return self._direct(chunks[0]) if direct else self._cached(chunks, most)
 
     def padded_chunks(self, chunks: Sequence[Chunk] | StepChunks, most: int) -> Iterator[Chunk]:
         """The chunks, followed by idle copies of the last one until there are `most`."""
@@ -148,15 +180,17 @@ class TrainingStep:
 
     def _direct(self, chunk: Chunk) -> StepMetrics:
         """One chunk: the embeddings in the contrastive loss are those that carry the gradient."""
-        totals = _Totals()
-        totals.add(chunk, self._rows(chunk))
+        totals, rows = _Totals(), self._rows(chunk)
+        totals.add(chunk, rows)
+        totals.computed(rows)
         pairs, tokens, count = self._counts(totals)
         with self.autocast():
-            embedding, nll = self._forward(chunk)
+            read = self._forward(chunk, rows)
         contrasts = self.objective.contrastive_weight > 0 and pairs > 0
-        contrastive, gradients = self._contrast(totals.chunks, [embedding.detach()], contrasts)
-        value = self._backward(embedding, gradients[0], nll, count)
-        return self._metrics(totals, contrastive, nll.detach(), (tokens, pairs), [value])
+        batch, leaves = self._batch(totals.chunks, [read.embedding.detach()], contrasts)
+        contrastive = self._contrast(batch)
+        value = self._backward(read, leaves[0].grad, count)
+        return self._metrics(totals, contrastive, read.nll.detach(), (tokens, pairs), [value])
 
     def _cached(self, chunks: Sequence[Chunk] | StepChunks, most: int) -> StepMetrics:
         """Several chunks: embed all, contrast, then a second pass with gradient, chunk by chunk."""
@@ -169,16 +203,31 @@ class TrainingStep:
             states.append(torch_random_state(device))
             embeddings.append(self._embed(chunk) if embeds else torch.zeros(0, 0))
         pairs, tokens, count = self._counts(totals)
-        contrastive, gradients = self._contrast(totals.chunks, embeddings, embeds and pairs > 0)
-        sums, values = [], []
+        batch, leaves = self._batch(totals.chunks, embeddings, embeds and pairs > 0)
+        contrastive = self._contrast(batch)
+        plan = self.matcher.plan(totals.chunks, batch) if self.matcher and batch else None
+        sums, matches, values = [], [], []
         for i, chunk in enumerate(self.padded_chunks(chunks, most)):
+            rows, right = self._asked_rows(chunk, plan.questions[i] if plan else ())
+            if i < len(chunks):
+                totals.computed(rows)
             with self._synced(i, most), replay(states[i], device, active=embeds):
                 with self.autocast():
-                    embedding, nll = self._forward(chunk)
-                values.append(self._backward(embedding, gradients[i], nll, count))
-            sums.append(nll.detach())
+                    read = self._forward(chunk, rows, right, plan.counts if plan else None)
+                values.append(self._backward(read, leaves[i].grad, count))
+            sums.append(read.nll.detach())
+            matches += [] if read.match is None else [read.match.detach()]
         nll, values = torch.stack(sums).sum(), values[: len(chunks)]
-        return self._metrics(totals, contrastive, nll, (tokens, pairs), values)
+        match = torch.stack([*matches, nll.new_zeros(())]).sum() if self.matcher else None
+        return self._metrics(totals, contrastive, nll, (tokens, pairs), values, match)
+
+    def _asked_rows(
+        self, chunk: Chunk, questions: Sequence[MatchQuestion]
+    ) -> tuple[Rows, list[bool]]:
+        """The rows of the second pass, and for each match question whether it is right."""
+        if chunk.match is None or not questions:
+            return self._rows(chunk), []
+        return chunk.match.rows(questions, answers=self.objective.language_weight > 0)
 
     def _counts(self, totals: _Totals) -> tuple[int, int, int]:
         """Pairs and labelled tokens of all ranks, and what the language loss is divided by."""
@@ -195,12 +244,14 @@ class TrainingStep:
         nll: Tensor,
         counts: tuple[int, int],
         values: list[Tensor],
+        match: Tensor | None = None,
     ) -> StepMetrics:
-        """`nll` is this rank's sum; `counts` are the labelled tokens and the pairs of all ranks."""
+        """`nll`, `match` are this rank's; `counts` are labelled tokens and pairs of all ranks."""
         tokens, pairs = counts
         return StepMetrics(
             contrastive=contrastive,
             language=add_over_ranks(nll) / max(tokens, 1),
+            match=None if match is None else add_over_ranks(match),
             tokens=tokens,
             pairs=pairs,
             row_tokens=totals.row_tokens,
@@ -222,51 +273,65 @@ class TrainingStep:
         with self.autocast():
             return self._pooled(self._hidden(rows, chunk), rows)
 
-    def _contrast(
+    def _batch(
         self, chunks: Sequence[Chunk], embeddings: Sequence[Tensor], contrasts: bool
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """The contrastive loss, and the weighted loss's gradient for each chunk's embeddings.
+    ) -> tuple[ContrastiveBatch | None, list[Tensor]]:
+        """The batch of all ranks (None: nothing contrasts); the leaves that get its gradient."""
+        leaves = [embedding.requires_grad_(contrasts) for embedding in embeddings]
+        return (_gathered(chunks, leaves) if contrasts else None), leaves
+
+    def _contrast(self, batch: ContrastiveBatch | None) -> Tensor:
+        """The contrastive loss; the leaves get the weighted loss's gradient.
 
         Every rank computes the same loss, so its own parameters (temperature, bias) get the same
         gradient everywhere without averaging.
         """
-        if not contrasts:
-            return torch.zeros((), device=self.unwrapped.device), [None] * len(chunks)
-        leaves = [embedding.requires_grad_() for embedding in embeddings]
+        if batch is None:
+            return torch.zeros((), device=self.unwrapped.device)
         with torch.enable_grad():
-            loss = self.contrast(_gathered(chunks, leaves))
+            loss = self.contrast(batch)
             share = contrastive_share(self.objective.compat, world_size())
             (loss * (self.objective.contrastive_weight * share)).backward()
-        return loss.detach(), [leaf.grad for leaf in leaves]
+        return loss.detach()
 
-    def _backward(
-        self, embedding: Tensor, gradient: Tensor | None, nll: Tensor, tokens: int
-    ) -> Tensor:
+    def _backward(self, read: _Read, gradient: Tensor | None, tokens: int) -> Tensor:
         """Backpropagate one chunk: <embedding, gradient> stands in for the contrastive term."""
         loss = joint_loss(
-            None if gradient is None else (embedding * gradient).sum(),
-            nll,
+            None if gradient is None else (read.embedding * gradient).sum(),
+            read.nll,
             tokens,
             contrastive_weight=1.0,  # the gradient includes the weight already
             language_weight=self.objective.language_weight,
+            match=read.match,
+            match_weight=self.objective.match_weight,
         )
         self.backward(loss * world_size())
         return loss.detach()
 
-    def _forward(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Embeddings [e, d] and the summed NLL of the labels."""
+    def _forward(
+        self,
+        chunk: Chunk,
+        rows: Rows,
+        right: Sequence[bool] = (),
+        counts: tuple[int, int] | None = None,
+    ) -> _Read:
+        """What is read of the chunk's rows; `counts` of match questions over all ranks."""
         chunk = chunk.to(self.unwrapped.device)  # only one chunk's images are on the device
-        rows, head = self._rows(chunk), self.unwrapped.lm_head
+        rows, head = rows.to(self.unwrapped.device), self.unwrapped.lm_head
         hidden = self._hidden(rows, chunk)
-        states = hidden.flatten(0, 1)[rows.label_source]
+        states = hidden.flatten(0, 1)
         nll, _ = next_token_nll(
-            states,
+            states[rows.label_source],
             rows.label_ids,
             head.weight,
             bias=head.bias,
             softcap=self.unwrapped.logit_softcap,
         )
-        return self._pooled(hidden, rows), nll
+        match = None
+        if self.matcher is not None and counts is not None and right:
+            odds = self.matcher.log_odds(states[rows.asked], head)
+            match = match_loss(odds, torch.tensor(right, device=odds.device), counts)
+        return _Read(self._pooled(hidden, rows), nll, match)
 
     def _hidden(self, rows: Rows, chunk: Chunk) -> Tensor:
         if rows.input_ids.numel() == 0:

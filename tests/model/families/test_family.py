@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cafe.model import attention
 from cafe.model.families import family_of
+from cafe.model.rows.matching import match_question
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
-from cafe.types import user
+from cafe.types import Example, user
 from helpers import plain, twin
 from helpers.family_examples import EXACT, EXAMPLES, TALL, WIDE, A, B
 from helpers.models import in_float64
@@ -214,3 +215,28 @@ def test_generated_tokens_are_those_of_the_plain_model(family_model: CAFe):
             tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
         assert text.strip() == answer
+
+
+# ------------------------------------------------------------------ match questions
+
+
+def test_a_text_asked_about_another_image_is_the_question_written_anew(family_model: CAFe):
+    """The head of one question and the tail of another are what the renderer would write."""
+    collator = replace(family_model.collator, matching=True)
+    images = [A, TALL, WIDE, B]
+    texts = ["a red mug", "TWO  cats,\nnot one", "", "été 日本"]
+    examples = [
+        Example(id=str(i), query=user(image), target=user(text or "x"))
+        for i, (image, text) in enumerate(zip(images, texts, strict=True))
+    ]
+    match = collator(examples).match
+    assert match is not None
+    for head in match.pairs:
+        for text, tail in zip(texts, match.pairs, strict=True):
+            spliced = head.question(tail.tail)
+            question = match_question(user(images[head.group]), user(text or "x"))
+            written, _ = collator.prompt_rows([question])
+            assert spliced.tokens.tolist() == written.input_ids[0].tolist()
+            axes = written.positions.reshape(-1, written.positions.shape[-1])
+            if spliced.positions is not None:
+                assert spliced.positions.tolist() == axes.tolist()

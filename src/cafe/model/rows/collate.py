@@ -24,13 +24,21 @@ from cafe.model.rows.assembly import (
     concatenated,
     embedding_order,
 )
+from cafe.model.rows.chunk import Chunk
 from cafe.model.rows.cutting import kept_tokens
 from cafe.model.rows.images import ImageInputs, named
 from cafe.model.rows.lengths import PlaceholderLengths
+from cafe.model.rows.matching import (
+    ASKED_PER_PAIR,
+    TEXT_TARGET,
+    MatchSide,
+    MatchSides,
+    match_questions,
+)
 from cafe.model.rows.official import answers_labelled, official_labels
 from cafe.model.rows.prompts import DEFAULT_PROMPT
 from cafe.model.rows.render import RenderedSequence, Renderer
-from cafe.model.rows.rows import Chunk, Rows, hashes, identity, shared_rows
+from cafe.model.rows.rows import Rows, hashes, identity, shared_rows
 from cafe.model.rows.trie import TokenSequence
 from cafe.types import Conversation, Example
 
@@ -56,6 +64,7 @@ class Collator:
     block_cost          the rows of a chunk are sorted by length and computed in blocks of similar
                         length, which saves padding; what each further block costs, in tokens
                         (`cafe.model.rows.blocks`). None: all rows are one block
+    matching            chunks know what match questions can be asked (`cafe.model.rows.matching`)
     """
 
     processor: Any
@@ -69,6 +78,7 @@ class Collator:
     official: bool = False
     own_prompt: str = DEFAULT_PROMPT
     block_cost: int | None = None
+    matching: bool = False
 
     @cached_property
     def render(self) -> Renderer:
@@ -111,9 +121,11 @@ class Collator:
             NoLabelledTokens: (a DataError) an answer without a labelled token.
         """
         groups = [self._sequences(example) for example in examples]
+        questions = [self._questions(example) for example in examples]
         sequences = [s for group in groups for s in group]
         images = self._images(sequences)
-        self._tokenize(sequences, images)
+        asked = [s for own in questions for s in own if s is not None]
+        self._tokenize([*sequences, *asked], images)
         for s in sequences:
             answers = s.rendered.answers
             if s.labelled_answers < answers:
@@ -134,6 +146,16 @@ class Collator:
             query_ids=hashes([identity(e.query) for e in pairs]),
             content_ids=hashes([identity(e.target) for e in pairs]),
             negative_ids=hashes([identity(n) for e in pairs for n in e.negatives]),
+            match=MatchSides.of(
+                examples,
+                [[None if s is None else s.tokens for s in own] for own in questions],
+                whole,
+                orders=images.orders,
+                layout=self.layout,
+                max_tokens=self.max_tokens,
+            )
+            if self.matching
+            else None,
         )
 
     def row_lengths(self, example: Example) -> list[int]:
@@ -143,9 +165,12 @@ class Collator:
             DataError: as `__call__`, but a damaged image is noticed only if its size is.
         """
         sequences = self._sequences(example)
+        asked = [s for s in self._questions(example)[:1] if s is not None]
         media = [(s.name, s.rendered.images) for s in sequences]
-        self._tokenize(sequences, self._lengths.images(media))
-        return [len(row) for row in self.layout.merged([s.tokens for s in sequences])]
+        self._tokenize([*sequences, *asked], self._lengths.images(media))
+        lengths = [len(row) for row in self.layout.merged([s.tokens for s in sequences])]
+        added = [ASKED_PER_PAIR * len(MatchSide.of(TEXT_TARGET, 0, s.tokens).tail) for s in asked]
+        return [lengths[0] + sum(added), *lengths[1:]] if lengths else lengths
 
     @cached_property
     def _lengths(self) -> PlaceholderLengths:
@@ -171,6 +196,16 @@ class Collator:
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
         return [*embedded, *answers]
+
+    def _questions(self, example: Example) -> list[_Sequence | None]:
+        """The example's match questions; an empty list where they are not trained."""
+        name = f"example {example.id!r}"
+        return [
+            None
+            if question is None
+            else _Sequence(name, named(name, self.render.prompt, question), "question")
+            for question in (match_questions(example) if self.matching else ())
+        ]
 
     # ------------------------------------------------------------------ inference
 

@@ -1,4 +1,4 @@
-"""What the collator hands to the model: rows, chunks of examples, and who shares a row."""
+"""What the collator hands to the model: rows, and which sequences share one."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Rows:
         return self.positions if self.positions.ndim == 2 else self.positions[0]
 
     def to(self, device: torch.device | str) -> Self:
-        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     @classmethod
     def none(cls) -> Self:
@@ -111,75 +111,14 @@ class Rows:
         return replace(self, pooled=nothing, label_source=nothing, label_ids=nothing, asked=nothing)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Some examples of a batch: as many as fit in memory together (GradCache's sub-batch).
-
-    ids             the examples' names, for errors
-    rows            all their sequences
-    embedding_rows  their embedding sequences only, for the first pass of a cached step
-    vision          the vision tensors of their distinct images
-    pairs           number of examples with a query and a target
-    target_ids      int64 [pairs]; pairs with equal ids are not negatives of each other
-    negative_ids    int64 [negatives], by content
-    query_ids       int64 [pairs]; equal for queries of equal content
-    content_ids     int64 [pairs]; the same, of targets
-    """
-
-    ids: tuple[str, ...]
-    rows: Rows
-    embedding_rows: Rows
-    vision: dict[str, Tensor] = field(default_factory=dict)
-    pairs: int = 0
-    target_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    negative_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    query_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    content_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-
-    def to(self, device: torch.device | str) -> Self:
-        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def copy(self) -> Self:
-        """The same in memory of this process.
-
-        A tensor from a data worker is a file in shared memory, which stays open with it.
-        """
-        return _each_tensor(self, Tensor.clone)
-
-    def without_inputs(self) -> Self:
-        """What the contrastive loss needs to know of the chunk, without its rows and images."""
-        return replace(self, rows=Rows.none(), embedding_rows=Rows.none(), vision={}).copy()
-
-    def idle(self) -> Self:
-        """The same rows without pairs and labels: nothing is learned from them.
-
-        For a rank that has no example left but must take part in the collective operations.
-        """
-        nothing = torch.zeros(0, dtype=torch.long)
-        return replace(
-            self,
-            rows=self.rows.without_outputs(),
-            embedding_rows=self.embedding_rows.without_outputs(),
-            pairs=0,
-            target_ids=nothing,
-            negative_ids=nothing,
-            query_ids=nothing,
-            content_ids=nothing,
-        )
-
-    @property
-    def label_count(self) -> int:
-        return self.rows.label_ids.numel()
-
-
-def _each_tensor(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A copy of a dataclass with `function` applied to its tensors, nested ones too."""
 
     def applied(item: Any) -> Any:
         if isinstance(item, Tensor):
             return function(item)
         if isinstance(item, Rows):
-            return _each_tensor(item, function)
+            return each_tensor(item, function)
         if isinstance(item, dict):
             return {key: applied(inner) for key, inner in item.items()}
         return item
