@@ -31,8 +31,8 @@ from cafe.data.scenes import (
 from cafe.data.scenes.world import random_stream, scene_seed
 from cafe.memory import keep_memory
 from cafe.model.checkpoint.directory import save_checkpoint
-from cafe.model.rows.collate import Collator
 from cafe.model.rows.chunk import Chunk
+from cafe.model.rows.collate import Collator
 from cafe.model.tiny import tiny_model, tiny_processor
 from cafe.model.vlm import CAFe
 from cafe.objective import next_token_nll

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cafe.retrieval.indexing import build_index
     from cafe.retrieval.mining import mine_hard_negatives
     from cafe.retrieval.search import Searcher
+    from cafe.retrieval.thinking import write_thoughts
     from cafe.serving.run import serve
     from cafe.training.dry_run import dry_run
     from cafe.training.run import train
@@ -63,6 +64,7 @@ __all__ = [
     "train",
     "user",
     "verify",
+    "write_thoughts",
 ]
 
 _HOMES = {
@@ -90,6 +92,7 @@ _HOMES = {
     "train": "cafe.training.run",
     "user": "cafe.types",
     "verify": "cafe.release.verify",
+    "write_thoughts": "cafe.retrieval.thinking",
 }
 
 logging.getLogger("cafe").addHandler(logging.NullHandler())  # silent unless a program configures it

@@ -112,6 +112,8 @@ class Example:
 
     query, target   the two sides of a contrastive pair; each is embedded (paper §1.3)
     negatives       explicit hard negatives of this query
+    query_thought, target_thought   that side, and what the model says of it before it is embedded
+                    (think-then-embed): a conversation that ends with an assistant turn; None: no
     dialogues       conversations whose assistant turns carry the language loss; several
                     dialogues about one image are branches of one row
     target_id       examples with equal target ids are not negatives of one another; nor are those
@@ -128,12 +130,16 @@ class Example:
     target_id: str | None = None
     task: str = "default"
     embedding_prompt: str = "compress"
+    query_thought: Conversation | None = None
+    target_thought: Conversation | None = None
 
     def __post_init__(self) -> None:
         if (self.query is None) != (self.target is None):
             raise ValueError(f"example {self.id!r}: query and target come together or not at all")
         if self.negatives and self.query is None:
             raise ValueError(f"example {self.id!r}: negatives need a query")
+        if (self.query_thought or self.target_thought) and self.query is None:
+            raise ValueError(f"example {self.id!r}: a thought needs a pair")
         if self.query is None and not self.dialogues:
             raise ValueError(f"example {self.id!r}: neither a contrastive pair nor a dialogue")
 
@@ -159,6 +165,13 @@ MATCH_QUESTION = 'Does the picture show "{statement}"? Answer yes or no.'
 def user(*content: Part) -> Conversation:
     """A conversation of one user turn."""
     return (Message("user", content),)
+
+
+def thought_about(side: Conversation, thought: str) -> Conversation:
+    """What is embedded after a thought: the input, a request for a description, and the thought."""
+    *before, last = side
+    asked = Message("user", (*last.content, CAPTION_REQUEST))
+    return (*before, asked, Message("assistant", (thought.strip(),)))
 
 
 def joined_turns(conversation: Conversation) -> Conversation:

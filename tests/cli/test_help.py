@@ -60,6 +60,7 @@ SURFACE = {
         "--json",
     ],
     "generate": ["MODEL", "PROMPT", "--image", "--max-new-tokens", "--temperature", "--best-of"],
+    "think": ["MODEL", "DATA", "--out", "KEY=VALUE", "--max-new-tokens", "--batch-size"],
     "mine": [
         "MODEL",
         "DATA",
@@ -88,7 +89,7 @@ SURFACE = {
     "ui": ["MODEL", "--index", "--host", "--port", "--api-key"],
     "data": [],
     "data inspect": ["PATH", "KEY=VALUE", "--model", "--count", "--png"],
-    "data scenes": ["--out", "--count", "--seed", "--split"],
+    "data scenes": ["--out", "--count", "--seed", "--split", "--negatives"],
     "doctor": ["[MODEL]"],
 }
 

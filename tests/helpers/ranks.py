@@ -13,6 +13,7 @@ from cafe.recipes import Objective
 from cafe.training.contrastive import ContrastiveLoss
 from cafe.training.matching import Matcher
 from cafe.training.step import TrainingStep
+from cafe.types import thought_about
 from helpers.models import build_small_model, in_float64
 from helpers.twin import gradients, make_examples
 
@@ -38,12 +39,17 @@ def examples_of(rank: int) -> list[Any]:
 
 
 def step_of(
-    rank: int, chunk: int, wrapped: bool, match_weight: float = 0.0
+    rank: int,
+    chunk: int,
+    wrapped: bool,
+    match_weight: float = 0.0,
+    thought_weight: float = 0.0,
 ) -> tuple[Any, Any, Any]:
     model = in_float64(build_small_model()).train()
     matching = match_weight > 0
     collator = dataclasses.replace(model.collator, dummy_image=True, matching=matching)
-    objective = JOINT.model_copy(update={"match_weight": match_weight})
+    weights = {"match_weight": match_weight, "thought_weight": thought_weight}
+    objective = JOINT.model_copy(update=weights)
     contrast = ContrastiveLoss(objective).double()
     outer: Any = torch.nn.parallel.DistributedDataParallel(model) if wrapped else model
     step = TrainingStep(
@@ -55,23 +61,33 @@ def step_of(
         **({"no_sync": outer.no_sync} if wrapped else {}),
     )
     examples = examples_of(rank)
+    if thought_weight:
+        examples = [
+            e
+            if e.query is None or e.id.endswith("2")
+            else dataclasses.replace(e, query_thought=thought_about(e.query, "a red cat"))
+            for e in examples
+        ]
     size = chunk or len(examples)
     parts = [collator(examples[i : i + size]) for i in range(0, len(examples), size)]
     numbers = step(parts)
     return model, contrast, numbers
 
 
-def worker(rank: int, port: int, chunk: int, out: str, match_weight: float = 0.0) -> None:
+def worker(
+    rank: int, port: int, chunk: int, out: str, match: float = 0.0, thought: float = 0.0
+) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
-    model, contrast, numbers = step_of(rank, chunk, wrapped=True, match_weight=match_weight)
+    model, contrast, numbers = step_of(rank, chunk, True, match, thought)
     torch.save(
         {
             "gradients": gradients(model),
             "temperature": contrast.log_temperature.grad,
             "match": numbers.match,
+            "thought": numbers.thought,
             "numbers": (numbers.contrastive, numbers.language, numbers.tokens, numbers.pairs),
         },
         f"{out}/rank{rank}.pt",

@@ -14,6 +14,7 @@ from cafe.errors import RecipeError, TrainingError
 from cafe.model.inference import match_odds
 from cafe.model.rows.matching import match_question
 from cafe.recipes import Objective
+from cafe.training.contrastive import gathered_batch
 from cafe.training.matching import Matcher, check_matchable
 from cafe.types import Example, user
 from helpers.match_twin import chosen_questions, match_pass
@@ -122,9 +123,7 @@ def test_an_image_that_all_texts_like_is_asked_about_the_nearest_only(model: Any
     target[:, 12:] = 0.01 * torch.rand(12, 4, dtype=torch.float64)
     query = vectors.clone()
     query[0] += 5 * target[1:].sum(0)  # near to all other texts
-    from cafe.training.step import _gathered
-
-    batch = _gathered([chunk], [torch.cat([query, target])])
+    batch = gathered_batch([chunk], [torch.cat([query, target])])
     plan = Matcher.of(model).plan([chunk], batch)
     about = [q for q in plan.questions[0] if q.head == 0]
     assert [q.right for q in about].count(True) == 1

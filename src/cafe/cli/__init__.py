@@ -29,6 +29,7 @@ from cafe.cli import (
     mine,
     search,
     serve,
+    think,
     train,
 )
 from cafe.errors import CafeError, printable
@@ -114,6 +115,7 @@ app.command("index")(index.command)
 app.command("search")(search.command)
 app.command("generate")(generate.command)
 app.command("mine")(mine.command)
+app.command("think")(think.command)
 app.command("convert")(convert.command)
 app.command("export")(export.command)
 app.command("serve")(serve.command)

@@ -15,6 +15,7 @@ TASK_NAMES = (
     "presence",
     "gap",
     "scenes-retrieval",
+    "scenes-match",
     "scenes-mmeb",
     "scenes-pope",
     "scenes-pope-all",

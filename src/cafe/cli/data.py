@@ -203,6 +203,9 @@ def scenes(
     split: Annotated[
         SceneSplit, typer.Option(help="Test scenes contain unseen combinations.")
     ] = SceneSplit.train,
+    negatives: Annotated[
+        int, typer.Option(min=0, help="Hard negative captions per scene, each with one error.")
+    ] = 0,
 ) -> None:
     """Write generated images with captions.
 
@@ -212,5 +215,12 @@ def scenes(
     from cafe.progress import progress_bar
 
     with progress_bar("scenes", count) as bar:
-        write_scenes(out, count, seed, split=split.value, progress=bar.to)
+        write_scenes(
+            out,
+            count,
+            seed,
+            split=split.value,
+            progress=bar.to,
+            negatives_per_scene=negatives,
+        )
     print(f"{count} scenes in {out}")

@@ -77,15 +77,22 @@ def _finished(part: _Merged, image: Image, target_id: str | None) -> Example:
         id=part.id,
         query=None if query is None else _showing(query, image),
         target=None if target is None else _showing(target, image),
+        query_thought=_thought(part.example.query_thought, image),
+        target_thought=_thought(part.example.target_thought, image),
         negatives=tuple(_showing(negative, image) for negative in part.example.negatives),
         dialogues=tuple(part.dialogues.values()),
         target_id=target_id,
     )
 
 
+def _thought(conversation: Conversation | None, image: Image) -> Conversation | None:
+    return None if conversation is None else _showing(conversation, image)
+
+
 def _only_image(example: Example) -> Image | None:
     """The image, when the example shows one and nothing else."""
-    sides = [side for side in (example.query, example.target) if side is not None]
+    possible = (example.query, example.target, example.query_thought, example.target_thought)
+    sides = [side for side in possible if side is not None]
     images: dict[object, Image] = {}
     for message in chain.from_iterable((*sides, *example.negatives, *example.dialogues)):
         for part in message.content:

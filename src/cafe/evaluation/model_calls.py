@@ -23,10 +23,13 @@ import numpy as np
 import torch
 
 from cafe.model import teacher_forced
+from cafe.model.inference import log_odds
+from cafe.model.rerank import trained_temperature
+from cafe.model.rows.matching import match_question
 from cafe.model.teacher_forced import TeacherForcedScores
 from cafe.precision import ComputePrecision, warn_if_emulated
 from cafe.ranks import Rank
-from cafe.types import Conversation, Example, Image, content_key
+from cafe.types import Conversation, Example, Image, content_key, user
 
 if TYPE_CHECKING:
     from cafe.model.vlm import CAFe
@@ -40,6 +43,12 @@ class Calls(Protocol):
     def encode(self, inputs: Sequence[Image | str | Conversation]) -> np.ndarray: ...
     def generate(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]: ...
     def score_examples(self, examples: Sequence[Example]) -> list[TeacherForcedScores]: ...
+    def match_odds(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray: ...
+    @property
+    def temperature(self) -> float:
+        """That the embeddings were trained with (`cafe.model.rerank`)."""
+        ...
+
     def with_prompt(self, prompt: str) -> Self:
         """A copy that embeds with another prompt (`cafe.model.rows.prompts`)."""
         ...
@@ -94,6 +103,15 @@ class ModelCalls:
         with self._autocast():
             return teacher_forced.score_examples(self.model, examples, batch_size=self.score_batch)
 
+    def match_odds(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray:
+        questions = [match_question(user(image), user(text)) for image, text in pairs]
+        with self._autocast():
+            return log_odds(self.model, questions, 4 * self.score_batch).numpy()
+
+    @property
+    def temperature(self) -> float:
+        return trained_temperature(self.model.model.config)
+
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(
             self.model.device.type, torch.bfloat16, enabled=self.precision == "bf16"
@@ -127,6 +145,13 @@ class CachedCalls:
     def score_examples(self, examples: Sequence[Example]) -> list[TeacherForcedScores]:
         return self.calls.score_examples(examples)
 
+    def match_odds(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray:
+        return self.calls.match_odds(pairs)
+
+    @property
+    def temperature(self) -> float:
+        return self.calls.temperature
+
     def _all(
         self, keys: list[Any], values: Sequence[T], do: Callable[[list[T]], Iterable[Any]]
     ) -> list[Any]:
@@ -155,3 +180,11 @@ class DistributedCalls:
 
     def score_examples(self, examples: Sequence[Example]) -> list[TeacherForcedScores]:
         return self.rank.share(examples, self.calls.score_examples)
+
+    def match_odds(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray:
+        shared = self.rank.share(pairs, lambda own: list(self.calls.match_odds(own)))
+        return np.asarray(shared, dtype=np.float32)
+
+    @property
+    def temperature(self) -> float:
+        return self.calls.temperature

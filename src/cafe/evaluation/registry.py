@@ -17,6 +17,7 @@ from cafe.evaluation.harness import mteb_task
 from cafe.evaluation.mmeb import tasks as mmeb
 from cafe.evaluation.mmeb.groups import FRAMES
 from cafe.evaluation.scenes import hallucination as scenes_hallucination
+from cafe.evaluation.scenes import matching as scenes_matching
 from cafe.evaluation.scenes import mmeb as scenes_mmeb
 from cafe.evaluation.scenes import retrieval as scenes_retrieval
 from cafe.evaluation.scenes.held_out import SceneItem, scene_images, scene_items
@@ -33,7 +34,7 @@ from cafe.evaluation.tasks import (
 )
 from cafe.evaluation.tasks.judges import FLAN_T5, make_judge
 from cafe.recipes import DataSource
-from cafe.types import CAPTION_REQUEST
+from cafe.types import CAPTION_REQUEST, MATCH_QUESTION
 
 Suite = Literal["quick", "paper", "all"]
 
@@ -120,6 +121,13 @@ def _presence(setup: TaskSetup) -> TaskResult:
     return presence.presence(setup.calls.score_examples, setup.calls.generate, list(images(setup)))
 
 
+def _scenes_match(setup: TaskSetup) -> TaskResult:
+    calls = setup.calls
+    return scenes_matching.scenes_match(
+        calls.encode, calls.match_odds, calls.temperature, _scenes(setup)
+    )
+
+
 def _scenes_pope(setup: TaskSetup, every_kind: bool) -> TaskResult:
     asked = scenes_hallucination.scene_questions(_scenes(setup), every_kind=every_kind)
     return pope.pope(setup.calls.score_examples, setup.calls.generate, asked)
@@ -186,6 +194,7 @@ TASKS: dict[str, Task] = {
     "scenes-retrieval": Task(
         lambda s: scenes_retrieval.scenes_retrieval(s.calls.encode, _scenes(s)), _EMBED
     ),
+    "scenes-match": Task(_scenes_match, {"question": MATCH_QUESTION}),
     "scenes-mmeb": Task(lambda s: scenes_mmeb.scenes_mmeb(s.calls.encode, _scenes(s)), _EMBED),
     "scenes-pope": Task(partial(_scenes_pope, every_kind=False), _SCENE_POPE),
     "scenes-pope-all": Task(partial(_scenes_pope, every_kind=True), _SCENE_POPE),
@@ -235,7 +244,16 @@ _PAPER = ("coco-5k", "flickr-1k", "coco-gap", "mmeb", "throne", "pope", "chair")
 SUITES: dict[Suite, tuple[str, ...]] = {
     "quick": _QUICK,
     "paper": _PAPER,
-    "all": (*_QUICK, "scenes-pope-all", *_PAPER, "captioning", "vqa", "mmeb-video", "mmeb-visdoc"),
+    "all": (
+        *_QUICK,
+        "scenes-match",
+        "scenes-pope-all",
+        *_PAPER,
+        "captioning",
+        "vqa",
+        "mmeb-video",
+        "mmeb-visdoc",
+    ),
 }
 
 

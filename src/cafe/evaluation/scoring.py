@@ -14,18 +14,26 @@ from zlib import crc32
 
 import numpy as np
 
-from cafe.metrics import Interval, bleu_summary, percentile_interval, resampled_sums, throne_summary
+from cafe.metrics import (
+    Interval,
+    bleu_summary,
+    calibration_summary,
+    percentile_interval,
+    resampled_sums,
+    throne_summary,
+)
 from cafe.types import Scores
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 
 Sums = Mapping[str, np.ndarray]
-Derivation = Literal["throne", "bleu"]
+Derivation = Literal["throne", "bleu", "calibration"]
 
 DERIVATIONS: dict[Derivation, Callable[[Sums], dict[str, np.ndarray]]] = {
     "throne": throne_summary,
     "bleu": bleu_summary,
+    "calibration": calibration_summary,
 }
 
 

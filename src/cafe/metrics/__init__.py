@@ -6,7 +6,14 @@ without a seed. `interval` computes the uncertainty of each number.
 
 from __future__ import annotations
 
-from cafe.metrics.answers import answer_accuracy, consensus_accuracy, normalise_answer
+from cafe.metrics.answers import (
+    CALIBRATION_BINS,
+    answer_accuracy,
+    calibration_columns,
+    calibration_summary,
+    consensus_accuracy,
+    normalise_answer,
+)
 from cafe.metrics.captions import bleu_columns, bleu_summary, caption_words, cider_d
 from cafe.metrics.geometry import (
     alignment,
@@ -50,6 +57,7 @@ from cafe.metrics.ranking import (
 
 __all__ = [
     "ABSENT",
+    "CALIBRATION_BINS",
     "DISQUALIFIED",
     "PRESENT",
     "THRONE_VOTES",
@@ -60,6 +68,8 @@ __all__ = [
     "bleu_columns",
     "bleu_summary",
     "bootstrap_interval",
+    "calibration_columns",
+    "calibration_summary",
     "candidate_scores",
     "caption_words",
     "chair_columns",

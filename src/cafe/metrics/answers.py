@@ -1,4 +1,4 @@
-"""Short answers: when two are equal, and the accuracies based on that.
+"""Short answers: when two are equal, the accuracies based on that, and calibration of yes or no.
 
 The rules for "the same" follow the VQA challenge: case, articles, punctuation and apostrophes do
 not count, and small numbers in words are digits.
@@ -7,7 +7,7 @@ not count, and small numbers in words are digits.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,9 +15,16 @@ import numpy as np
 from cafe.errors import DataError
 
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
-__all__ = ["answer_accuracy", "consensus_accuracy", "normalise_answer"]
+__all__ = [
+    "CALIBRATION_BINS",
+    "answer_accuracy",
+    "calibration_columns",
+    "calibration_summary",
+    "consensus_accuracy",
+    "normalise_answer",
+]
 
 _NUMBERS = {
     word: str(value)
@@ -110,3 +117,49 @@ def _normalised(
             raise DataError(f"question {i} has no answer, or an empty one; remove it")
         expected.append(forms)
     return [normalise_answer(prediction) for prediction in predictions], expected
+
+
+# ---------------------------------------------------------------------- calibration
+
+CALIBRATION_BINS = 10
+"""Bins of equal width, as in Guo et al. (arXiv 1706.04599), there 15."""
+
+
+def calibration_columns(
+    log_odds: Float[np.ndarray, "n k"], right: Bool[np.ndarray, "n k"]
+) -> Float[np.ndarray, "n bins"]:
+    """What `calibration_summary` needs of each sample, to be summed over samples.
+
+    Args:
+        log_odds: of "yes", for the k statements of each sample.
+        right: whether each statement is true.
+
+    Returns:
+        P("yes") - truth, summed over the sample's statements whose P("yes") lies in the bin.
+    """
+    probability = 0.5 * (1 + np.tanh(np.asarray(log_odds, dtype=np.float64) / 2))
+    bins = np.minimum((probability * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    columns = np.zeros((len(probability), CALIBRATION_BINS))
+    samples = np.broadcast_to(np.arange(len(probability))[:, None], bins.shape)
+    np.add.at(columns, (samples, bins), probability - right)
+    return columns
+
+
+def calibration_summary(
+    sums: Mapping[str, Float[np.ndarray, " ..."]],
+) -> dict[str, Float[np.ndarray, " ..."]]:
+    """The expected calibration error (arXiv 1706.04599, eq. 3) of yes/no probabilities.
+
+        sum over bins of |mean P("yes") - share of true statements| x share of statements in the bin
+
+    The published number bins the confidence in the predicted answer; for two answers whose errors
+    are symmetric both agree. Here P("yes") itself is binned, so that too many a "yes" shows.
+
+    Args:
+        sums: of `calibration` ([..., bins], `calibration_columns`), and of `judged` ([...], the
+            number of statements); leading axes are resamples.
+
+    Returns:
+        match_ece, [...].
+    """
+    return {"match_ece": np.abs(sums["calibration"]).sum(axis=-1) / sums["judged"]}

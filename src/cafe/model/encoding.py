@@ -16,7 +16,7 @@ from cafe.model.quantization import PRECISIONS, EmbeddingPrecision, quantized
 from cafe.model.rows.inputs import Inputs, as_messages, is_many
 from cafe.model.workers import ModelSource, encode_on
 from cafe.progress import progress_bar
-from cafe.types import Conversation
+from cafe.types import Conversation, thought_about
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Encoding:
     ranges: np.ndarray | None
     caption: bool | Sequence[str | None]
     caption_weight: float
+    think: int | Sequence[str | None]
     devices: Sequence[str | torch.device]
     show_progress_bar: bool
 
@@ -63,6 +64,7 @@ def encode_inputs(
     width = options.width(model.embedding_dimension)
     conversations = as_messages(inputs)
     captions = _captions(model, conversations, options)
+    conversations = _thoughtful(model, conversations, options)
     everything = inputs_and_captions(conversations, captions)
     with progress_bar("encode", len(everything), show=options.show_progress_bar, stays=True) as bar:
         asked = (everything, options.batch_size, options.prompt_name)
@@ -78,6 +80,27 @@ def encode_inputs(
         compact = quantized(vectors.cpu().numpy(), options.precision, options.ranges)
         vectors = torch.from_numpy(compact)
     return vectors.to(device)
+
+
+def _thoughtful(
+    model: InferenceModel, conversations: list[Conversation], options: Encoding
+) -> list[Conversation]:
+    """Each input followed by the thought about it, as given, or as the model writes it."""
+    think = options.think
+    if isinstance(think, int):
+        if think < 0:
+            raise ValueError(f"think={think}: use the largest number of tokens of a thought")
+        if not think:
+            return conversations
+        think = write_captions(model, conversations, options.batch_size, think)
+    if options.caption is not False:
+        raise ValueError("caption and think are two ways to use the same text; choose one")
+    if len(think) != len(conversations):
+        raise ValueError(f"think: {len(think)} thoughts for {len(conversations)} inputs")
+    return [
+        thought_about(conversation, thought) if thought and thought.strip() else conversation
+        for conversation, thought in zip(conversations, think, strict=True)
+    ]
 
 
 def _captions(

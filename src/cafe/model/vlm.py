@@ -226,6 +226,7 @@ class CAFe(nn.Module):
         ranges: np.ndarray | None = None,
         caption: bool | Sequence[str | None] = False,
         caption_weight: float = CAPTION_WEIGHT,
+        think: int | Sequence[str | None] = 0,
         convert_to_tensor: bool = False,
         devices: Sequence[str | torch.device] = (),
         show_progress_bar: bool = False,
@@ -236,7 +237,7 @@ class CAFe(nn.Module):
         (2, 256)
 
         Args:
-            inputs: one or several. A list of chat messages is one input: a conversation.
+            inputs: one or several. A list of chat messages is one input.
             batch_size: inputs per forward.
             normalize: to unit length, after truncation.
             truncate_dim: keep this many leading coordinates (Matryoshka).
@@ -247,9 +248,10 @@ class CAFe(nn.Module):
                 the model writes of it, which finds more (`cafe.model.captions`). Or the captions,
                 one string or None for each input (`write_captions`).
             caption_weight: the caption's share of that average, 0 to 1.
+            think: read the embedding of an image after what the model says of it in at most this
+                many tokens (objective.thought_weight trains it). Or the thoughts, as `caption`.
             convert_to_tensor: return a tensor on the model's device instead of an array.
-            devices: run a process with a copy of the model on each (["cuda:0", "cuda:1"]); empty:
-                use this process.
+            devices: a process with a copy of the model on each (["cuda:0", …]); empty: this one.
             show_progress_bar: on stderr.
 
         Returns:
@@ -262,7 +264,7 @@ class CAFe(nn.Module):
         self._trained_prompts.check(prompt_name)
         options = Encoding(
             batch_size, normalize, truncate_dim, prompt_name, precision, ranges, caption,
-            caption_weight, devices, show_progress_bar,
+            caption_weight, think, devices, show_progress_bar,
         )  # fmt: skip
         device = self.device if convert_to_tensor else torch.device("cpu")
         vectors = encode_inputs(self, self.source, inputs, options, device)
@@ -284,8 +286,7 @@ class CAFe(nn.Module):
         >>> model.generate({"image": image, "text": "Is there a dog in the picture?"})
         'no'
 
-        A model with FlexAttention generates with SDPA: its configuration is changed for that time,
-        and restored (`cafe.model.attention.SdpaWhileGenerating`).
+        A model with FlexAttention generates with SDPA (`cafe.model.attention`).
 
         Args:
             messages: a string, image, {"text", "image"} dict, chat messages, or a list of these.
@@ -338,8 +339,7 @@ class CAFe(nn.Module):
         >>> model.score(image, ["a dog", "an empty scene"]).round(2)  # as in `generate`
         array([0.01, 0.04], dtype=float32)
 
-        Texts about one image share its features and its tokens. To order search results, use
-        `rerank`, which also weighs the embeddings.
+        `rerank`, which also weighs the embeddings, orders search results better.
 
         Args:
             query: one image, with texts as candidates; or a text, with images as candidates

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cafe.errors import RecipeError
-from cafe.recipes.tree import DataSource, Recipe, Section, parse_yaml
+from cafe.recipes.tree import DataSource, Recipe, Section
+from cafe.recipes.yaml_text import parse_yaml
 
 _SECTIONS = (
     "objective",
@@ -135,9 +136,9 @@ def _anchor_data_paths(tree: dict[str, Any], folder: Path) -> None:
     """Make data paths relative to `folder` absolute. Wrong types are left to validation."""
     sources = tree.get("data")
     for source in sources if isinstance(sources, list) else []:
-        for key in ("path", "image_root"):
+        for key, name in (("path", "hub:"), ("image_root", "hub:"), ("thoughts", "answers")):
             value = source.get(key) if isinstance(source, dict) else None
-            if isinstance(value, str) and value and not value.startswith("hub:"):
+            if isinstance(value, str) and value and not value.startswith(name):
                 source[key] = str((folder / Path(value).expanduser()).absolute())
 
 

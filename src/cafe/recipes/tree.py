@@ -2,18 +2,13 @@
 
 Values are strict: `seed: "3"` is an error, not 3. Sections are frozen; a variant of a recipe is a
 new recipe (`load_recipe` with overrides).
-
-In the YAML of a recipe `1e-3` is a number, and a key that is written twice is an error: PyYAML
-follows YAML 1.1, where `1e-3` (no dot) is a string, and keeps the last of two equal keys.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,6 +18,8 @@ from pydantic import (
     Strict,
     model_validator,
 )
+
+from cafe.recipes.yaml_text import to_yaml
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -80,6 +77,10 @@ class DataSource(Section):
     embedding_prompt: Literal["compress", "none"] | None = None
     """Prompt appended to both sides of a pair. None: none if records have instructions (mmeb,
     conversations as pairs), else "Compress … in one word:"."""
+    thoughts: Name | None = None
+    """What the model says of an image before its embedding is read, for objective.thought_weight:
+    "answers" (the first answer about it), or a file that `cafe think` wrote, relative to the
+    recipe's folder. None: nothing."""
     columns: dict[Name, Name] | None = None
     """Column names of the format -> those of this data set, e.g. {image: photo, text: title}."""
     split: Name | None = None
@@ -115,6 +116,9 @@ class Objective(Section):
     """Weight of the match question ("Does the image show …?") about each pair of an image and a
     text, and about the wrong text and image that its embeddings are nearest to; it trains what
     `rerank` asks. 0 is off."""
+    thought_weight: NotNegative = 0.0
+    """Weight of a second contrastive loss, of embeddings that are read after the model has said
+    something about the input (`data.*.thoughts`); for `encode(think=…)`. 0 is off."""
     contrastive: Literal["info_nce", "sigmoid"] = "info_nce"
     """info_nce: softmax over the batch (CAFe). sigmoid: each pair independently (SigLIP)."""
     temperature: Positive = 0.05
@@ -139,8 +143,14 @@ class Objective(Section):
                 "match_weight needs embeddings, which find the wrong pairs to ask about; set "
                 "contrastive_weight above 0, or match_weight: 0"
             )
-        if self.match_weight and self.compat == "official":
-            raise ValueError("compat is official, which has no match question; set match_weight: 0")
+        for name in ("match_weight", "thought_weight"):
+            if getattr(self, name) and self.compat == "official":
+                raise ValueError(f"compat is official, which has no {name}; set {name}: 0")
+        if self.thought_weight and not self.contrastive_weight:
+            raise ValueError(
+                "thought_weight is that of a second contrastive loss; set contrastive_weight above "
+                "0, or thought_weight: 0"
+            )
         return self
 
 
@@ -318,6 +328,12 @@ class Recipe(Section):
     def _check_data(self) -> Self:
         if sum(source.weight for source in self.data) == 0:
             raise ValueError("data: every weight is 0; give one source a positive weight")
+        thinks = any(source.thoughts is not None for source in self.data)
+        if thinks != (self.objective.thought_weight > 0):
+            raise ValueError(
+                "data.*.thoughts and objective.thought_weight go together; set "
+                + ("thought_weight above 0" if thinks else "thoughts of a source, e.g. answers")
+            )
         return self
 
     @model_validator(mode="after")
@@ -360,38 +376,3 @@ class Recipe(Section):
     def save(self, path: Path) -> None:
         """Write `dump()` to `path`, which is then itself a recipe."""
         path.write_text(self.dump(), encoding="utf-8")
-
-
-# ---------------------------------------------------------------------- YAML
-
-_FLOAT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+\Z")
-
-
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} is written twice", key_node.start_mark
-                )
-            seen.add(key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Knows what the loader reads as a number, so that it quotes the string `1e-3`."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
-
-
-def parse_yaml(text: str) -> Any:
-    """The value of the YAML `text`. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
-
-
-def to_yaml(tree: dict[str, Any]) -> str:
-    """`tree` as YAML, keys in order; `parse_yaml` returns it unchanged."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

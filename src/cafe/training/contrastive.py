@@ -7,15 +7,18 @@ negatives, and once within a run whose loss does not move.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from cafe.model.rows.chunk import Chunk
 from cafe.objective import clamped_temperature, info_nce, sigmoid_loss
 from cafe.recipes import Objective, Recipe
 from cafe.training.data import TrainingData
+from cafe.training.distributed import gather_around, gather_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -35,6 +38,7 @@ class ContrastiveBatch:
     negative_ids   of the hard negatives, by their content
     query_ids      of the queries, by their content
     content_ids    of the targets, by their content
+    query_after, target_after   both sides as they are embedded after a thought, where there is one
     """
 
     query: Float[Tensor, "pairs dim"]
@@ -44,6 +48,62 @@ class ContrastiveBatch:
     negative_ids: Int64[Tensor, " negatives"]
     query_ids: Int64[Tensor, " pairs"]
     content_ids: Int64[Tensor, " pairs"]
+    query_after: Float[Tensor, "pairs dim"] | None = None
+    target_after: Float[Tensor, "pairs dim"] | None = None
+
+    def after_thoughts(self) -> ContrastiveBatch:
+        """The same pairs, with the embeddings after a thought in place of those without."""
+        if self.query_after is None or self.target_after is None:
+            return self
+        return replace(self, query=self.query_after, target=self.target_after)
+
+
+def gathered_batch(
+    chunks: Sequence[Chunk], embeddings: Sequence[Float[Tensor, "e dim"]]
+) -> ContrastiveBatch:
+    """The embeddings of all chunks and ranks; gradient flows to this rank's only.
+
+    Args:
+        chunks: this rank's, without rows.
+        embeddings: of each chunk, in the order of `Rows.pooled`.
+    """
+    device = embeddings[0].device
+    parts = [_sides(chunk, e) for chunk, e in zip(chunks, embeddings, strict=True)]
+    query, target, negatives, *after = (
+        gather_around(torch.cat(side)) for side in zip(*parts, strict=True)
+    )
+    own = [torch.stack([c.query_ids, c.target_ids, c.content_ids], dim=1) for c in chunks]
+    query_ids, target_ids, content_ids = torch.cat(gather_rows(torch.cat(own).to(device))).unbind(1)
+    negative_ids = torch.cat([chunk.negative_ids for chunk in chunks]).to(device)
+    return ContrastiveBatch(
+        query=query,
+        target=target,
+        negatives=negatives,
+        target_ids=target_ids,
+        query_ids=query_ids,
+        content_ids=content_ids,
+        negative_ids=torch.cat(gather_rows(negative_ids)),
+        query_after=after[0],
+        target_after=after[1],
+    )
+
+
+def _sides(chunk: Chunk, embeddings: Tensor) -> tuple[Tensor, ...]:
+    """Queries, targets, negatives; queries and targets after their thoughts."""
+    counts = (
+        chunk.pairs,
+        chunk.pairs,
+        len(chunk.negative_ids),
+        len(chunk.query_thoughts),
+        len(chunk.target_thoughts),
+    )
+    query, target, negatives, *after = embeddings.split(counts)
+    thoughts = (chunk.query_thoughts, chunk.target_thoughts)
+    replaced = (
+        side.index_copy(0, numbers.to(side.device), own)
+        for side, numbers, own in zip((query, target), thoughts, after, strict=True)
+    )
+    return query, target, negatives, *replaced
 
 
 class ContrastiveLoss(nn.Module):

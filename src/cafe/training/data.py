@@ -13,6 +13,7 @@ from cafe.data.fingerprint import fingerprint
 from cafe.data.quarantine import Quarantine
 from cafe.data.read import read_examples
 from cafe.data.records import ReadOptions, Records
+from cafe.data.thoughts import with_thoughts
 from cafe.errors import DataError
 from cafe.model.rows.official import official_example
 from cafe.recipes import DataSource, Objective, Recipe
@@ -59,6 +60,9 @@ def load_data(recipe: Recipe, quarantine: Quarantine, *, index: Path | None = No
         records = _records(source, quarantine, index)
         origin[f"the data of data.{number}"] = fingerprint(records.examples)
         changes[source.path] = records.changes
+        if source.thoughts is not None and recipe.objective.thought_weight > 0:
+            thoughtful = with_thoughts(records.examples, source.thoughts, records.changes)
+            records = replace(records, examples=thoughtful)
         sources.append(_trained(source, records, recipe.objective))
     examples = ExampleSet.build(sources, merge_by_image=recipe.merge_by_image)
     plan = examples.plan(recipe.batch.examples, recipe.seed)

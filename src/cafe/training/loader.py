@@ -211,6 +211,7 @@ def check_answers_labelled(steps: Steps) -> None:
 def text_length(example: Example) -> int:
     """Number of characters in all texts of the example."""
     sides: list[Conversation] = [s for s in (example.query, example.target) if s is not None]
+    sides += [s for s in (example.query_thought, example.target_thought) if s is not None]
     conversations = (*sides, *example.negatives, *example.dialogues)
     return sum(len(message.text) for turns in conversations for message in turns)
 

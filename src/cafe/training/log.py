@@ -39,9 +39,10 @@ class StepRecord:
     """One optimizer step.
 
     step                 number of finished steps, this one included
-    loss                 weighted sum of the contrastive, the language and the match loss
+    loss                 weighted sum of all losses
     contrastive          contrastive loss of the whole batch
     language             nats per labelled token of the whole batch
+    thought              contrastive loss of the embeddings after a thought; None: not trained
     match                cross-entropy of the match questions; None when they are not trained
     temperature          None when it is not learned
     gradient_norm        before clipping
@@ -65,6 +66,7 @@ class StepRecord:
     data_wait_share: float
     seconds: float
     padding: float | None = None
+    thought: float | None = None
     match: float | None = None
     temperature: float | None = None
 
@@ -187,9 +189,10 @@ class Reporter:
 
 
 def _summary(record: StepRecord) -> str:
-    match = "" if record.match is None else f", match {record.match:.3f}"
+    others = (("thought", record.thought), ("match", record.match))
+    more = "".join(f", {name} {value:.3f}" for name, value in others if value is not None)
     return (
         f"loss {record.loss:.3f} (contrastive {record.contrastive:.3f}, "
-        f"language {record.language:.3f}{match})  {record.examples_per_second:,.1f} examples/s  "
+        f"language {record.language:.3f}{more})  {record.examples_per_second:,.1f} examples/s  "
         f"{record.tokens_per_second:,.0f} tokens/s"
     )

@@ -203,6 +203,7 @@ class Loop:
         """The record of the step that was just done."""
         objective = self.step.objective
         contrastive, language = float(metrics.contrastive), float(metrics.language)
+        thought = None if metrics.thought is None else float(metrics.thought)
         match = None if metrics.match is None else float(metrics.match)
         row_tokens = sum_over_ranks(metrics.row_tokens, self.state.device)
         padding = sum_over_ranks(metrics.padding, self.state.device)
@@ -213,9 +214,11 @@ class Loop:
             step=done + 1,
             loss=objective.contrastive_weight * contrastive
             + objective.language_weight * language
+            + objective.thought_weight * (thought or 0.0)
             + objective.match_weight * (match or 0.0),
             contrastive=contrastive,
             language=language,
+            thought=thought,
             match=match,
             gradient_norm=norm,
             learning_rate=self.recipe.optimizer.learning_rate * self._rate_share(done),

@@ -48,11 +48,9 @@ from cafe.objective import (
 )
 from cafe.recipes import Objective
 from cafe.training.chunks import StepChunks, planned_pairs
-from cafe.training.contrastive import ContrastiveBatch, ContrastiveLoss
+from cafe.training.contrastive import ContrastiveBatch, ContrastiveLoss, gathered_batch
 from cafe.training.distributed import (
     add_over_ranks,
-    gather_around,
-    gather_rows,
     max_over_ranks,
     sum_over_ranks,
     world_size,
@@ -70,6 +68,7 @@ class StepMetrics:
 
     contrastive   the contrastive loss of the whole batch (all ranks); 0 without pairs
     language      nats per labelled token, over all ranks
+    thought       the contrastive loss of the embeddings after a thought; None: none are trained
     match         cross-entropy of the match questions of all ranks, in nats; None: none are trained
     tokens        labelled tokens of the batch, over all ranks
     pairs         contrastive pairs of the batch, over all ranks
@@ -80,6 +79,7 @@ class StepMetrics:
 
     contrastive: Float[Tensor, ""]
     language: Float[Tensor, ""]
+    thought: Float[Tensor, ""] | None
     match: Float[Tensor, ""] | None
     tokens: int
     pairs: int
@@ -188,9 +188,9 @@ class TrainingStep:
             read = self._forward(chunk, rows)
         contrasts = self.objective.contrastive_weight > 0 and pairs > 0
         batch, leaves = self._batch(totals.chunks, [read.embedding.detach()], contrasts)
-        contrastive = self._contrast(batch)
+        contrast = self._contrast(batch)
         value = self._backward(read, leaves[0].grad, count)
-        return self._metrics(totals, contrastive, read.nll.detach(), (tokens, pairs), [value])
+        return self._metrics(totals, contrast, read.nll.detach(), (tokens, pairs), [value])
 
     def _cached(self, chunks: Sequence[Chunk] | StepChunks, most: int) -> StepMetrics:
         """Several chunks: embed all, contrast, then a second pass with gradient, chunk by chunk."""
@@ -204,7 +204,7 @@ class TrainingStep:
             embeddings.append(self._embed(chunk) if embeds else torch.zeros(0, 0))
         pairs, tokens, count = self._counts(totals)
         batch, leaves = self._batch(totals.chunks, embeddings, embeds and pairs > 0)
-        contrastive = self._contrast(batch)
+        contrast = self._contrast(batch)
         plan = self.matcher.plan(totals.chunks, batch) if self.matcher and batch else None
         sums, matches, values = [], [], []
         for i, chunk in enumerate(self.padded_chunks(chunks, most)):
@@ -219,7 +219,7 @@ class TrainingStep:
             matches += [] if read.match is None else [read.match.detach()]
         nll, values = torch.stack(sums).sum(), values[: len(chunks)]
         match = torch.stack([*matches, nll.new_zeros(())]).sum() if self.matcher else None
-        return self._metrics(totals, contrastive, nll, (tokens, pairs), values, match)
+        return self._metrics(totals, contrast, nll, (tokens, pairs), values, match)
 
     def _asked_rows(
         self, chunk: Chunk, questions: Sequence[MatchQuestion]
@@ -240,7 +240,7 @@ class TrainingStep:
     @staticmethod
     def _metrics(
         totals: _Totals,
-        contrastive: Tensor,
+        contrast: tuple[Tensor, Tensor | None],
         nll: Tensor,
         counts: tuple[int, int],
         values: list[Tensor],
@@ -249,7 +249,8 @@ class TrainingStep:
         """`nll`, `match` are this rank's; `counts` are labelled tokens and pairs of all ranks."""
         tokens, pairs = counts
         return StepMetrics(
-            contrastive=contrastive,
+            contrastive=contrast[0],
+            thought=contrast[1],
             language=add_over_ranks(nll) / max(tokens, 1),
             match=None if match is None else add_over_ranks(match),
             tokens=tokens,
@@ -278,21 +279,32 @@ class TrainingStep:
     ) -> tuple[ContrastiveBatch | None, list[Tensor]]:
         """The batch of all ranks (None: nothing contrasts); the leaves that get its gradient."""
         leaves = [embedding.requires_grad_(contrasts) for embedding in embeddings]
-        return (_gathered(chunks, leaves) if contrasts else None), leaves
+        if not contrasts:
+            return None, leaves
+        with torch.enable_grad():
+            return gathered_batch(chunks, leaves), leaves
 
-    def _contrast(self, batch: ContrastiveBatch | None) -> Tensor:
-        """The contrastive loss; the leaves get the weighted loss's gradient.
+    def _contrast(self, batch: ContrastiveBatch | None) -> tuple[Tensor, Tensor | None]:
+        """The contrastive loss, and that of thoughts; the leaves get the weighted sum's gradient.
 
         Every rank computes the same loss, so its own parameters (temperature, bias) get the same
         gradient everywhere without averaging.
         """
+        weight, nothing = (
+            self.objective.thought_weight,
+            torch.zeros((), device=self.unwrapped.device),
+        )
         if batch is None:
-            return torch.zeros((), device=self.unwrapped.device)
+            return nothing, nothing if weight > 0 else None
         with torch.enable_grad():
             loss = self.contrast(batch)
             share = contrastive_share(self.objective.compat, world_size())
-            (loss * (self.objective.contrastive_weight * share)).backward()
-        return loss.detach()
+            total, thought = self.objective.contrastive_weight * share * loss, None
+            if weight > 0:
+                thought = self.contrast(batch.after_thoughts())
+                total = total + weight * thought
+            total.backward()
+        return loss.detach(), None if thought is None else thought.detach()
 
     def _backward(self, read: _Read, gradient: Tensor | None, tokens: int) -> Tensor:
         """Backpropagate one chunk: <embedding, gradient> stands in for the contrastive term."""
@@ -343,24 +355,3 @@ class TrainingStep:
     def _pooled(hidden: Tensor, rows: Rows) -> Tensor:
         pooled = hidden.flatten(0, 1)[rows.pooled]
         return pooled if pooled.dtype == torch.float64 else pooled.float()
-
-
-def _gathered(chunks: Sequence[Chunk], embeddings: Sequence[Tensor]) -> ContrastiveBatch:
-    """The embeddings of all chunks and ranks; gradient flows to this rank's only."""
-    device = embeddings[0].device
-    query, target, negatives = [], [], []
-    for chunk, e in zip(chunks, embeddings, strict=True):
-        query.append(e[: chunk.pairs])
-        target.append(e[chunk.pairs : 2 * chunk.pairs])
-        negatives.append(e[2 * chunk.pairs :])
-    own = [torch.stack([c.query_ids, c.target_ids, c.content_ids], dim=1) for c in chunks]
-    query_ids, target_ids, content_ids = torch.cat(gather_rows(torch.cat(own).to(device))).unbind(1)
-    return ContrastiveBatch(
-        query=gather_around(torch.cat(query)),
-        target=gather_around(torch.cat(target)),
-        negatives=gather_around(torch.cat(negatives)),
-        target_ids=target_ids,
-        query_ids=query_ids,
-        content_ids=content_ids,
-        negative_ids=torch.cat(gather_rows(torch.cat([c.negative_ids for c in chunks]).to(device))),
-    )

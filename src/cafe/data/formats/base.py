@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cafe.data.media_paths import MediaResolver
-from cafe.data.records import Mode, ReadOptions, Record
+from cafe.data.records import Mode, ReadOptions, Record, kind
 from cafe.errors import DataError
 from cafe.types import Conversation, Example, Image, Message, Video, joined_turns, user
 
@@ -36,11 +37,36 @@ class Format:
     read: Callable[[str, Record, MediaResolver, ReadOptions], tuple[Example, ...]]
 
 
+NEGATIVES = ("negatives", "negative")
+"""Columns of hard negative captions: wrong ones that are nearly right, as in NegCLIP's data."""
+
+
+def negative_captions(record: Record) -> tuple[Conversation, ...]:
+    """The hard negatives of a record with an image and its caption.
+
+    Raises:
+        DataError: the column holds something else than text or a list of texts.
+    """
+    for name in NEGATIVES:
+        value = record.get(name)
+        texts: list[Any] = value if isinstance(value, list) else [value]
+        for text in texts:
+            if text is not None and not isinstance(text, str):
+                raise DataError(f"{name!r} holds {kind(text)}, expected text or a list of texts")
+        if filled := [text.strip() for text in texts if text and text.strip()]:
+            return tuple(user(text) for text in dict.fromkeys(filled))
+    return ()
+
+
 # ---------------------------------------------------------------------- conversation -> example
 
 
 def conversation_example(
-    identity: str, conversation: Conversation, options: ReadOptions, changes: Counter[str]
+    identity: str,
+    conversation: Conversation,
+    options: ReadOptions,
+    changes: Counter[str],
+    negatives: tuple[Conversation, ...] = (),
 ) -> Example:
     """A conversation that has an answer, read in one of the three modes.
 
@@ -49,6 +75,7 @@ def conversation_example(
         conversation: As the file has it.
         options: The mode, and how turns are read.
         changes: Counts what is changed so that questions and answers alternate (`alternating`).
+        negatives: Hard negative captions, for the mode "caption".
 
     Raises:
         DataError: The conversation does not fit the mode.
@@ -68,6 +95,7 @@ def conversation_example(
         identity,
         query=user(*shown),
         target=user(text),
+        negatives=negatives,
         dialogues=dialogues if options.language_loss else (),
         target_id=text,
         task=options.task,

@@ -7,6 +7,7 @@ in `cafe.data.tables.captions` and `cafe.data.tables.published` are like the las
     0001.jpg + 0001.txt
     {"image": {"bytes": …, "path": …}, "caption": ["A red mug.", "A mug on a table."]}
 
+A column `negatives` holds wrong captions that are nearly right, as texts (hard negatives).
 Several captions of an image give as many examples, none of which is a negative of another. In a
 dialogue the caption answers a fixed request. Format of the folder:
 https://huggingface.co/docs/datasets/image_load#imagefolder.
@@ -17,7 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 from cafe.data.columns import CAPTION, IMAGE
-from cafe.data.formats.base import Format
+from cafe.data.formats.base import NEGATIVES, Format, negative_captions
 from cafe.data.media_paths import MediaResolver, media_value
 from cafe.data.records import ReadOptions, Record, kind
 from cafe.errors import DataError
@@ -34,6 +35,7 @@ def _read(
         raise DataError("it has no image")
     captions = _captions(media_value(record, *CAPTION))
     several = len(captions) > 1
+    negatives = negative_captions(record)
     examples: list[Example] = []
     for number, caption in enumerate(captions, 1):
         name = f"{identity}-{number}" if several else identity
@@ -46,6 +48,7 @@ def _read(
                 name,
                 query=user(*shown),
                 target=user(caption),
+                negatives=negatives,
                 dialogues=(dialogue,) if options.language_loss else (),
                 target_id=identity if several else caption,
                 task=options.task,
@@ -69,7 +72,7 @@ def _captions(value: object) -> list[str]:
 CAPTIONS = Format(
     name="captions",
     layout="image (or file_name), caption (or text)",
-    columns=frozenset({*IMAGE, *CAPTION, "id"}),
+    columns=frozenset({*IMAGE, *CAPTION, *NEGATIVES, "id"}),
     fits=lambda columns: (
         bool(columns & {*IMAGE}) and bool(columns & {*CAPTION}) and not columns & _OTHERS
     ),

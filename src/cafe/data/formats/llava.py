@@ -8,6 +8,7 @@ One record, from LLaVA's own pretraining data:
     ]}
 
 `image` is a path, a list of paths (also named `images`), or absent; so is `video` (`videos`).
+`negatives`, of this project, is a list of wrong captions that are nearly right (mode: caption).
 In pair mode the question is the query and the answer the target, which may show an image: so the
 published code writes MMEB. Formats: https://github.com/haotian-liu/LLaVA,
 docs/Finetune_Custom_Data.md; https://github.com/hiyouga/LLaMA-Factory, data/README.md.
@@ -15,7 +16,12 @@ docs/Finetune_Custom_Data.md; https://github.com/hiyouga/LLaMA-Factory, data/REA
 
 from __future__ import annotations
 
-from cafe.data.formats.base import Format, conversation_example
+from cafe.data.formats.base import (
+    NEGATIVES,
+    Format,
+    conversation_example,
+    negative_captions,
+)
 from cafe.data.formats.turns import ListedMedia, read_conversation
 from cafe.data.media_paths import MediaResolver, media_value
 from cafe.data.records import ReadOptions, Record
@@ -36,13 +42,14 @@ def _read(
         field="conversations",
         answers_show=options.mode == "pair",
     )
-    return (conversation_example(identity, conversation, options, media.changes),)
+    negatives = negative_captions(record) if options.mode == "caption" else ()
+    return (conversation_example(identity, conversation, options, media.changes, negatives),)
 
 
 LLAVA = Format(
     name="llava",
     layout="conversations, image",
-    columns=frozenset({"conversations", "image", "images", "video", "videos", "id"}),
+    columns=frozenset({"conversations", "image", "images", "video", "videos", "id", *NEGATIVES}),
     fits=lambda columns: "conversations" in columns,
     modes=("caption", "chat", "pair"),
     pair_prompt="none",

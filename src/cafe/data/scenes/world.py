@@ -49,7 +49,7 @@ _TEST_HELD_OUT_SHARE = 0.5  # of the test scenes with two or more objects, those
 _NOISE_SIGMA = 6.0  # of 255: enough that no two images share their flat areas
 _SCENES_PER_SEED = 10**9
 _SPLIT_CODES: dict[Split, int] = {"train": 1, "test": 2}
-_STREAM_CODES = {"scene": 1, "noise": 2, "language": 3}
+_STREAM_CODES = {"scene": 1, "noise": 2, "language": 3, "negatives": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Scene:
 
 
 def random_stream(seed: int, split: Split, purpose: str) -> np.random.Generator:
-    """The random numbers of one scene for one purpose: "scene", "noise" or "language"."""
+    """The random numbers of one scene for one purpose, one of `_STREAM_CODES`."""
     return np.random.default_rng([_SPLIT_CODES[split], _STREAM_CODES[purpose], seed])
 
 

@@ -3,7 +3,8 @@ r"""Scenes → a folder: images, captions and questions as LLaVA JSON, and the e
 images/000000.png
 captions.json    [{"id": "000000", "image": "images/000000.png", "conversations": [
                      {"from": "human", "value": "<image>\nDescribe this image."},
-                     {"from": "gpt", "value": "A big cat at the top left."}]}]
+                     {"from": "gpt", "value": "A big cat at the top left."}],
+                   "negatives": ["A big cat at the top right."]}]      (if there are any)
 questions.json   the same with several turns, id "000000-questions", and "kinds": the kind of each
                  question
 truth.jsonl      {"id": "000000", "image": "images/000000.png", "seed": 0, "split": "train",
@@ -12,6 +13,7 @@ truth.jsonl      {"id": "000000", "image": "images/000000.png", "seed": 0, "spli
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
@@ -21,8 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cafe.data.scenes.language import caption
-from cafe.data.scenes.questions import questions
+from cafe.data.scenes.questions import near_miss, questions
 from cafe.data.scenes.world import (
     Scene,
     SceneObject,
@@ -62,6 +66,7 @@ def write_scenes(
     questions_per_scene: int = 6,
     progress: Callable[[int], None] | None = None,
     processes: int = 1,
+    negatives_per_scene: int = 0,
 ) -> None:
     """Write scenes into the folder `out`, which appears only when complete.
 
@@ -74,6 +79,7 @@ def write_scenes(
         progress: Called after each scene with the number of scenes written.
         processes: Number of processes that draw; the bytes are the same. A script that asks for
             more than one needs `if __name__ == "__main__":`.
+        negatives_per_scene: At most this many captions with one error each, as hard negatives.
 
     Raises:
         DataError: `out` exists and is not an empty folder.
@@ -82,7 +88,7 @@ def write_scenes(
         raise DataError(f"{out} exists and is not an empty folder; name a new one or remove it")
     with whole_directory(out, sync=False) as unfinished:
         (unfinished / "images").mkdir()
-        write = _SceneWriter(unfinished, seed, split, questions_per_scene)
+        write = _SceneWriter(unfinished, seed, split, questions_per_scene, negatives_per_scene)
         _write_into(unfinished, count, write, processes, progress or (lambda _: None))
 
 
@@ -147,10 +153,12 @@ class _SceneWriter:
     seed: int
     split: Split
     questions_per_scene: int
+    negatives_per_scene: int
 
     def __call__(self, index: int) -> _Written:
         scene = sample_scene(scene_seed(self.seed, index), self.split)
         rng = random_stream(scene.seed, self.split, "language")
+        wording = copy.deepcopy(rng)
         name, image, text = f"{index:06d}", f"images/{index:06d}.png", caption(scene, rng)
         draw(scene).save(self.folder / image, compress_level=1)  # noise hardly compresses
         turns = questions(scene, rng, self.questions_per_scene)
@@ -159,7 +167,21 @@ class _SceneWriter:
             record = _record(f"{name}-questions", image, [(q.text, q.answer) for q in turns])
             asked = {**record, "kinds": [q.kind for q in turns]}
         line = {"id": name, "image": image, **asdict(scene), "caption": text}
-        return line, _record(name, image, [(CAPTION_REQUEST, text)]), asked
+        record = _record(name, image, [(CAPTION_REQUEST, text)])
+        if wrong := self._negatives(scene, text, wording):
+            record["negatives"] = wrong
+        return line, record, asked
+
+    def _negatives(self, scene: Scene, text: str, wording: np.random.Generator) -> list[str]:
+        """Captions in the same words as `text`, each with one error."""
+        rng = random_stream(scene.seed, self.split, "negatives")
+        wrong: dict[str, None] = {}
+        for _ in range(4 * self.negatives_per_scene):
+            if len(wrong) == self.negatives_per_scene:
+                break
+            wrong[caption(near_miss(scene, rng), copy.deepcopy(wording))] = None
+            wrong.pop(text, None)
+        return list(wrong)
 
 
 def _record(name: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -23,7 +23,19 @@ if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is import
 Orders = Callable[[np.ndarray], tuple[list[int], list[int]]]
 """Keys of rows -> the images, and the videos, of their runs of placeholders, in order."""
 
-SequenceRole = Literal["query", "target", "negative", "answer", "question"]
+SequenceRole = Literal[
+    "query", "target", "negative", "query_thought", "target_thought", "answer", "question"
+]
+
+
+EMBEDDED: tuple[SequenceRole, ...] = (
+    "query",
+    "target",
+    "negative",
+    "query_thought",
+    "target_thought",
+)
+"""What an embedding is read from, in the order of `Rows.pooled`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +132,9 @@ def _token_indices(rows: Sequence[Row], order: np.ndarray, width: int) -> list[n
 
 
 def embedding_order(groups: Sequence[Sequence[ReadSequence]]) -> list[int]:
-    """Indices of the queries, then the targets, then the negatives among all sequences."""
+    """Indices of the queries, targets, negatives and thoughts, in this order."""
     roles = [s.role for group in groups for s in group]
-    wanted: tuple[SequenceRole, ...] = ("query", "target", "negative")
-    return [i for role in wanted for i, own in enumerate(roles) if own == role]
+    return [i for role in EMBEDDED for i, own in enumerate(roles) if own == role]
 
 
 def concatenated(arrays: Sequence[np.ndarray]) -> Int[np.ndarray, " n"]:

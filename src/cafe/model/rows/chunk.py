@@ -25,6 +25,8 @@ class Chunk:
     negative_ids    int64 [negatives], by content
     query_ids       int64 [pairs]; equal for queries of equal content
     content_ids     int64 [pairs]; the same, of targets
+    query_thoughts  int64 [q], the pairs whose query has a thought; `Rows.pooled` ends with them
+    target_thoughts  int64 [t], the same, of targets, which come last
     match           what match questions can be asked; None: they are not trained
     """
 
@@ -37,6 +39,8 @@ class Chunk:
     negative_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     query_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     content_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    query_thoughts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    target_thoughts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     match: MatchSides | None = None
 
     def to(self, device: torch.device | str) -> Self:
@@ -70,6 +74,8 @@ class Chunk:
             negative_ids=nothing,
             query_ids=nothing,
             content_ids=nothing,
+            query_thoughts=nothing,
+            target_thoughts=nothing,
             match=None,
         )
 

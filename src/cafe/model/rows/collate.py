@@ -146,6 +146,8 @@ class Collator:
             query_ids=hashes([identity(e.query) for e in pairs]),
             content_ids=hashes([identity(e.target) for e in pairs]),
             negative_ids=hashes([identity(n) for e in pairs for n in e.negatives]),
+            query_thoughts=_numbers([e.query_thought for e in pairs]),
+            target_thoughts=_numbers([e.target_thought for e in pairs]),
             match=MatchSides.of(
                 examples,
                 [[None if s is None else s.tokens for s in own] for own in questions],
@@ -177,16 +179,20 @@ class Collator:
         return PlaceholderLengths(self.processor, self.family, self.max_frames)
 
     def _sequences(self, example: Example) -> list[_Sequence]:
-        """Query, target, negatives, then every assistant turn, each a branch of the row."""
-        sides: list[tuple[SequenceRole, Conversation]] = [
-            ("negative", n) for n in example.negatives
+        """What is embedded, then every assistant turn, each a branch of the row."""
+        sides: list[tuple[SequenceRole, Conversation | None]] = [
+            ("query", example.query),
+            ("target", example.target),
+            *(("negative", negative) for negative in example.negatives),
+            ("query_thought", example.query_thought),
+            ("target_thought", example.target_thought),
         ]
-        if example.query is not None and example.target is not None:
-            sides = [("query", example.query), ("target", example.target), *sides]
         name, prompt = f"example {example.id!r}", example.embedding_prompt
         try:
             embedded = [
-                _Sequence(name, self.render.embedding(side, prompt), role) for role, side in sides
+                _Sequence(name, self.render.embedding(side, prompt), role)
+                for role, side in sides
+                if side is not None
             ]
             answers = [
                 _Sequence(name, rendered, "answer")
@@ -372,3 +378,9 @@ class _Sequence:
 
     def read(self) -> ReadSequence:
         return ReadSequence(self.tokens, self.role, self.label_at)
+
+
+def _numbers(values: Sequence[object | None]) -> Tensor:
+    """Where there is something, int64 [n]."""
+    there = [i for i, value in enumerate(values) if value is not None]
+    return torch.tensor(there, dtype=torch.long)

@@ -29,6 +29,7 @@ class EncodeOptions(TypedDict, total=False):
     ranges: np.ndarray | None
     caption: bool | Sequence[str | None]
     caption_weight: float
+    think: int | Sequence[str | None]
     devices: Sequence[str | torch.device]
     show_progress_bar: bool
 

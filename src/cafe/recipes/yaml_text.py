@@ -1,0 +1,44 @@
+"""Recipes as YAML text: numbers as people write them, and no key twice.
+
+In the YAML of a recipe `1e-3` is a number, and a key that is written twice is an error: PyYAML
+follows YAML 1.1, where `1e-3` (no dot) is a string, and keeps the last of two equal keys.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+_FLOAT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+\Z")
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is written twice", key_node.start_mark
+                )
+            seen.add(key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Knows what the loader reads as a number, so that it quotes the string `1e-3`."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of the YAML `text`. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+
+
+def to_yaml(tree: dict[str, Any]) -> str:
+    """`tree` as YAML, keys in order; `parse_yaml` returns it unchanged."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
