@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from cafe.evaluation.scenes.hallucination import (
     scenes_throne,
 )
 from cafe.evaluation.scenes.held_out import SceneItem, scene_items
+from cafe.evaluation.scenes.matching import RERANKED, scenes_match
 from cafe.evaluation.scenes.mmeb import SETS, scenes_mmeb
 from cafe.evaluation.scenes.retrieval import ONE_WORD, hard_captions, scenes_retrieval
 from cafe.evaluation.tasks.pope import pope
@@ -250,3 +252,49 @@ def test_a_silent_model_invents_nothing_and_finds_nothing(scenes):
     assert found.scores["chair_i"] == found.scores["recall"] == 0
     assert found.details["empty_replies"] == 40
     assert scenes_throne(generate, scenes).scores["overall_f1"] == 0
+
+
+# ---------------------------------------------------------------- match question
+
+
+def test_a_judge_that_knows_every_caption_repairs_a_random_order(scenes):
+    """Its gain is what is left to gain among the candidates; unsure odds are calibrated."""
+    own = {item.image.key: item.caption for item in scenes}
+
+    def odds(pairs: Sequence[tuple[Any, str]]) -> np.ndarray:
+        return np.array([9.0 if own[i.key] == text else -9.0 for i, text in pairs], np.float32)
+
+    result = scenes_match(random_unit(0), odds, 0.05, scenes)
+    scores = result.scores
+    assert scores["match_accuracy"] == 1
+    assert scores["match_ece"] < 2e-4
+    for way in ("image_to_text", "text_to_image"):
+        found = scores[f"{way}_recall@1"]
+        reranked = scores[f"{way}_reranked@1"]
+        assert scores[f"{way}_gain@1"] == pytest.approx(reranked - found)
+        assert reranked > found
+    assert len(scenes) > RERANKED, "or every candidate would be asked about"
+
+
+def test_a_judge_without_an_opinion_changes_no_order(scenes):
+    def odds(pairs: Sequence[tuple[Any, str]]) -> np.ndarray:
+        return np.zeros(len(pairs), np.float32)
+
+    scores = scenes_match(random_unit(1), odds, 0.05, scenes).scores
+    assert scores["match_accuracy"] == 0.5  # odds of 1 are a "no"
+    assert scores["match_ece"] == 0  # P = 1/2, and half of the statements are true
+    assert scores["match_word_accuracy"] == scores["match_order_accuracy"] == 0
+    assert scores["image_to_text_gain@1"] == scores["text_to_image_gain@1"] == 0
+
+
+def test_each_question_is_asked_once_and_those_about_an_image_together(scenes):
+    asked: list[tuple[Any, str]] = []
+
+    def odds(pairs: Sequence[tuple[Any, str]]) -> np.ndarray:
+        asked.extend((image.key, text) for image, text in pairs)
+        return np.zeros(len(pairs), np.float32)
+
+    scenes_match(random_unit(1), odds, 0.05, scenes)
+    assert len(set(asked)) == len(asked)
+    images = [image for image, _ in asked]
+    assert len(set(images)) == 1 + sum(a != b for a, b in itertools.pairwise(images))

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cafe.errors import DataError
-from cafe.metrics import answer_accuracy, consensus_accuracy, normalise_answer
+from cafe.metrics import (
+    CALIBRATION_BINS,
+    answer_accuracy,
+    calibration_columns,
+    calibration_summary,
+    consensus_accuracy,
+    normalise_answer,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,3 +91,26 @@ def test_bad_answers_are_one_clear_error() -> None:
             accuracy(["r"], ["red"])
     with pytest.raises(DataError, match="question 0 has 1 answer"):
         consensus_accuracy(["red"], [["red"]])
+
+
+# ---------------------------------------------------------------------- calibration
+
+
+def test_calibration_error_by_hand():
+    """Two statements at P = 3/4, of which one is true: |0.75 - 0.5| = 0.25 of both; two at 0.25."""
+    odds = np.log(3.0) * np.array([[1, 1], [-1, -1]])
+    right = np.array([[True, False], [False, False]])
+    columns = calibration_columns(odds, right)
+    assert columns.shape == (2, CALIBRATION_BINS)
+    sums = {"calibration": columns.sum(axis=0), "judged": np.array(4)}
+    assert calibration_summary(sums)["match_ece"] == pytest.approx((2 * 0.25 + 2 * 0.25) / 4)
+
+
+def test_errors_of_one_bin_cancel_and_of_two_do_not():
+    certain = calibration_columns(np.array([[0.0, 0.0]]), np.array([[True, False]]))
+    assert calibration_summary({"calibration": certain[0], "judged": np.array(2)}) == {
+        "match_ece": 0.0
+    }
+    wrong = calibration_columns(np.array([[50.0, -50.0]]), np.array([[False, True]]))
+    found = calibration_summary({"calibration": wrong[0], "judged": np.array(2)})
+    assert found["match_ece"] == pytest.approx(1.0)

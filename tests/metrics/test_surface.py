@@ -76,6 +76,8 @@ CALLS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (answers.normalise_answer, ("A dog",), {}),
     (answers.answer_accuracy, (["a"], [["a"]]), {}),
     (answers.consensus_accuracy, (["a"], [["a", "b"]]), {}),
+    (answers.calibration_columns, (SIDE, SIDE > 0), {}),
+    (answers.calibration_summary, ({"calibration": VALUES, "judged": np.array(5.0)},), {}),
     (geometry.modality_gap, (SIDE, OTHER[:2]), {}),
     (geometry.alignment, (SIDE, OTHER), {}),
     (geometry.uniformity, (SIDE,), {}),

@@ -162,4 +162,4 @@ def calibration_summary(
     Returns:
         match_ece, [...].
     """
-    return {"match_ece": np.abs(sums["calibration"]).sum(axis=-1) / sums["judged"]}
+    return {"match_ece": np.asarray(np.abs(sums["calibration"]).sum(axis=-1) / sums["judged"])}
