@@ -26,6 +26,7 @@ from cafe.model.families.base import distinct_features
 from cafe.model.hidden import features_of_rows, hidden_states
 from cafe.model.inference import Vision
 from cafe.model.last_layer import compute_last_layer_at, prepare
+from cafe.model.latent import latent_text
 from cafe.model.quantization import EmbeddingPrecision
 from cafe.model.rerank import Reranked, reranked, trained_temperature
 from cafe.model.rows.collate import Collator
@@ -80,6 +81,7 @@ class CAFe(nn.Module):
             max_tokens=int(getattr(text_config, "max_position_embeddings", 4096)),
             sharing=row_sharing(model.config, self.family),
             own_prompt=own_prompt(model.config),
+            latent=latent_text(model.config, processor.tokenizer),
         )
 
     @classmethod
@@ -103,7 +105,7 @@ class CAFe(nn.Module):
             dtype: of the weights; None: float32 on a CPU, bfloat16 on a GPU.
             device: None: a GPU where there is one.
             attention: the language model's attention kernel.
-            adapter: directory or hub id of LoRA or DoRA weights for this model.
+            adapter: directory or hub id of LoRA or DoRA weights.
 
         Raises:
             CheckpointError: there is no model, or its weights do not match its configuration.
@@ -125,7 +127,7 @@ class CAFe(nn.Module):
         >>> CAFe.from_pretrained("tiny").save_pretrained("my-model")
         >>> model = CAFe.from_pretrained("my-model")
 
-        A model with an adapter writes an adapter directory, in peft's format.
+        With an adapter it is an adapter directory, in peft's format.
         """
         save_checkpoint(self.model, self.processor, self.collator, Path(directory))
 
@@ -250,7 +252,7 @@ class CAFe(nn.Module):
             caption_weight: the caption's share of that average, 0 to 1.
             think: read the embedding of an image after what the model says of it in at most this
                 many tokens (objective.thought_weight trains it). Or the thoughts, as `caption`.
-            convert_to_tensor: return a tensor on the model's device instead of an array.
+            convert_to_tensor: return a tensor on the model's device, not an array.
             devices: a process with a copy of the model on each (["cuda:0", …]); empty: this one.
             show_progress_bar: on stderr.
 
@@ -291,13 +293,12 @@ class CAFe(nn.Module):
         Args:
             messages: a string, image, {"text", "image"} dict, chat messages, or a list of these.
             max_new_tokens: the longest answer.
-            stream: return an iterator over the pieces of one answer (without `best_of`).
+            stream: return an iterator over the pieces of one answer.
             best_of: sample this many answers (temperature 0.6 by default) and return, of these and
                 the greedy one, the answer that fits the images best (`cafe.model.best_of`).
             batch_size: conversations per forward.
-            **sampling: passed to transformers' `generate` (temperature, top_p, ...); without it,
-                or with temperature=0, decoding is greedy. Where it asks for sampling, the sampling
-                values of generation_config.json do not count.
+            **sampling: for transformers' `generate` (temperature, top_p, ...), in place of what
+                generation_config.json says; without it, or with temperature=0, greedy.
 
         Returns:
             A string, a list of strings for a list of inputs, or an iterator with `stream`.
@@ -342,8 +343,7 @@ class CAFe(nn.Module):
         `rerank`, which also weighs the embeddings, orders search results better.
 
         Args:
-            query: one image, with texts as candidates; or a text, with images as candidates
-                (otherwise a DataError).
+            query: one image, with texts as candidates; or a text, with images as candidates.
             candidates: what to judge.
             batch_size: pairs per forward.
 
@@ -373,7 +373,7 @@ class CAFe(nn.Module):
             batch_size: inputs per forward.
 
         Returns:
-            `match` (as `score`) and `posterior`, which orders best (`cafe.model.rerank`); [n] each.
+            `match` (as `score`) and `posterior`, which orders best; [n] each.
         """
         odds = inference.match_odds(self, query, candidates, batch_size).numpy()
         if cosines is None:

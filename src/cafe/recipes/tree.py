@@ -119,6 +119,9 @@ class Objective(Section):
     thought_weight: NotNegative = 0.0
     """Weight of a second contrastive loss, of embeddings that are read after the model has said
     something about the input (`data.*.thoughts`); for `encode(think=…)`. 0 is off."""
+    latent_tokens: Annotated[int, Field(ge=0, le=64)] = 0
+    """Learned tokens before the one that is pooled: room to compute an embedding in, without
+    decoding. They become tokens of the saved model. 0: as the model is."""
     contrastive: Literal["info_nce", "sigmoid"] = "info_nce"
     """info_nce: softmax over the batch (CAFe). sigmoid: each pair independently (SigLIP)."""
     temperature: Positive = 0.05
@@ -143,7 +146,7 @@ class Objective(Section):
                 "match_weight needs embeddings, which find the wrong pairs to ask about; set "
                 "contrastive_weight above 0, or match_weight: 0"
             )
-        for name in ("match_weight", "thought_weight"):
+        for name in ("match_weight", "thought_weight", "latent_tokens"):
             if getattr(self, name) and self.compat == "official":
                 raise ValueError(f"compat is official, which has no {name}; set {name}: 0")
         if self.thought_weight and not self.contrastive_weight:
@@ -338,9 +341,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_tuning(self) -> Self:
+        if self.objective.latent_tokens and "language" in self.optimizer.freeze:
+            raise ValueError(
+                "objective.latent_tokens are learned, and optimizer.freeze has language; drop one"
+            )
         if self.tuning.kind == "qlora" and self.sharding == "fsdp":
             raise ValueError("4-bit weights cannot be sharded; set sharding: none, or kind: lora")
         if self.tuning.kind != "full":
+            if self.objective.latent_tokens:
+                raise ValueError(
+                    "objective.latent_tokens are learned rows of the token embedding, which no "
+                    f"adapter trains; set tuning.kind: full instead of {self.tuning.kind}"
+                )
             frozen = [p for p in self.optimizer.freeze if p in self.tuning.parts]
             frozen += [p for p in self.optimizer.freeze if p in self.tuning.full_parts]
             if frozen:

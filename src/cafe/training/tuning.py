@@ -15,6 +15,7 @@ from cafe.model.checkpoint.adapter import adapter_of, add_adapter, linear_layers
 from cafe.model.checkpoint.directory import load_pretrained, read_config
 from cafe.model.checkpoint.locate import lasting_name, locate
 from cafe.model.families import family_of
+from cafe.model.latent import add_latent_tokens, latent_text
 from cafe.model.rows.official import TURN_END
 from cafe.model.rows.prompts import OFFICIAL_PROMPT, PROMPT_KEY
 from cafe.model.vlm import CAFe
@@ -27,7 +28,7 @@ _NEVER_ADAPTED = ("lm_head", "embed_tokens")
 def load_model(recipe: Recipe, device: torch.device) -> CAFe:
     """The model of a recipe in float32 on `device`, with an adapter if the recipe trains one.
 
-    With `compat: official` it has the published templates.
+    With `compat: official` it has the published templates, and the latent tokens of the objective.
 
     Raises:
         RecipeError: `tuning` does not fit the model or the machine.
@@ -45,6 +46,10 @@ def load_model(recipe: Recipe, device: torch.device) -> CAFe:
         )
     if recipe.objective.compat == "official":
         take_published_prompts(vlm, embeds=recipe.objective.contrastive_weight > 0)
+    if recipe.objective.latent_tokens:
+        add_latent_tokens(vlm.model, vlm.processor, recipe.objective.latent_tokens)
+        latent = latent_text(vlm.model.config, vlm.processor.tokenizer)
+        vlm.collator = replace(vlm.collator, latent=latent)
     adapt(vlm, recipe.tuning, recipe.model)
     return vlm.to(device)
 

@@ -60,6 +60,7 @@ class Collator:
     max_frames          of a video; they are evenly spaced. A family without videos sees them as
                         images
     official            system turn and labels as in the published code
+    latent              the learned tokens before the pooled one, as text (`cafe.model.latent`)
     own_prompt          what the embedding prompt "compress" means for this model
     block_cost          the rows of a chunk are sorted by length and computed in blocks of similar
                         length, which saves padding; what each further block costs, in tokens
@@ -77,6 +78,7 @@ class Collator:
     max_frames: int = 16
     official: bool = False
     own_prompt: str = DEFAULT_PROMPT
+    latent: str = ""
     block_cost: int | None = None
     matching: bool = False
 
@@ -89,6 +91,7 @@ class Collator:
             self.max_frames,
             self.official,
             self.own_prompt,
+            self.latent,
         )
 
     @property

@@ -105,6 +105,7 @@ class Renderer:
     max_frames: int
     official: bool
     own_prompt: str
+    latent: str = ""
 
     def template(self, prompt: str) -> str:
         """The Jinja text of the embedding template of a named prompt.
@@ -120,7 +121,7 @@ class Renderer:
         return embedding_template(
             self.published_template if published else default_chat_template(self.processor),
             PROMPTS[prompt],
-            TURN_END if published else self.pooled_token,
+            self.latent + (TURN_END if published else self.pooled_token),
         )
 
     @property

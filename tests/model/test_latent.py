@@ -1,0 +1,156 @@
+"""Latent thoughts: learned tokens before the pooled one, saved so that every tool reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+
+from cafe.data.scenes import write_scenes
+from cafe.errors import CheckpointError, RecipeError
+from cafe.model.latent import LATENT_KEY, add_latent_tokens, latent_count, latent_names, latent_text
+from cafe.model.vlm import CAFe
+from cafe.recipes import Objective, load_recipe
+from cafe.training.run import train
+from cafe.training.tuning import load_model
+from cafe.types import Image, user
+from helpers.models import build_small_model, in_float64
+from helpers.twin import gradients, make_examples, run_step, three_passes, worst_difference
+
+COUNT = 3
+JOINT = Objective(contrastive_weight=0.7, language_weight=1.3)
+
+
+def with_latent(model: CAFe, count: int = COUNT) -> CAFe:
+    """The same model after `add_latent_tokens`, as a recipe's `load_model` makes it."""
+    add_latent_tokens(model.model, model.processor, count)
+    return CAFe(model.model, model.processor)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    return in_float64(with_latent(build_small_model()))
+
+
+def test_they_stand_before_the_pooled_token_of_every_embedding(model: CAFe) -> None:
+    ids = model.processor.tokenizer.convert_tokens_to_ids(list(latent_names(COUNT)))
+    end = model.processor.tokenizer.convert_tokens_to_ids(model.collator.pooled_token)
+    image = Image(PIL.Image.new("RGB", (96, 96), "red"))
+    for prompt in ("compress", "none"):
+        rows, _ = model.collator.embedding_rows([user("a cat"), user(image)], prompt)
+        for row, pooled in enumerate(rows.pooled.tolist()):
+            last = pooled % rows.input_ids.shape[1]
+            assert rows.input_ids[row, last - COUNT : last + 1].tolist() == [*ids, end]
+    question, _ = model.collator.prompt_rows([user(image, "Is it red?")])
+    assert not torch.isin(question.input_ids, torch.tensor(ids)).any()
+
+
+def test_nobody_can_write_them(model: CAFe) -> None:
+    ids = model.processor.tokenizer.convert_tokens_to_ids(list(latent_names(COUNT)))
+    rows, _ = model.collator.embedding_rows([user("a <|latent_0|> cat")], "compress")
+    assert int((rows.input_ids == ids[0]).sum()) == 1
+
+
+def test_gradients_are_those_of_three_passes_and_reach_the_tokens(model: CAFe) -> None:
+    examples = make_examples(4)
+    three_passes(model, examples, JOINT)
+    expected = gradients(model)
+    run_step(model, examples, JOINT, 2)
+    found = gradients(model)
+    assert worst_difference(found, expected) < 1e-9
+    ids = model.processor.tokenizer.convert_tokens_to_ids(list(latent_names(COUNT)))
+    embedding = next(name for name in found if name.endswith("embed_tokens.weight"))
+    assert found[embedding][ids].abs().amax(dim=1).min() > 1e-8
+
+
+def test_new_rows_lie_near_the_mean_and_the_others_stay() -> None:
+    model = build_small_model()
+    before = model.model.get_input_embeddings().weight.detach().clone()
+    torch.manual_seed(0)
+    add_latent_tokens(model.model, model.processor, COUNT)
+    after = model.model.get_input_embeddings().weight.detach()
+    ids = model.processor.tokenizer.convert_tokens_to_ids(list(latent_names(COUNT)))
+    kept = [i for i in range(len(before)) if i not in ids]
+    assert torch.equal(after[kept], before[kept])
+    assert (after[ids] - before[kept].mean(0)).norm(dim=1).max() < 0.5 * before[kept].std(0).norm()
+    assert after[ids[0]].ne(after[ids[1]]).any()
+    assert model.lm_head.weight.shape == after.shape
+
+
+def test_a_model_keeps_its_own_and_refuses_another_number(model: CAFe) -> None:
+    before = model.model.get_input_embeddings().weight.detach().clone()
+    add_latent_tokens(model.model, model.processor, COUNT)
+    assert torch.equal(model.model.get_input_embeddings().weight, before)
+    with pytest.raises(CheckpointError, match="trained with 3 latent tokens"):
+        add_latent_tokens(model.model, model.processor, 5)
+
+
+@pytest.mark.parametrize("value", [-1, 65, "3", True, 1.5])
+def test_a_configuration_that_names_no_number(value: Any, small_model: CAFe) -> None:
+    class Config:
+        latent_tokens = value
+
+    assert LATENT_KEY == "latent_tokens"
+    with pytest.raises(CheckpointError, match=r"config\.json: latent_tokens is"):
+        latent_count(Config)
+    Config.latent_tokens = 2
+    with pytest.raises(CheckpointError, match=r"tokenizer has no <\|latent_0\|>"):
+        latent_text(Config, small_model.processor.tokenizer)
+
+
+@pytest.mark.slow
+def test_trained_saved_and_read_by_sentence_transformers(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    write_scenes(tmp_path / "scenes", 6, 0)
+    recipe = {
+        "model": "tiny",
+        "output_dir": str(tmp_path / "run"),
+        "data": [{"path": str(tmp_path / "scenes" / "captions.json")}],
+        "objective": {"latent_tokens": COUNT},
+        "batch": {"examples": 4, "chunk": 2, "workers": 0},
+        "optimizer": {"learning_rate": 1e-3},
+        "schedule": {"steps": 2},
+        "precision": "fp32",
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    start = load_model(load_recipe(tmp_path / "r.yaml"), torch.device("cpu"))
+    assert start.collator.latent == "".join(latent_names(COUNT))
+    result = train(str(tmp_path / "r.yaml"))
+    model = CAFe.from_pretrained(result.model_dir, device="cpu")
+    assert latent_count(model.model.config) == COUNT
+    image = PIL.Image.open(tmp_path / "scenes" / "images" / "000000.png")
+    found = model.encode([image, "a red cat"])
+    kwargs = {"dtype": torch.float32}
+    stock = SentenceTransformer(str(result.model_dir), device="cpu", model_kwargs=kwargs).encode(
+        [image, "a red cat"], normalize_embeddings=True
+    )
+    np.testing.assert_allclose(found, stock, atol=1e-5)
+    assert model.generate({"image": image, "text": "How many objects are there?"})
+    # Trained on from there, with the recipe's number or without a word.
+    again = load_recipe(tmp_path / "r.yaml", [f"model={result.model_dir}"])
+    assert load_model(again, torch.device("cpu")).collator.latent == model.collator.latent
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tuning.kind=lora"], "set tuning.kind: full instead of lora"),
+        (["optimizer.freeze=[language]"], "optimizer.freeze has language"),
+        (["objective.compat=official"], "has no latent_tokens"),
+        (["objective.latent_tokens=65"], "latent_tokens"),
+    ],
+)
+def test_recipes_that_make_no_sense(overrides: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "model: tiny\noutput_dir: out\ndata: [{path: x.json}]\nobjective: {latent_tokens: 2}\n"
+        "batch: {examples: 2}\noptimizer: {learning_rate: 1e-3}\nschedule: {steps: 1}\n"
+    )
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(tmp_path / "r.yaml", overrides)
