@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import cafe.ablation.run as ablate_run
@@ -198,5 +199,65 @@ def test_another_ablation_in_the_folder_is_an_error(finished, small_dir, changes
 def test_an_unknown_task_is_an_error_before_any_work(small_dir, tmp_path):
     made = ablation(small_dir, tasks='["pope"]')
     with pytest.raises(RecipeError, match="tasks: pope is not a task on scenes; choose from"):
+        run_ablation(made, tmp_path / "out", console=quiet())
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------- variants
+
+
+@pytest.mark.slow
+def test_variants_are_trained_and_compared_with_joint(small_dir, tmp_path):
+    """Each changes keys of the joint run; the base writes the thoughts that one of them needs."""
+    variants = {
+        "matcher": {"objective": {"match_weight": 0.5}},
+        "thought": {"objective": {"thought_weight": 0.5}, "data.0.thoughts": "thoughts.jsonl"},
+    }
+    made = ablation(
+        _speaking(small_dir, tmp_path),
+        seeds="[0]",
+        sweep="[]",
+        variants=json.dumps(variants),
+        tasks='["scenes-retrieval", "scenes-match"]',
+    )
+    out = tmp_path / "out"
+    run_ablation(made, out, console=quiet())
+    logs = {name: read_log(out / name / "seed-0" / "log.jsonl")[0] for name in ("joint", *variants)}
+    assert [log.match is not None for log in logs.values()] == [False, True, False]
+    assert [log.thought is not None for log in logs.values()] == [False, False, True]
+    assert logs["matcher"].contrastive == pytest.approx(logs["joint"].contrastive, rel=1e-5)
+    assert logs["thought"].language == pytest.approx(logs["joint"].language, rel=1e-5)
+    found = json.loads((out / "results.json").read_text())
+    assert {"matcher - joint", "thought - joint"} < set(found["differences"])
+    text = (out / "results.md").read_text()
+    assert "| joint | matcher | thought |" in text
+    assert "| statements judged rightly (chance 50) |" in text
+    assert "matcher − joint" in text
+
+
+def _speaking(small_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the small model that says something, so that there are thoughts."""
+    from cafe.model.tiny import tiny_model
+    from cafe.model.vlm import CAFe
+    from helpers.models import SMALL
+
+    processor = CAFe.from_pretrained(small_dir, device="cpu").processor
+    torch.manual_seed(2)
+    inner = tiny_model(processor, **SMALL)
+    inner.config.tie_word_embeddings = inner.config.text_config.tie_word_embeddings = False
+    inner.lm_head.weight = torch.nn.Parameter(torch.randn_like(inner.lm_head.weight) / 4)
+    CAFe(inner, processor).save_pretrained(tmp_path / "speaking")
+    return tmp_path / "speaking"
+
+
+@pytest.mark.parametrize("name", ["joint", "base", "Upper", "a b", "../x"])
+def test_a_variant_needs_a_name_of_its_own(name, small_dir):
+    with pytest.raises(RecipeError, match="no name of a further arm"):
+        ablation(small_dir, variants=json.dumps({name: {}}))
+
+
+def test_a_variant_with_a_wrong_key_is_refused_before_any_work(small_dir, tmp_path):
+    made = ablation(small_dir, variants='{"x": {"objective": {"match_wait": 1}}}')
+    with pytest.raises(RecipeError, match="match_weight"):
         run_ablation(made, tmp_path / "out", console=quiet())
     assert not (tmp_path / "out").exists()

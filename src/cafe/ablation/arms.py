@@ -16,16 +16,22 @@ BASE, LANGUAGE, CONTRASTIVE, JOINT = "base", "language", "contrastive", "joint"
 """The arms that every ablation has; the base is evaluated but not trained."""
 
 SCENE_FILES = ("captions.json", "questions.json")
+THOUGHTS = "thoughts.jsonl"
+"""What the base says of each training scene, next to the scenes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One training variant. `name` is also the name of its folder."""
+    """One training variant. `name` is also the name of its folder.
+
+    variant   its recipe differs in more than the weights (`Ablation.variants`)
+    """
 
     name: str
     contrastive_weight: float
     language_weight: float
     seeds: tuple[int, ...]
+    variant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,15 @@ class Run:
         return f"{self.arm.name}/seed-{self.seed}"
 
 
-def common_recipe(ablation: Ablation) -> Recipe:
-    """The recipe that all arms share, before their own weights and seeds.
+def common_recipe(ablation: Ablation, variant: str | None = None) -> Recipe:
+    """The recipe that all arms share, before their own weights and seeds; or that of a variant.
 
     Raises:
         RecipeError: there is no such recipe, it has one loss only, or as in `load_recipe`.
     """
     changes = list(_overrides(ablation.training))
+    if variant is not None:
+        changes += _overrides(ablation.variants[variant])
     shipped = files("cafe.recipes") / f"{ablation.recipe}.yaml"
     if Path(ablation.recipe).suffix not in (".yaml", ".yml"):
         if not shipped.is_file():
@@ -85,7 +93,19 @@ def arms(ablation: Ablation, objective: Objective) -> tuple[Arm, ...]:
         Arm(CONTRASTIVE, contrastive, 0.0, seeds),
         Arm(JOINT, contrastive, language, seeds),
         *(Arm(f"{JOINT}-{weight:g}", weight, language, fewer) for weight in ablation.sweep),
+        *(_variant(ablation, name, seeds) for name in ablation.variants),
     )
+
+
+def _variant(ablation: Ablation, name: str, seeds: tuple[int, ...]) -> Arm:
+    objective = common_recipe(ablation, name).objective
+    weights = objective.contrastive_weight, objective.language_weight
+    return Arm(name, *weights, seeds, variant=True)
+
+
+def recipe_of(ablation: Ablation, arm: Arm) -> Recipe:
+    """The recipe of an arm, before its weights and seed."""
+    return common_recipe(ablation, arm.name if arm.variant else None)
 
 
 def runs(arms: tuple[Arm, ...]) -> list[Run]:
@@ -129,8 +149,12 @@ def difference(wanted: Recipe, existing: Recipe) -> str | None:
 
 
 def _on_scenes(source: DataSource, scenes: Path) -> DataSource:
-    name = Path(source.path).name
-    return source.model_copy(update={"path": str(scenes / name)}) if name in SCENE_FILES else source
+    changes = {}
+    if (name := Path(source.path).name) in SCENE_FILES:
+        changes["path"] = str(scenes / name)
+    if source.thoughts is not None and Path(source.thoughts).name == THOUGHTS:
+        changes["thoughts"] = str(scenes / THOUGHTS)
+    return source.model_copy(update=changes)
 
 
 def _overrides(changes: Mapping[str, Any]) -> Iterator[str]:

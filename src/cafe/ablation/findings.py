@@ -43,6 +43,7 @@ class ArmScores:
     scores    `<task>/<score>` -> its mean and its value per seed
     seconds   of all training steps, one number per seed
     map       the embeddings of the first seed's model
+    variant   it differs from joint in more than the weights
     """
 
     name: str
@@ -51,6 +52,7 @@ class ArmScores:
     scores: Mapping[str, Measured]
     seconds: tuple[float, ...] = ()
     map: Cloud | None = None
+    variant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,5 +85,7 @@ class Findings:
     @property
     def sweep(self) -> tuple[ArmScores, ...]:
         """The arms with both losses, by contrastive weight."""
-        both = [a for a in self.arms if a.weights is not None and min(a.weights) > 0]
+        both = [
+            a for a in self.arms if a.weights is not None and min(a.weights) > 0 and not a.variant
+        ]
         return tuple(sorted(both, key=lambda arm: arm.weights or ()))

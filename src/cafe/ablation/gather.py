@@ -64,7 +64,7 @@ def gather(
             (arm, other): {
                 score: difference_interval(rows[arm], rows[other], score) for score in base
             }
-            for arm, other in PAIRS
+            for arm, other in (*PAIRS, *((name, JOINT) for name in ablation.variants))
         },
         claims=tuple(
             (c, _claim_difference(c, rows)) for question in QUESTIONS for c in question.claims
@@ -106,6 +106,7 @@ def _arm(arm: Arm, rows: Mapping[int, Samples], measured: Measurements) -> ArmSc
     return ArmScores(
         name=arm.name,
         weights=(arm.contrastive_weight, arm.language_weight),
+        variant=arm.variant,
         seeds=arm.seeds,
         scores=_scores([rows[seed] for seed in arm.seeds]),
         seconds=tuple(measured.seconds[Run(arm, seed)] for seed in arm.seeds),

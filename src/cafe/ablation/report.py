@@ -41,6 +41,16 @@ ROWS: dict[str, dict[str, str]] = {
         "scenes-mmeb/ood": "out of distribution",
         claims.MMEB: "all",
     },
+    "Match question": {
+        "scenes-match/match_accuracy": "statements judged rightly (chance 50)",
+        "scenes-match/match_ece": "expected calibration error ↓",
+        "scenes-match/match_word_accuracy": "one word differs (chance 25)",
+        "scenes-match/match_order_accuracy": "two objects swapped (chance 50)",
+        "scenes-match/image_to_text_reranked@1": "image → text R@1, reranked",
+        "scenes-match/text_to_image_reranked@1": "text → image R@1, reranked",
+        "scenes-match/image_to_text_gain@1": "gain of reranking, image → text",
+        "scenes-match/text_to_image_gain@1": "gain of reranking, text → image",
+    },
     "Captions and questions": {
         claims.LOSS: "caption loss, nats per token ↓",
         claims.OBJECTS: "objects in captions, F1",
@@ -180,10 +190,10 @@ def _claim_row(findings: Findings, claim: Claim, interval: Interval | None) -> t
     if interval is None:
         return claim.statement, "–", "–", verdict(claim, interval)
     values = [
-        f"{LABELS[name]} {_number(claim.score, findings.arm(name).scores[claim.score].interval[0])}"
+        f"{_label(name)} {_number(claim.score, findings.arm(name).scores[claim.score].interval[0])}"
         for name in (claim.arm, claim.other)
     ]
-    scaled = "" if claim.scale == 1 else f" (from {claim.scale:g} × {LABELS[claim.other]})"
+    scaled = "" if claim.scale == 1 else f" (from {claim.scale:g} × {_label(claim.other)})"
     shown = _signed(claim.score, interval) + scaled
     return claim.statement, ", ".join(values), shown, f"**{verdict(claim, interval)}**"
 
@@ -193,7 +203,8 @@ def _claim_row(findings: Findings, claim: Claim, interval: Interval | None) -> t
 
 def _numbers(findings: Findings) -> Iterator[str]:
     arms = [findings.arm(name) for name in LABELS]
-    head = tuple(LABELS[arm.name] for arm in arms)
+    arms += [arm for arm in findings.arms if arm.variant]
+    head = tuple(_label(arm.name) for arm in arms)
     for group, rows in ROWS.items():
         shown = {score: name for score, name in rows.items() if score in arms[0].scores}
         if shown:
@@ -207,6 +218,11 @@ def _numbers(findings: Findings) -> Iterator[str]:
     yield _table(("Time", *head), [("training, seconds per run", *(_seconds(arm) for arm in arms))])
 
 
+def _label(arm: str) -> str:
+    """The name of an arm in tables; a variant's is its own."""
+    return LABELS.get(arm, arm)
+
+
 def _seconds(arm: ArmScores) -> str:
     if not arm.seconds:
         return "–"
@@ -216,7 +232,7 @@ def _seconds(arm: ArmScores) -> str:
 
 def _differences(findings: Findings) -> str:
     pairs = list(findings.differences)
-    head = ("", *(f"{LABELS[arm]} − {LABELS[other]}" for arm, other in pairs))
+    head = ("", *(f"{_label(arm)} − {_label(other)}" for arm, other in pairs))
     rows = [
         (name, *(_starred(score, findings.differences[pair][score]) for pair in pairs))
         for group in ROWS.values()

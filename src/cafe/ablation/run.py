@@ -8,7 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cafe.ablation.arms import Run, arms, common_recipe, run_recipe, runs
+from cafe.ablation.arms import (
+    SCENE_FILES,
+    THOUGHTS,
+    Run,
+    arms,
+    common_recipe,
+    recipe_of,
+    run_recipe,
+    runs,
+)
 from cafe.ablation.folder import Folder, check_base, check_run, kept_results
 from cafe.ablation.gather import Measurements, gather, numbers
 from cafe.ablation.report import write_report
@@ -21,6 +30,7 @@ from cafe.evaluation.scoring import RESAMPLES
 from cafe.files import write_json
 from cafe.model.vlm import CAFe
 from cafe.recipes import Ablation, Recipe
+from cafe.retrieval.thinking import write_thoughts
 from cafe.training.checkpoints import complete
 from cafe.training.log import read_log
 from cafe.training.run import train
@@ -60,7 +70,10 @@ def run_ablation(
     _check_tasks(ablation.tasks)
     folder = Folder(out)
     scenes = folder.scenes(ablation).absolute()
-    recipes = {run: run_recipe(common, run, scenes, folder.run(run)) for run in runs(all_arms)}
+    recipes = {
+        run: run_recipe(recipe_of(ablation, run.arm), run, scenes, folder.run(run))
+        for run in runs(all_arms)
+    }
     check_base(folder, common.model)
     for run, recipe in recipes.items():  # before hours of work
         check_run(folder, run, recipe)
@@ -73,6 +86,11 @@ def run_ablation(
                 ablation.scenes_seed,
                 questions_per_scene=ablation.train_questions,
             )
+    thoughts = scenes / THOUGHTS
+    if any(s.thoughts == str(thoughts) for r in recipes.values() for s in r.data):
+        with folder.timed("thoughts"):
+            _print(console, "The base describes the training scenes")
+            write_thoughts(common.model, scenes / SCENE_FILES[0], out=thoughts)
     _print(console, "Evaluating the base")
     base = _evaluate(folder, "base", common.model, folder.base_results, ablation)
     results: dict[Run, list[StoredResult]] = {}

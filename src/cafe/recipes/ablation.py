@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -17,8 +18,9 @@ Seed = Annotated[int, Field(ge=0)]
 class Ablation(Section):
     """Which runs, on which scenes, measured by which tasks.
 
-    The arms (variants of the run) derive from the objective of `recipe`: `joint` is the run itself,
-    `language` and `contrastive` drop the other loss, and `sweep` has other contrastive weights.
+    The arms derive from the objective of `recipe`: `joint` is the run itself, `language` and
+    `contrastive` drop the other loss, `sweep` has other contrastive weights, and `variants` change
+    other keys of the joint run.
     """
 
     recipe: Name = "demo"
@@ -30,6 +32,9 @@ class Ablation(Section):
     """Random seeds of training; each of the three arms is run once per seed."""
     sweep: list[Positive] = Field(default_factory=list)
     """Further contrastive weights of the joint objective."""
+    variants: dict[Name, dict[str, Any]] = Field(default_factory=dict)
+    """Further arms: name -> overrides of the joint run, e.g. {matcher: {objective: {match_weight:
+    1.0}}}. The base writes the file thoughts.jsonl, for a variant that has data.0.thoughts: it."""
     sweep_seeds: Count = 1
     """Number of seeds, from the first on, that the sweep's arms are run with."""
     train_scenes: Annotated[int, Field(ge=2)] = 3000
@@ -50,6 +55,14 @@ class Ablation(Section):
             twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
             if twice is not None:
                 raise ValueError(f"{name} has {twice!r} twice; name each once")
+        taken = {"base", "language", "contrastive", "joint"} & set(self.variants)
+        bad = next((n for n in self.variants if not re.fullmatch(r"[a-z][a-z0-9-]*", n)), None)
+        if taken or bad is not None:
+            name = bad if bad is not None else min(taken)
+            raise ValueError(
+                f"variants has {name!r}, which is no name of a further arm; use lower-case "
+                "letters, digits and hyphens, and none of base, language, contrastive, joint"
+            )
         if self.sweep_seeds > len(self.seeds):
             raise ValueError(
                 f"sweep_seeds is {self.sweep_seeds}, but there are {len(self.seeds)} seeds; "
