@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from cafe.objective.contrastive import info_nce
+from cafe.model.quantization import quantized
+from cafe.objective.contrastive import Rounding, info_nce, rounded
 
+ROUNDINGS: tuple[Rounding, ...] = ("float32", "binary")
 DIRECTIONS = ["both", "query_to_target", "target_to_query"]
 
 
@@ -36,6 +39,8 @@ def slow_info_nce(
     directions: str = "both",
     hardness: float = 0.0,
     stop: bool = True,
+    false_negative_margin: float = math.inf,
+    same_side: bool = False,
 ) -> Tensor:
     """The definition, one exponential at a time. `stop=False` forgets the stop-gradient."""
     ids = target_ids or list(range(len(query)))
@@ -45,19 +50,35 @@ def slow_info_nce(
     def term(s: Tensor) -> Tensor:
         return torch.exp(hardness * (s.detach() if stop else s)) * torch.exp(s / temperature)
 
+    def limit(i: int) -> float:
+        return float(cosine(query[i], target[i]).detach())
+
     forward, backward = [], []
     for i in range(len(query)):
         positive = torch.exp(cosine(query[i], target[i]) / temperature)
         rows = [
             term(cosine(query[i], columns[j]))
             for j in range(len(columns))
-            if j != i and column_ids[j] != ids[i]
+            if j != i
+            and column_ids[j] != ids[i]
+            and cosine(query[i], columns[j]) <= limit(i) + false_negative_margin
         ]
         others = [
             term(cosine(query[j], target[i]))
             for j in range(len(query))
-            if j != i and ids[j] != ids[i]
+            if j != i
+            and ids[j] != ids[i]
+            and cosine(query[j], target[i]) <= limit(i) + false_negative_margin
         ]
+        for j in range(len(query)) if same_side else ():
+            if j == i or ids[j] == ids[i]:
+                continue
+            among = cosine(query[i], query[j])
+            more = [torch.exp(cosine(target[i], target[j]) / temperature)]
+            if among <= limit(i) + false_negative_margin:
+                more.append(torch.exp(among / temperature))
+            rows += more
+            others += more
         forward.append(-torch.log(positive / (positive + sum(rows))))
         backward.append(-torch.log(positive / (positive + sum(others))))
     q2t, t2q = torch.stack(forward).mean(), torch.stack(backward).mean()
@@ -428,3 +449,112 @@ def test_sides_must_match_and_hold_a_pair() -> None:
         info_nce(torch.ones(3, 4), torch.ones(2, 4))
     with pytest.raises(ValueError, match="at least one pair"):
         info_nce(torch.ones(0, 4), torch.ones(0, 4))
+
+
+# --- false negatives, same side, rounding -------------------------------------------------------
+
+
+@pytest.mark.parametrize("directions", DIRECTIONS)
+@pytest.mark.parametrize("margin", [None, 0.0, 0.1])
+@pytest.mark.parametrize("same_side", [False, True])
+def test_margin_and_same_side_are_their_definitions(
+    directions: str, margin: float | None, same_side: bool
+) -> None:
+    sides = normal(6, 4, seed=1, grad=True), normal(6, 4, seed=2, grad=True)
+    negatives = normal(3, 4, seed=3, grad=True)
+    ids, negative_ids = [0, 1, 1, 3, 4, 5], [9, 4, 10]
+    options: dict[str, Any] = {"directions": directions, "same_side": same_side}
+    found = info_nce(
+        *sides,
+        negatives=negatives,
+        target_ids=torch.tensor(ids),
+        negative_ids=torch.tensor(negative_ids),
+        temperature=0.2,
+        false_negative_margin=margin,
+        **options,
+    )
+    expected = slow_info_nce(
+        *sides,
+        negatives,
+        ids,
+        negative_ids,
+        0.2,
+        false_negative_margin=math.inf if margin is None else margin,
+        **options,
+    )
+    torch.testing.assert_close(found, expected)
+    inputs = (*sides, negatives)
+    own = torch.autograd.grad(found, inputs, allow_unused=True)
+    theirs = torch.autograd.grad(expected, inputs, allow_unused=True)
+    for a, b in zip(own, theirs, strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b)
+
+
+def test_a_twin_of_the_target_is_no_negative() -> None:
+    """Two pairs whose targets both fit both queries: each query likes the other's target better."""
+    query = torch.tensor([[1.0, 0.1], [1.0, -0.1]])
+    target = torch.tensor([[1.0, -0.3], [1.0, 0.3]])
+    assert info_nce(query, target) > math.log(2)
+    assert float(info_nce(query, target, false_negative_margin=0.0)) == 0.0
+    assert info_nce(query, target, false_negative_margin=0.5) > math.log(2)
+
+
+def test_equal_scores_on_both_sides_cost_log_of_all_of_them() -> None:
+    """n targets, n - 1 other queries and n - 1 other targets: ln(3n - 2)."""
+    same = torch.ones(5, 3, dtype=torch.float64)
+    assert info_nce(same, same, same_side=True).item() == pytest.approx(math.log(13))
+
+
+def test_queries_of_one_image_are_not_contrasted_with_each_other() -> None:
+    same = torch.ones(4, 3)
+    ids = {"target_ids": torch.arange(4), "query_ids": torch.tensor([0, 0, 1, 2])}
+    # For the first two pairs: two other targets of their side, two other queries, two targets.
+    expected = (2 * math.log(1 + 3 * 2) + 2 * math.log(1 + 3 * 3)) / 4
+    found = info_nce(same, same, **ids, same_side=True, directions="query_to_target")
+    assert found.item() == pytest.approx(expected)
+
+
+def test_binary_embeddings_are_signs_and_the_gradient_passes() -> None:
+    unit = functional.normalize(normal(3, 5, grad=True), dim=1)
+    signs = rounded(unit, "binary")
+    torch.testing.assert_close(signs, unit.detach().sign() / math.sqrt(5))
+    signs.square().sum().backward()
+    cosines = info_nce(unit.detach(), -unit.detach(), roundings=("binary",))
+    exact = info_nce(unit.detach().sign(), -unit.detach().sign())
+    torch.testing.assert_close(cosines, exact)
+
+
+def test_int8_embeddings_are_those_of_the_index() -> None:
+    """Each value is in the middle of the step that `quantized` stores (in float32)."""
+    unit = functional.normalize(normal(50, 8), dim=1)
+    found = rounded(unit, "int8")
+    low, high = unit.amin(0), unit.amax(0)
+    step = (high - low) / 255
+    stored = torch.from_numpy(quantized(unit.numpy(), "uint8"))
+    same = torch.isclose(found, low + (stored + 0.5) * step)
+    assert same.double().mean() > 0.95, "but for values on the edge of a step"
+    assert bool(((found - unit).abs() <= 0.500001 * step).all())
+    assert bool((found != unit).any())
+
+
+def test_the_loss_is_the_mean_over_roundings_and_widths() -> None:
+    sides = normal(4, 6, seed=1), normal(4, 6, seed=2)
+    both = info_nce(*sides, dims=(3, 6), roundings=ROUNDINGS)
+    parts = [
+        info_nce(*sides, dims=(width,), roundings=(rounding,))
+        for width, rounding in product((3, 6), ROUNDINGS)
+    ]
+    torch.testing.assert_close(both, torch.stack(parts).mean())
+
+
+def test_an_unknown_rounding() -> None:
+    with pytest.raises(ValueError, match="rounding is 'int4'"):
+        rounded(normal(2, 2), "int4")  # type: ignore[arg-type]
+
+
+def test_autocast_rounds_no_cosine_of_the_same_side() -> None:
+    sides = normal(4, 64, seed=1).float(), normal(4, 64, seed=2).float()
+    expected = info_nce(*sides, same_side=True, false_negative_margin=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert info_nce(*sides, same_side=True, false_negative_margin=0.1) == expected

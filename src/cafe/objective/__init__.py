@@ -5,7 +5,14 @@ No module, no configuration, no ranks. `cafe.model` never imports this package.
 
 from __future__ import annotations
 
-from cafe.objective.contrastive import Directions, clamped_temperature, info_nce, sigmoid_loss
+from cafe.objective.contrastive import (
+    Directions,
+    Rounding,
+    clamped_temperature,
+    info_nce,
+    rounded,
+    sigmoid_loss,
+)
 from cafe.objective.joint import joint_loss
 from cafe.objective.language import IGNORE_LABEL, next_token_nll
 from cafe.objective.matching import hardest_wrong, known_right, log_odds, match_loss
@@ -15,6 +22,7 @@ __all__ = [
     "IGNORE_LABEL",
     "Compat",
     "Directions",
+    "Rounding",
     "clamped_temperature",
     "contrastive_share",
     "hardest_wrong",
@@ -25,5 +33,6 @@ __all__ = [
     "log_odds",
     "match_loss",
     "next_token_nll",
+    "rounded",
     "sigmoid_loss",
 ]

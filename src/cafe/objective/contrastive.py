@@ -35,24 +35,38 @@ sg stops the gradient: the weight says how much a negative counts and must not b
 sg the factor would be (1/T + hardness), and negatives would merely have a lower temperature than
 the positive. Both directions and explicit negatives are weighted (what sentence-transformers calls
 `all_negatives`). LLaVE uses 9.
+
+**False negatives.** With `false_negative_margin` m, a candidate with s_ij > sg(s_ii) + m is left
+out of the denominator of pair i, as if its id said that it is right, too (ms-swift's
+INFONCE_MASK_FAKE_NEGATIVE, whose margin is 0.1; Qwen3-Embedding, arXiv 2506.05176, eq. 1). In the
+other direction it is the query whose cosine exceeds that of the target's own.
+
+**Same side.** With `same_side` the denominators of pair i also have exp(s(q_i, q_j)/T) and
+exp(s(d_i, d_j)/T) for all pairs j that are not known to be right for i, as in Qwen3-Embedding's
+denominator and ms-swift (INFONCE_INCLUDE_QQ, INFONCE_INCLUDE_DD): the margin applies to the queries
+among themselves, and not to the targets. Hardness weights neither.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cafe.objective.negatives import duplicates, same_side_logits, without_false
+
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["Directions", "clamped_temperature", "info_nce", "sigmoid_loss"]
+__all__ = ["Directions", "Rounding", "clamped_temperature", "info_nce", "rounded", "sigmoid_loss"]
 
 Directions = Literal["both", "query_to_target", "target_to_query"]
+Rounding = Literal["float32", "int8", "binary"]
 
 
 def info_nce(
@@ -68,6 +82,9 @@ def info_nce(
     directions: Directions = "both",
     hardness: float = 0.0,
     dims: Sequence[int] | None = None,
+    false_negative_margin: float | None = None,
+    same_side: bool = False,
+    roundings: Sequence[Rounding] = ("float32",),
 ) -> Float[Tensor, ""]:
     """InfoNCE over cosines, averaged over the n pairs.
 
@@ -92,6 +109,10 @@ def info_nce(
         hardness: strength of the weighting of hard negatives; 0 weights all equally.
         dims: Matryoshka widths: the loss is the mean over widths w of the loss on the first w
             coordinates, normalised again. None is the full width only.
+        false_negative_margin: candidates whose cosine exceeds the positive's by more are taken for
+            right and left out; None: none are (see "False negatives").
+        same_side: other queries and other targets are negatives, too (see "Same side").
+        roundings: the loss is the mean over these, of embeddings rounded so (`rounded`).
 
     Raises:
         ValueError: no pairs, shapes that do not fit, a width out of range, a temperature that is
@@ -101,26 +122,61 @@ def info_nce(
     _check_options(temperature, directions, hardness)
     n = len(query)
     candidates = target if negatives is None else torch.cat([target, negatives])
-    ids = target_ids, negative_ids, query_ids, content_ids
-    duplicates = _duplicates(n, len(candidates), *ids)
-    losses = []
-    for width in _widths(dims, query.shape[1]):
-        cosines = _cosines(query, candidates, width)
-        logits = cosines / temperature
-        if hardness > 0:
-            logits = logits + (hardness * cosines.detach()).fill_diagonal_(0.0)
-        if duplicates is not None:
-            logits = logits.masked_fill_(duplicates, -math.inf)
-
-        positives = logits.diagonal()
-        terms = []
-        if directions != "target_to_query":
-            terms.append((torch.logsumexp(logits, dim=1) - positives).mean())
-        if directions != "query_to_target":
-            # Explicit negatives are targets without a query: they have no row here.
-            terms.append((torch.logsumexp(logits[:, :n], dim=0) - positives).mean())
-        losses.append(torch.stack(terms).mean())
+    known = duplicates(n, len(candidates), target_ids, negative_ids, query_ids, content_ids)
+    rules = _Rules(temperature, directions, hardness, false_negative_margin, same_side)
+    with torch.autocast(query.device.type, enabled=False):
+        losses = [
+            _of_unit(*_unit(query, candidates, width, rounding), known, query_ids, rules)
+            for width, rounding in product(_widths(dims, query.shape[1]), roundings)
+        ]
     return torch.stack(losses).mean()
+
+
+class _Rules(NamedTuple):
+    """The options of `info_nce` that do not change which embeddings it is computed of."""
+
+    temperature: float | Tensor
+    directions: Directions
+    hardness: float
+    false_negative_margin: float | None
+    same_side: bool
+
+
+def _of_unit(
+    query: Float[Tensor, "n d"],
+    candidates: Float[Tensor, "k d"],
+    known: Bool[Tensor, "n k"] | None,
+    query_ids: Int[Tensor, " n"] | None,
+    rules: _Rules,
+) -> Float[Tensor, ""]:
+    """InfoNCE of unit embeddings; `known` are cells that are right under another index."""
+    n = len(query)
+    cosines = query @ candidates.T
+    logits = cosines / rules.temperature
+    if rules.hardness > 0:
+        logits = logits + (rules.hardness * cosines.detach()).fill_diagonal_(0.0)
+    if known is not None:
+        logits = logits.masked_fill_(known, -math.inf)
+    threshold = None
+    if rules.false_negative_margin is not None:
+        threshold = cosines.detach().diagonal() + rules.false_negative_margin
+    others: list[Tensor] = []
+    if rules.same_side:
+        others = same_side_logits(
+            query, candidates[:n], rules.temperature, known, query_ids, threshold
+        )
+    positives = logits.diagonal()
+    terms = []
+    if rules.directions != "target_to_query":
+        rows = without_false(logits, cosines, threshold)
+        rows = torch.cat([rows, *others], dim=1) if others else rows
+        terms.append((torch.logsumexp(rows, dim=1) - positives).mean())
+    if rules.directions != "query_to_target":
+        # Explicit negatives are targets without a query: they have no row here.
+        rows = without_false(logits[:, :n].T, cosines[:, :n].T, threshold)
+        rows = torch.cat([rows, *others], dim=1) if others else rows
+        terms.append((torch.logsumexp(rows, dim=1) - positives).mean())
+    return torch.stack(terms).mean()
 
 
 def sigmoid_loss(
@@ -155,7 +211,7 @@ def sigmoid_loss(
     n = len(query)
     candidates = target if negatives is None else torch.cat([target, negatives])
     ids = target_ids, negative_ids, query_ids, content_ids
-    not_negative = _duplicates(n, len(candidates), *ids)
+    not_negative = duplicates(n, len(candidates), *ids)
     if not_negative is None:
         not_negative = torch.zeros(n, len(candidates), dtype=torch.bool, device=query.device)
     not_negative.fill_diagonal_(True)
@@ -222,45 +278,61 @@ class _ClampedExp(torch.autograd.Function):
         return gradient.masked_fill(outward, 0.0), None, None
 
 
+def rounded(embeddings: Float[Tensor, "n d"], rounding: Rounding) -> Float[Tensor, "n d"]:
+    """Unit embeddings as an index stores them; the gradient passes as if nothing were rounded.
+
+    So the loss sees what a search in int8 or binary vectors sees, and teaches embeddings that
+    survive it (the straight-through estimator, Bengio et al., arXiv 1308.3432).
+
+        float32   as they are
+        int8      each dimension in 256 equal steps between its lowest and its highest value here,
+                  each value at the middle of its step
+        binary    the sign of each value, divided by sqrt(d)
+
+    Args:
+        embeddings: of length one; the ranges of int8 are those of this batch.
+        rounding: of the result.
+
+    Raises:
+        ValueError: an unknown rounding.
+    """
+    match rounding:
+        case "float32":
+            return embeddings
+        case "int8":
+            values = embeddings.detach()
+            low, high = values.amin(dim=0), values.amax(dim=0)
+            step = (high - low) / 255
+            levels = ((values - low) / torch.where(step == 0, 1.0, step)).floor().clamp(0, 255)
+            hard = low + (levels + 0.5) * step
+        case "binary":
+            ones = torch.ones_like(embeddings)
+            hard = torch.where(embeddings > 0, ones, -ones) / embeddings.shape[1] ** 0.5
+        case _:
+            raise ValueError(f"rounding is {rounding!r}; use one of {get_args(Rounding)}")
+    return embeddings + (hard - embeddings).detach()
+
+
+def _unit(
+    query: Float[Tensor, "n d"], candidates: Float[Tensor, "k d"], width: int, rounding: Rounding
+) -> tuple[Float[Tensor, "n w"], Float[Tensor, "k w"]]:
+    """The first `width` coordinates, normalised and rounded, in float32 or wider."""
+    dtype = torch.promote_types(torch.promote_types(query.dtype, candidates.dtype), torch.float32)
+    both = torch.cat([query[:, :width].to(dtype), candidates[:, :width].to(dtype)])
+    unit = rounded(functional.normalize(both, dim=1), rounding)
+    return unit[: len(query)], unit[len(query) :]
+
+
 def _cosines(
-    query: Float[Tensor, "n d"], candidates: Float[Tensor, "k d"], width: int
+    query: Float[Tensor, "n d"],
+    candidates: Float[Tensor, "k d"],
+    width: int,
+    rounding: Rounding = "float32",
 ) -> Float[Tensor, "n k"]:
     """Cosines of the first `width` coordinates, in float32 or wider even under autocast."""
-    dtype = torch.promote_types(torch.promote_types(query.dtype, candidates.dtype), torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        left = functional.normalize(query[:, :width].to(dtype), dim=1)
-        right = functional.normalize(candidates[:, :width].to(dtype), dim=1)
+        left, right = _unit(query, candidates, width, rounding)
         return left @ right.T
-
-
-def _duplicates(
-    n: int,
-    k: int,
-    target_ids: Int[Tensor, " n"] | None,
-    negative_ids: Int[Tensor, " m"] | None,
-    query_ids: Int[Tensor, " n"] | None = None,
-    content_ids: Int[Tensor, " n"] | None = None,
-) -> Bool[Tensor, "n k"] | None:
-    """True where a candidate is right for a query under another index, so not a negative."""
-    if target_ids is None:
-        return None
-    same = torch.zeros(n, k, dtype=torch.bool, device=target_ids.device)
-    for ids in (target_ids, content_ids):
-        if ids is None:
-            continue
-        candidates = ids if negative_ids is None else torch.cat([ids, negative_ids])
-        known = same[:, : len(candidates)]
-        if query_ids is None:
-            known |= ids[:, None] == candidates[None, :]
-            continue
-        _, query = query_ids.unique(return_inverse=True)
-        distinct, candidate = candidates.unique(return_inverse=True)
-        pairs = same.new_zeros(n, len(distinct))  # a row per distinct query
-        pairs[query, candidate[:n]] = True
-        known |= pairs[query][:, candidate]
-        if ids is content_ids:
-            known |= query_ids[:, None] == candidates[None, :]
-    return same.fill_diagonal_(False)
 
 
 def _widths(dims: Sequence[int] | None, full: int) -> Sequence[int]:

@@ -30,22 +30,19 @@ ModelPart = Literal["vision", "projector", "language"]
 UserPath = Annotated[Path, Strict(False), AfterValidator(Path.expanduser)]
 
 
-def _check_warmup(value: object) -> object:
+def _share_of(things: str, example: float) -> BeforeValidator:
     """One message for `float | int`, where pydantic would report two."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("expected a fraction of all steps (0.03) or a number of steps (100)")
-    if value < 0 or (isinstance(value, float) and value >= 1):
-        raise ValueError("expected a fraction of all steps below 1.0, or a whole number")
-    return value
 
+    def check(value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(
+                f"expected a fraction of all {things} ({example}) or a number of {things} (100)"
+            )
+        if value < 0 or (isinstance(value, float) and value >= 1):
+            raise ValueError(f"expected a fraction of all {things} below 1.0, or a whole number")
+        return value
 
-def _check_rejected(value: object) -> object:
-    """As `_check_warmup`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("expected a fraction of all records (0.05) or a number of records (100)")
-    if value < 0 or (isinstance(value, float) and value >= 1):
-        raise ValueError("expected a fraction of all records below 1.0, or a whole number")
-    return value
+    return BeforeValidator(check)
 
 
 class Section(BaseModel):
@@ -132,6 +129,13 @@ class Objective(Section):
     """Direction of the softmax; both is the mean of the two."""
     hardness: NotNegative = 0.0
     """Extra weight of negatives that resemble positives (LLaVE); 0 is off."""
+    false_negative_margin: NotNegative | None = None
+    """Negatives whose cosine exceeds the positive's by more are left out (0.1 is usual); null: none
+    are."""
+    same_side_negatives: bool = False
+    """Other queries and other targets are negatives of a pair, too (Qwen3-Embedding)."""
+    quantization_aware: list[Literal["int8", "binary"]] | None = None
+    """Also train embeddings that are rounded to these precisions, for an index that stores them."""
     matryoshka_dims: Annotated[list[Count], Field(min_length=1)] | None = None
     """Also train embeddings truncated to these numbers of dimensions."""
     compat: Literal["none", "official"] = "none"
@@ -146,6 +150,10 @@ class Objective(Section):
                 "match_weight needs embeddings, which find the wrong pairs to ask about; set "
                 "contrastive_weight above 0, or match_weight: 0"
             )
+        for name in ("false_negative_margin", "same_side_negatives", "quantization_aware"):
+            value = getattr(self, name)
+            if value not in (None, False) and self.contrastive == "sigmoid":
+                raise ValueError(f"{name} is for info_nce; set contrastive: info_nce, or drop it")
         for name in ("match_weight", "thought_weight", "latent_tokens"):
             if getattr(self, name) and self.compat == "official":
                 raise ValueError(f"compat is official, which has no {name}; set {name}: 0")
@@ -252,7 +260,7 @@ class Schedule(Section):
     """Number of passes over the data, which may be fractional. Set this or steps."""
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay from the peak to zero along a cosine or a line, or none."""
-    warmup: Annotated[float | int, BeforeValidator(_check_warmup)] = 0.03
+    warmup: Annotated[float | int, _share_of("steps", 0.03)] = 0.03
     """Linear warmup: a float below 1 is a fraction of all steps, a whole number counts steps."""
 
     @model_validator(mode="after")
@@ -296,7 +304,7 @@ class Recipe(Section):
     """Sources of examples; several are sampled by weight."""
     merge_by_image: bool = False
     """Records about the same image share one row."""
-    max_rejected: Annotated[float | int, BeforeValidator(_check_rejected)] = 0.05
+    max_rejected: Annotated[float | int, _share_of("records", 0.05)] = 0.05
     """Broken records that may be skipped; more end the run. A fraction, or a whole number."""
     objective: Objective = Objective()
     """The joint loss."""

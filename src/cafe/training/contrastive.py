@@ -148,6 +148,9 @@ class ContrastiveLoss(nn.Module):
             batch.target,
             directions=self.objective.directions,
             hardness=self.objective.hardness,
+            false_negative_margin=self.objective.false_negative_margin,
+            same_side=self.objective.same_side_negatives,
+            roundings=("float32", *(self.objective.quantization_aware or ())),
             **shared,
         )
 
