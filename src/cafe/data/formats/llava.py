@@ -16,6 +16,7 @@ docs/Finetune_Custom_Data.md; https://github.com/hiyouga/LLaMA-Factory, data/REA
 from __future__ import annotations
 
 from cafe.data.formats.base import Format, conversation_example
+from cafe.data.formats.tools import offered_tools
 from cafe.data.formats.turns import ListedMedia, read_conversation
 from cafe.data.media_paths import MediaResolver, media_value
 from cafe.data.records import ReadOptions, Record
@@ -29,7 +30,7 @@ def _read(
         media.images(media_value(record, "image", "images")),
         media.videos(media_value(record, "video", "videos")),
     )
-    conversation = read_conversation(
+    conversation = offered_tools(record) + read_conversation(
         record.get("conversations"),
         shown,
         media,
@@ -42,7 +43,7 @@ def _read(
 LLAVA = Format(
     name="llava",
     layout="conversations, image",
-    columns=frozenset({"conversations", "image", "images", "video", "videos", "id"}),
+    columns=frozenset({"conversations", "image", "images", "video", "videos", "tools", "id"}),
     fits=lambda columns: "conversations" in columns,
     modes=("caption", "chat", "pair"),
     pair_prompt="none",
