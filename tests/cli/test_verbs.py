@@ -197,11 +197,15 @@ def test_a_name_too_long_for_a_file_is_one_line(command_line, verb, tmp_path):
     assert "is no file: its name is too long" in err
 
 
-def test_ctrl_c_is_exit_code_130(cafe, stand_in):
+def test_ctrl_c_is_exit_code_130_and_one_line(cafe, stand_in, tmp_path: Path):
     stand_in("cafe.demo.run_demo", raising(KeyboardInterrupt()))
-    code, _, err = cafe("demo")
-    assert code == 130
-    assert "Traceback" not in err
+    assert cafe("demo") == (130, "", "stopped by Ctrl-C\n")
+    stand_in("cafe.retrieval.indexing.build_index", raising(KeyboardInterrupt()))
+    assert cafe("index", "tiny", tmp_path, "--to", tmp_path / "i") == (
+        130,
+        "",
+        "stopped by Ctrl-C; what is finished is kept, and the same command goes on from there\n",
+    )
 
 
 def test_a_shipped_recipe_is_copied_first(cafe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

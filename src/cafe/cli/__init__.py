@@ -10,9 +10,10 @@ import errno
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cafe.cli import (
     ablate,
@@ -43,6 +44,28 @@ _SERVERS = frozenset({"serve", "ui"})
 """They run for long and must return freed memory; the other verbs are faster when they keep it."""
 
 
+_GO_ON = {
+    "train": "--resume goes on from the newest complete checkpoint, if there is one",
+    "index": "what is finished is kept, and the same command goes on from there",
+    "ablate": "what is finished is kept, and the same command goes on from there",
+    "evaluate": "with --json, what is finished is kept, and the same command goes on from there",
+    "embed": "with --shard-size, what is finished is kept, and the same command goes on from there",
+}
+"""How to go on after Ctrl-C, where something is kept."""
+
+
+class _Verbs(TyperGroup):
+    """Says on stderr that Ctrl-C ended a verb; typer alone ends it in silence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            kept = _GO_ON.get(ctx.invoked_subcommand or "")
+            print("stopped by Ctrl-C" + (f"; {kept}" if kept else ""), file=sys.stderr, flush=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
 class _StderrHandler(logging.Handler):
     """Writes to the present `sys.stderr`, which a progress bar replaces while it is drawn."""
 
@@ -55,6 +78,7 @@ _HANDLER = _StderrHandler(logging.INFO)
 # Plain help: rich's boxes would double the time that `cafe --help` takes.
 app = typer.Typer(
     name="cafe",
+    cls=_Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
