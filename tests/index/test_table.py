@@ -16,6 +16,7 @@ import cafe.index.table as table_module
 from cafe.errors import CafeError, DataError
 from cafe.index import Index, IndexRow, ModelFacts, Origin
 from cafe.index.rows import column_name, column_types, plain
+from cafe.index.store import lance_errors
 
 DIMENSION = 16
 FACTS = ModelFacts("tiny", "weights-a", "prompt-a", DIMENSION)
@@ -223,6 +224,15 @@ def test_no_index_says_how_to_make_one_and_leaves_no_folder(tmp_path: Path):
     Index.create(tmp_path / "i", FACTS)
     with pytest.raises(DataError, match="already exists"):
         Index.create(tmp_path / "i", FACTS)
+
+
+def test_a_full_disk_says_that_nothing_is_lost():
+    with pytest.raises(DataError) as caught, lance_errors("photos.index"):
+        raise RuntimeError("lance error: No space left on device (os error 28), rust/io.rs:7:9")
+    assert str(caught.value) == (
+        "index photos.index: lance error: No space left on device (os error 28); free space "
+        "there, then run the same command again: finished rows are kept"
+    )
 
 
 def test_an_empty_index_finds_nothing(tmp_path: Path):

@@ -48,7 +48,10 @@ def lance_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-        raise DataError(f"index {uri}: {reason(error)}") from error
+        fix = ""
+        if re.search("No space left on device|quota exceeded", str(error)):
+            fix = "; free space there, then run the same command again: finished rows are kept"
+        raise DataError(f"index {uri}: {reason(error)}{fix}") from error
 
 
 def reason(error: BaseException) -> str:

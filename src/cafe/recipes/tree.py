@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from cafe.files import replacing, writing
+
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -347,8 +349,13 @@ class Recipe(Section):
         return to_yaml(self.model_dump(mode="json"))
 
     def save(self, path: Path) -> None:
-        """Write `dump()` to `path`, which is then itself a recipe."""
-        path.write_text(self.dump(), encoding="utf-8")
+        """Write `dump()` to `path`, which is then itself a recipe.
+
+        Raises:
+            DataError: it cannot be written; an earlier file is unchanged.
+        """
+        with replacing(path) as unfinished, writing(path):
+            unfinished.write_text(self.dump(), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------- YAML
