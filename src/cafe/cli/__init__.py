@@ -6,10 +6,14 @@ through the logger `cafe`, which is silent for library users and shown on stderr
 
 from __future__ import annotations
 
+import _thread
 import errno
 import logging
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -149,7 +153,8 @@ app.command("doctor")(doctor.command)
 def main() -> None:
     """Run `cafe`. An expected error is one line on stderr and exit code 2; Ctrl-C is 130."""
     try:
-        app()
+        with _no_lost_interrupt():
+            app()
     except (CafeError, OSError) as error:
         expected = _expected(error)
         if expected is None or os.environ.get("CAFE_DEBUG", "0") not in {"", "0"}:
@@ -162,6 +167,28 @@ def main() -> None:
         sys.exit(expected.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _no_lost_interrupt() -> Iterator[None]:
+    """Raise a Ctrl-C again that came where Python drops exceptions, as imports of torch often are.
+
+    A callback of a weak reference, or a `__del__`: Python would print a traceback and go on.
+    """
+    before = sys.unraisablehook
+
+    def report(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            # Later: raised in here, it would be dropped again.
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _expected(error: CafeError | OSError) -> CafeError | None:
