@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import unicodedata
@@ -11,7 +12,15 @@ import pytest
 
 from cafe.data.tables import open_table
 from cafe.errors import DataError, ImageError
-from cafe.files import as_on_disk, files_in, inside, replacing, whole_directory, write_json
+from cafe.files import (
+    as_on_disk,
+    files_in,
+    inside,
+    replacing,
+    whole_directory,
+    write_json,
+    writing,
+)
 from cafe.media import open_image
 from cafe.types import Image
 from helpers.images import LFS
@@ -41,6 +50,18 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path):
     write("two")
     assert path.read_text() == "two"
     assert names(tmp_path) == ["deep", "deep/a.txt"]
+
+
+def test_a_full_disk_names_the_file_that_would_have_become(tmp_path: Path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(DataError) as caught,
+        replacing(tmp_path / "a.b.txt") as unfinished,
+        writing(unfinished),
+    ):
+        raise full
+    assert str(caught.value) == f"{tmp_path}/a.b.txt: cannot be written (No space left on device)"
+    assert names(tmp_path) == []
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path):

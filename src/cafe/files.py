@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ from cafe.errors import DataError
 
 UNFINISHED = ".tmp-"
 """Prefix of the names of directories that are not complete yet."""
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.unfinished")
 
 
 @contextmanager
@@ -56,11 +59,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a full disk or a missing permission into a DataError that names `path`."""
+    """Turns a full disk or a missing permission into a DataError that names `path`.
+
+    A temporary file of `replacing` is named as the file that it would have become.
+    """
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+        become = _TEMPORARY.fullmatch(path.name)
+        shown = path.with_name(become[1]) if become else path
+        raise DataError(f"{shown}: cannot be written ({error.strerror or error})") from error
 
 
 def write_json(path: Path, record: Mapping[str, Any], indent: int | None = 1) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import PIL.Image
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool", "tools"]
+"""tool: what a call returned. tools: which tools there are, as JSON; in front of a conversation."""
 
 
 class StoredImage(ABC):
@@ -87,16 +88,26 @@ Part = str | Image | Video
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool by an assistant; `arguments` is a JSON object."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation. `content` holds text and images in reading order.
 
     written   the same with every space and newline of the file, and without images that the file
               does not place; None: no different. Only `cafe.model.rows.official` reads it
+    calls     the tools that an assistant calls after its text
     """
 
     role: Role
     content: tuple[Part, ...]
     written: tuple[Part, ...] | None = field(default=None, compare=False, repr=False)
+    calls: tuple[ToolCall, ...] = ()
 
     @property
     def text(self) -> str:
@@ -175,17 +186,21 @@ def thought_about(side: Conversation, thought: str) -> Conversation:
 
 
 def joined_turns(conversation: Conversation) -> Conversation:
-    """The conversation with neighbouring turns of one role as one, their texts on lines apart."""
+    """The conversation with neighbouring turns of one role as one, their texts on lines apart.
+
+    What several tools returned stays apart.
+    """
     turns: list[Message] = []
     for message in conversation:
-        if turns and turns[-1].role == message.role:
+        if turns and turns[-1].role == message.role != "tool":
             before = turns[-1]
             written = None
             if before.written is not None or message.written is not None:
                 written = _on_lines(
                     before.written or before.content, message.written or message.content
                 )
-            turns[-1] = Message(message.role, _on_lines(before.content, message.content), written)
+            content = _on_lines(before.content, message.content)
+            turns[-1] = Message(message.role, content, written, before.calls + message.calls)
         else:
             turns.append(message)
     return tuple(turns)

@@ -214,9 +214,9 @@ BAD = {
         record(conversations=[{"from": "bot", "value": "x"}]),
         "turn 1: from is 'bot', expected human or gpt",
     ),
-    "a turn of a tool": (
+    "a tool that is all": (
         record(conversations=[{"from": "observation", "value": "3"}]),
-        "turn 1: from is 'observation', and turns of tools are not trained",
+        "up to an answer, found tool",
     ),
     "text that is none": (
         record(conversations=[{"from": "human", "value": ["x"]}]),

@@ -49,6 +49,16 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[TaskSetup]:
     return calls
 
 
+def test_a_result_that_cannot_be_written_is_shown_before_the_error(small_model, tmp_path, counted):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    outcomes = run_tasks(lambda: small_model, "m", ["one"], Options(out=tmp_path / "out"))
+    shown = next(outcomes)
+    assert shown.record is not None
+    assert shown.record["scores"]["accuracy"] == pytest.approx(2 / 3)
+    with pytest.raises(DataError, match=r"out/one\.json: cannot be written"):
+        next(outcomes)
+
+
 @pytest.mark.slow
 def test_every_task_of_the_quick_suite_runs_a_real_model(small_model, tmp_path):
     found = run(small_model, QUICK, Options(limit=6, out=tmp_path), suite="quick")

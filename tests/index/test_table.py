@@ -16,6 +16,7 @@ import cafe.index.table as table_module
 from cafe.errors import CafeError, DataError
 from cafe.index import Index, IndexRow, ModelFacts, Origin
 from cafe.index.rows import column_name, column_types, plain
+from cafe.index.store import lance_errors
 
 DIMENSION = 16
 FACTS = ModelFacts("tiny", "weights-a", "prompt-a", DIMENSION)
@@ -223,6 +224,44 @@ def test_no_index_says_how_to_make_one_and_leaves_no_folder(tmp_path: Path):
     Index.create(tmp_path / "i", FACTS)
     with pytest.raises(DataError, match="already exists"):
         Index.create(tmp_path / "i", FACTS)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("folder", "damage"),
+    [
+        ("data", cut),
+        ("data", Path.unlink),
+        ("_versions", cut),
+        ("_versions", lambda file: file.write_bytes(b"")),
+    ],
+)
+def test_a_damaged_index_is_one_error_that_says_what_to_do(
+    tmp_path: Path, folder: str, damage: Any
+):
+    uri = tmp_path / "photos.index"
+    _, vectors = filled(uri, 3)
+    files = (uri / "items.lance" / folder).glob("*.lance" if folder == "data" else "*.manifest")
+    damage(min(files))  # the newest version: their names count down
+    with pytest.raises(DataError) as caught:
+        Index.open(uri).search(vectors[0])
+    text = str(caught.value)
+    assert text.startswith(f"index {uri}: ")
+    assert text.endswith(
+        f"; the index is damaged: delete it, then make it again: cafe index MODEL FOLDER --to {uri}"
+    )
+
+
+def test_a_full_disk_says_that_nothing_is_lost():
+    with pytest.raises(DataError) as caught, lance_errors("photos.index"):
+        raise RuntimeError("lance error: No space left on device (os error 28), rust/io.rs:7:9")
+    assert str(caught.value) == (
+        "index photos.index: lance error: No space left on device (os error 28); free space "
+        "there, then run the same command again: finished rows are kept"
+    )
 
 
 def test_an_empty_index_finds_nothing(tmp_path: Path):

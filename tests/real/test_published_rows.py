@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
 
+from cafe.data.read import read_examples
+from cafe.data.records import ReadOptions
+from cafe.errors import DataError
 from cafe.types import Conversation, Image, user
 
 pytestmark = pytest.mark.real
@@ -128,3 +134,38 @@ def test_the_pooled_token_closes_the_empty_turn(published: Any) -> None:
     for pooled in rows.pooled.tolist():
         assert tokens[pooled] == closing
         assert ends[pooled] == pooled % length + 1, "nothing follows it in its sequence"
+
+
+# ---------------------------------------------------------------------- tools
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a city"}}]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+TURNS = [
+    {"role": "user", "content": "How warm is it in Rome?"},
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "22"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "23"},
+    {"role": "tool", "content": "24"},
+    {"role": "assistant", "content": "24 degrees."},
+]
+
+
+def test_turns_of_tools_are_what_transformers_writes(published: Any, tmp_path: Path):
+    """Each answer: what is written up to it, after what is written when it is asked for."""
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": TURNS, "tools": TOOLS}]))
+    (example,) = read_examples(tmp_path / "data.json", ReadOptions(mode="chat")).examples
+    if "tool_calls" not in published.processor.chat_template:
+        with pytest.raises(DataError, match="the chat template does not write which tools there"):
+            published.collator.render.answers(example.dialogues[0])
+        return
+    answers = published.collator.render.answers(example.dialogues[0])
+    write = partial(published.processor.apply_chat_template, tools=TOOLS, tokenize=False)
+    for end, answer in zip((2, 4, 7), answers, strict=True):
+        assert answer.text == write(TURNS[:end]).rstrip()
+        asked = write(TURNS[: end - 1], add_generation_prompt=True)
+        assert answer.text[: -answer.labelled] == asked
+    assert answers[0].text.endswith(
+        'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n'
+        "</tool_call><|im_end|>"
+    )

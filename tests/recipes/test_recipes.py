@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import cafe.recipes
-from cafe.errors import RecipeError
+from cafe.errors import DataError, RecipeError
 from cafe.recipes import Recipe, load_recipe
 
 SMALLEST = """\
@@ -93,6 +94,24 @@ def test_every_key_is_described():
         value = getattr(cafe.recipes, name)
         if isinstance(value, type):
             described(value)
+
+
+def test_a_recipe_that_cannot_be_saved_leaves_the_earlier_one(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe, path = load_recipe(recipe_file), tmp_path / "saved.yaml"
+    recipe.save(path)
+    before = path.read_text()
+
+    def full(path: Path, *_: object, **__: object) -> int:
+        path.write_bytes(b"model")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(DataError, match=r"saved\.yaml: cannot be written \(No space left on dev"):
+        recipe.save(path)
+    assert path.read_text() == before
+    assert [file.name for file in tmp_path.iterdir() if "unfinished" in file.name] == []
 
 
 def test_a_saved_recipe_loads_from_another_folder(recipe_file: Path, tmp_path: Path):

@@ -526,11 +526,26 @@ def test_a_checkpoint_of_another_base_or_another_adapter_is_refused(
     for override, message in [
         (f"model={other}/model", "does not fit this recipe"),
         (f"model={tmp_path / 'touched'}", "the model under the adapter is a different one"),
-        ("tuning.rank=8", "does not fit this recipe"),
-        ("tuning.parts=[language,vision]", "does not fit this recipe"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             train(recipe(world, out, *RUN, override), resume=True)
+    for override, was_and_is in [
+        ("tuning.kind=dora", "lora and is now dora"),
+        ("tuning.rank=8", "4 and is now 8"),
+        ("tuning.alpha=16", "8 and is now 16"),
+        ("tuning.parts=[language,vision]", "[language] and is now [language, vision]"),
+        ("tuning.targets=[q_proj]", "null and is now [q_proj]"),
+        ("tuning.full_parts=[]", "[projector] and is now []"),
+    ]:
+        with pytest.raises(CheckpointError) as caught:
+            train(recipe(world, out, *RUN, override), resume=True)
+        key = override.partition("=")[0]
+        assert str(caught.value).partition("step-000002: ")[2] == (
+            f"{key} was {was_and_is}, which changes what is trained; set it back, or start a new "
+            "run in another output_dir"
+        )
+    with pytest.raises(CheckpointError, match=r"tuning\.kind was lora and is now full, which"):
+        train(recipe(world, out), resume=True)
 
 
 def change_base(directory: Path) -> None:

@@ -246,6 +246,16 @@ def test_a_resumed_log_has_each_step_once_even_after_a_torn_line(tmp_path: Path)
     assert read_log(path)[-1] == record(3, loss=9.0, temperature=0.05)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_names_the_log_once(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "log.jsonl", done=0)
+    log._file.close()
+    log._file = Path("/dev/full").open("a")  # noqa: SIM115 (the log closes it)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/log\.jsonl'"):
+        log.append(record(1))
+    log.close()
+
+
 def test_the_reporter_logs_every_so_many_steps_and_the_last_and_tracks_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

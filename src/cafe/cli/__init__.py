@@ -6,13 +6,18 @@ through the logger `cafe`, which is silent for library users and shown on stderr
 
 from __future__ import annotations
 
+import _thread
 import errno
 import logging
 import os
 import sys
-from typing import Annotated
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from cafe.cli import (
     ablate,
@@ -44,6 +49,28 @@ _SERVERS = frozenset({"serve", "ui"})
 """They run for long and must return freed memory; the other verbs are faster when they keep it."""
 
 
+_GO_ON = {
+    "train": "--resume goes on from the newest complete checkpoint, if there is one",
+    "index": "what is finished is kept, and the same command goes on from there",
+    "ablate": "what is finished is kept, and the same command goes on from there",
+    "evaluate": "with --json, what is finished is kept, and the same command goes on from there",
+    "embed": "with --shard-size, what is finished is kept, and the same command goes on from there",
+}
+"""How to go on after Ctrl-C, where something is kept."""
+
+
+class _Verbs(TyperGroup):
+    """Says on stderr that Ctrl-C ended a verb; typer alone ends it in silence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            kept = _GO_ON.get(ctx.invoked_subcommand or "")
+            print("stopped by Ctrl-C" + (f"; {kept}" if kept else ""), file=sys.stderr, flush=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
 class _StderrHandler(logging.Handler):
     """Writes to the present `sys.stderr`, which a progress bar replaces while it is drawn."""
 
@@ -56,6 +83,7 @@ _HANDLER = _StderrHandler(logging.INFO)
 # Plain help: rich's boxes would double the time that `cafe --help` takes.
 app = typer.Typer(
     name="cafe",
+    cls=_Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -127,7 +155,8 @@ app.command("doctor")(doctor.command)
 def main() -> None:
     """Run `cafe`. An expected error is one line on stderr and exit code 2; Ctrl-C is 130."""
     try:
-        app()
+        with _no_lost_interrupt():
+            app()
     except (CafeError, OSError) as error:
         expected = _expected(error)
         if expected is None or os.environ.get("CAFE_DEBUG", "0") not in {"", "0"}:
@@ -140,6 +169,28 @@ def main() -> None:
         sys.exit(expected.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _no_lost_interrupt() -> Iterator[None]:
+    """Raise a Ctrl-C again that came where Python drops exceptions, as imports of torch often are.
+
+    A callback of a weak reference, or a `__del__`: Python would print a traceback and go on.
+    """
+    before = sys.unraisablehook
+
+    def report(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            # Later: raised in here, it would be dropped again.
+            threading.Timer(0.05, _thread.interrupt_main).start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _expected(error: CafeError | OSError) -> CafeError | None:

@@ -36,6 +36,7 @@ def _parts(example: Example, *, sizes: bool) -> list[bytes]:
     for conversation in (*sides, *example.negatives, *example.dialogues):
         for message in conversation:
             parts.append(message.role.encode())
+            parts += [repr(call).encode() for call in message.calls]
             for part in message.content:
                 if isinstance(part, str):
                     parts.append(part.encode(errors="surrogatepass"))

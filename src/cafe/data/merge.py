@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from cafe.types import Conversation, Example, Image, Message, Part
+from cafe.types import Conversation, Example, Image, Part
 
 
 def merge_with_origin(examples: Sequence[Example]) -> list[tuple[int, Example]]:
@@ -112,7 +112,7 @@ def _pair(example: Example) -> object:
 def _said(conversation: Conversation) -> object:
     """Equal for conversations with the same texts, given that they show one image."""
     return tuple(
-        (m.role, tuple(part if isinstance(part, str) else None for part in m.content))
+        (m.role, m.calls, tuple(part if isinstance(part, str) else None for part in m.content))
         for m in conversation
     )
 
@@ -127,6 +127,10 @@ def _showing(conversation: Conversation, image: Image) -> Conversation:
         return tuple(map(part, parts))
 
     return tuple(
-        Message(m.role, showing(m.content), None if m.written is None else showing(m.written))
+        replace(
+            m,
+            content=showing(m.content),
+            written=None if m.written is None else showing(m.written),
+        )
         for m in conversation
     )

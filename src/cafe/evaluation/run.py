@@ -238,8 +238,7 @@ def run_tasks(
             is in memory, and may differ from any earlier one.
         tasks: Names of tasks.
         options: How to run them.
-        suite: Its data sets are subfolders of `options.data`; None:
-            `options.data` is the tasks' own.
+        suite: Its data sets are subfolders of `options.data`; None: that is the tasks' own.
         rank: This process among those that share the work.
 
     Raises:
@@ -254,8 +253,7 @@ def run_tasks(
         if limit is None and suite == "quick" and is_scenes(task):
             limit = QUICK_LIMIT
         wanted = about | {"limit": limit, "caption": options.caption}
-        kept = _kept(task, options, wanted)
-        if kept is not None:
+        if (kept := _kept(task, options, wanted)) is not None:
             yield Outcome(task, kept, "kept")
             continue
         try:
@@ -263,8 +261,7 @@ def run_tasks(
         except CafeError as error:
             yield Outcome(task, None, "failed", str(error))
             continue
-        if not loaded:
-            # Without it no task can be measured.
+        if not loaded:  # without it no task can be measured
             loaded.append(_loaded(load(), rank, options.caption))
         model, plain, cached = loaded[0]
         # Generated scenes are few and shared by tasks; a data set may not fit in memory.
@@ -280,7 +277,11 @@ def run_tasks(
         finally:
             journal.close()
         if options.out is not None and rank.index == 0:
-            write_json(result_file(options.out, task), record)
+            try:
+                write_json(result_file(options.out, task), record)
+            except DataError:  # hours of work are shown, at least
+                yield Outcome(task, record, "measured")
+                raise
             write_report(options.out, about["model"], model)
             _forget(unfinished)
         yield Outcome(task, record, "measured")

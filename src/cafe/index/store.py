@@ -48,7 +48,30 @@ def lance_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
-        raise DataError(f"index {uri}: {reason(error)}") from error
+        raise DataError(f"index {uri}: {reason(error)}{_fix(uri, str(error))}") from error
+    except Exception as error:
+        if type(error).__name__ != "RustPanic":
+            raise
+        raise DataError(f"index {uri}: LanceDB panicked{_fix(uri, 'corrupt')}") from error
+
+
+_FULL = re.compile("No space left on device|quota exceeded")
+_DAMAGED = re.compile(
+    r"Not found: \S+\.(lance|manifest|idx)|failed to fill whole buffer|failed to decode"
+    r"|size is too small|Invalid (range|direct)|metadata region|references parent|magic|[Cc]orrupt"
+)
+"""What LanceDB says of files that are missing, cut or overwritten."""
+
+
+def _fix(uri: str, text: str) -> str:
+    if _FULL.search(text):
+        return "; free space there, then run the same command again: finished rows are kept"
+    if _DAMAGED.search(text):
+        return (
+            "; the index is damaged: delete it, then make it again: "
+            f"cafe index MODEL FOLDER --to {uri}"
+        )
+    return ""
 
 
 def reason(error: BaseException) -> str:

@@ -96,12 +96,12 @@ class Index:
             return None
         database = connect(name)
         try:
-            table = database.open_table(TABLE)
-        except (ValueError, FileNotFoundError) as error:
-            if "not found" in str(error):
+            with lance_errors(name):
+                return cls(name, database.open_table(TABLE))
+        except DataError as error:
+            if "not found" in str(error.__cause__):
                 return None
-            raise DataError(f"index {name}: cannot be opened ({reason(error)})") from error
-        return cls(name, table)
+            raise
 
     @classmethod
     def create(

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from cafe.recipes.yaml_text import to_yaml
+from cafe.recipes.yaml_text import save_yaml, to_yaml
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -394,5 +394,5 @@ class Recipe(Section):
         return to_yaml(self.model_dump(mode="json"))
 
     def save(self, path: Path) -> None:
-        """Write `dump()` to `path`, which is then itself a recipe."""
-        path.write_text(self.dump(), encoding="utf-8")
+        """Write `dump()` to `path`, which is then itself a recipe (`save_yaml`)."""
+        save_yaml(self.dump(), path)

@@ -7,9 +7,12 @@ follows YAML 1.1, where `1e-3` (no dot) is a string, and keeps the last of two e
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from cafe.files import replacing, writing
 
 _FLOAT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+\Z")
 
@@ -42,3 +45,13 @@ def parse_yaml(text: str) -> Any:
 def to_yaml(tree: dict[str, Any]) -> str:
     """`tree` as YAML, keys in order; `parse_yaml` returns it unchanged."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def save_yaml(text: str, path: Path) -> None:
+    """Write YAML to `path` at once.
+
+    Raises:
+        DataError: it cannot be written; an earlier file is unchanged.
+    """
+    with replacing(path) as unfinished, writing(path):
+        unfinished.write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from cafe.serving.errors import ApiError, json_response
+from cafe.serving.invalid import invalid_body
 from cafe.serving.middleware import RequestGuard
 from cafe.serving.page_auth import PageAuth
 from cafe.serving.routes.chat import chat_routes
@@ -20,9 +21,6 @@ from cafe.serving.routes.rerank import rerank_routes
 from cafe.serving.routes.search import search_routes
 from cafe.serving.schema import ErrorBody
 from cafe.serving.service import Service
-
-UNION_MEMBERS = {"str", "int", "Content", "ImageURL"}
-"""Names that pydantic adds to the location of an error, besides the names of fields."""
 
 
 def create_app(
@@ -56,7 +54,7 @@ def create_app(
     if service.search is not None:
         app.include_router(search_routes(service, service.search))
     app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     guard = RequestGuard(
@@ -120,33 +118,6 @@ def _status_routes(service: Service, guard: RequestGuard) -> APIRouter:
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response
-
-
-async def _validation_error(request: Request, error: Exception) -> Response:
-    """An invalid body, reported as OpenAI does (400, not 422).
-
-    Each member of a union reports its own error; the one with the deepest location matched most of
-    the value.
-    """
-    assert isinstance(error, RequestValidationError)
-    deepest = max(error.errors(), key=lambda e: len(e["loc"]))
-    if deepest["type"] == "json_invalid":
-        return ApiError.invalid(f"the body is not valid JSON: {deepest['ctx']['error']}").response
-    param = _param(deepest["loc"])
-    message = deepest["msg"].removeprefix("Value error, ")
-    if deepest["type"] == "extra_forbidden":
-        message = "unknown or unsupported field"
-    return ApiError.invalid(f"{param}: {message}" if param else message, param).response
-
-
-def _param(location: tuple[int | str, ...]) -> str | None:
-    """For example "messages.0.content", without pydantic's names for the members of a union."""
-    names: list[str] = []
-    for part in map(str, location[1:]):
-        plain = part.isdecimal() or part.isidentifier()
-        if plain and part not in UNION_MEMBERS and part not in names[-1:]:
-            names.append(part)
-    return ".".join(names)[:200] or None
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

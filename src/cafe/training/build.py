@@ -184,6 +184,29 @@ def build_step(
     return step, TrainingState(vlm.model, contrast, optimizer, device, base, sharded)
 
 
+def trained_settings(recipe: Recipe, vlm: CAFe) -> dict[str, Any]:
+    """The keys of a recipe that decide what is trained, with values that compare by meaning."""
+    tuning, objective = recipe.tuning, recipe.objective
+    settings = {
+        "tuning.kind": tuning.kind,
+        "objective.contrastive": objective.contrastive,
+        "objective.learn_temperature": objective.learn_temperature,
+    }
+    if tuning.kind != "full":
+        return settings | {
+            "tuning.rank": tuning.rank,
+            "tuning.alpha": tuning.alpha,
+            "tuning.parts": sorted(tuning.parts),
+            "tuning.targets": tuning.targets and sorted(tuning.targets),
+            "tuning.full_parts": sorted(tuning.full_parts),
+        }
+    settings["optimizer.freeze"] = sorted(recipe.optimizer.freeze)
+    if not head_is_tied(vlm):  # `build_step` freezes it
+        weight = "above 0" if objective.language_weight > 0 else "0"
+        settings["objective.language_weight"] = weight
+    return settings
+
+
 def _check_compilable(recipe: Recipe, vlm: CAFe) -> None:
     """Compiled dropout draws different numbers in passes with and without gradient."""
     if uses_dropout(vlm):

@@ -8,7 +8,7 @@ output_dir/checkpoints/step-000123/
     state.pt              parameters of the contrastive loss, each rank's random state, the
                           fingerprint of the base's weights
     manifest.json         written last: {"step": 123, "files": {name: bytes}, "data": {...},
-                          "origin": {...}, "precision": "bf16"}
+                          "origin": {...}, "precision": "bf16", "trained": {...}}
 
 Runs on any number of processes, sharded or not, read both kinds.
 
@@ -65,6 +65,7 @@ class Checkpoints:
     data     settings that decide which examples a step has; a resumed run must have the same
     origin   fingerprints of what the run started from, by name; a resumed run must have the same
     precision   of the forward passes; a resumed run may have another one, with a warning
+    trained  settings that decide which weights are trained; a resumed run must have the same
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Checkpoints:
     data: dict[str, Any]
     origin: dict[str, str] = field(default_factory=dict)
     precision: ComputePrecision = "fp32"
+    trained: dict[str, Any] = field(default_factory=dict)
 
     def save(self, state: TrainingState, step: int) -> Path:
         """Write the state after `step` steps. A collective of all ranks.
@@ -145,6 +147,7 @@ class Checkpoints:
             "data": self.data,
             "origin": self.origin,
             "precision": self.precision,
+            "trained": self.trained,
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -178,7 +181,7 @@ class Checkpoints:
         if not done:
             return 0
         step, folder = done[-1]
-        self._check_data(folder)
+        self._check_settings(folder)
         try:
             rest = torch.load(folder / STATE, map_location="cpu", weights_only=True)
             # None: written by an earlier version, in a run without an adapter.
@@ -202,18 +205,24 @@ class Checkpoints:
             set_random_state(rest["random"][rank()], state.device)
         return step
 
-    def _check_data(self, folder: Path) -> None:
-        """Check that the examples and their order are the same; some would be repeated or lost."""
+    def _check_settings(self, folder: Path) -> None:
+        """Check that the run continues with the same examples, in the same order, and weights."""
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        saved, origin = manifest["data"], manifest.get("origin", self.origin)
-        changed = [key for key in self.data if saved.get(key) != self.data[key]]
-        if changed:
-            key = changed[0]
-            raise CheckpointError(
-                f"{folder}: {key} was {saved.get(key)} and is now {self.data[key]}, which "
-                "changes the order of the examples; restore the recipe and the data, or start a "
-                "new run in another output_dir"
-            )
+        origin = manifest.get("origin", self.origin)
+        trained = manifest.get("trained", self.trained)  # earlier versions did not keep it
+        order = "changes the order of the examples; restore the recipe and the data"
+        for before, now, effect in (
+            (trained, self.trained, "changes what is trained; set it back"),
+            (manifest["data"], self.data, order),
+        ):
+            changed = [key for key, value in now.items() if before.get(key) != value]
+            if changed:
+                key = changed[0]
+                raise CheckpointError(
+                    f"{folder}: {key} was {_as_yaml(before.get(key))} and is now "
+                    f"{_as_yaml(now[key])}, which {effect}, or start a new run in another "
+                    "output_dir"
+                )
         different = [name for name, value in self.origin.items() if origin.get(name) != value]
         if different:
             raise CheckpointError(
@@ -242,6 +251,11 @@ class Checkpoints:
                 f"run; set precision={before} for the same"
             )
         return found
+
+
+def _as_yaml(value: Any) -> str:
+    """A setting as a recipe writes it: null, true, [q_proj, v_proj]."""
+    return json.dumps(value).replace('"', "")
 
 
 # ---------------------------------------------------------------------- directories

@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -97,18 +98,27 @@ class RunLog:
         kept = [record for record in read_log(path) if record.step <= done]
         with replacing(path) as rewritten, writing(path):
             rewritten.write_text("".join(map(_line, kept)), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with writing(path):
+            self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: StepRecord) -> None:
-        self._file.write(_line(record))
-        self._file.flush()
+        """Write one line. Raises OSError, and the loop saves the state."""
+        try:
+            self._file.write(_line(record))
+            self._file.flush()
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     def sync(self) -> None:
         """Sync to disk, so that the log is never behind a checkpoint."""
-        os.fsync(self._file.fileno())
+        with writing(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # the disk is full, as `append` has said
+            self._file.close()
 
 
 def _line(record: StepRecord) -> str:

@@ -44,6 +44,7 @@ from cafe.training.build import (
     is_sharded,
     precision_in_use,
     seed_everything,
+    trained_settings,
 )
 from cafe.training.checkpoints import (
     WRITE_ERRORS,
@@ -166,6 +167,7 @@ def _train(
         _data_order(recipe, data),
         origin,
         precision_in_use(accelerator),
+        trained_settings(recipe, vlm),
     )
     doubts = checkpoints.doubts() if resume else []
     seed_everything(recipe.seed + rank())  # dropout differs between ranks

@@ -81,6 +81,11 @@ def conversation_example(
         DataError: The conversation does not fit the mode.
     """
     conversation = alternating(conversation, changes)
+    tools = any(message.calls or message.role in ("tool", "tools") for message in conversation)
+    if tools and (options.mode != "chat" or options.turns == "branches"):
+        raise DataError(
+            "it has turns of tools, which are trained with mode: chat and turns: conversation only"
+        )
     dialogues = _branches(conversation) if options.turns == "branches" else (conversation,)
     match options.mode:
         case "chat":
@@ -114,7 +119,7 @@ def alternating(conversation: Conversation, changes: Counter[str]) -> Conversati
         DataError: No answer to a question remains.
     """
     roles = [message.role for message in conversation]
-    begin = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    begin = next((i for i, role in enumerate(roles) if role not in ("system", "tools")), len(roles))
     system = joined_turns(conversation[:begin])
     turns = list(conversation[begin:])
     if any(turn.role == "system" for turn in turns):

@@ -22,6 +22,7 @@ from cafe.data.formats.base import (
     conversation_example,
     negative_captions,
 )
+from cafe.data.formats.tools import offered_tools
 from cafe.data.formats.turns import ListedMedia, read_conversation
 from cafe.data.media_paths import MediaResolver, media_value
 from cafe.data.records import ReadOptions, Record
@@ -35,7 +36,7 @@ def _read(
         media.images(media_value(record, "image", "images")),
         media.videos(media_value(record, "video", "videos")),
     )
-    conversation = read_conversation(
+    conversation = offered_tools(record) + read_conversation(
         record.get("conversations"),
         shown,
         media,
@@ -49,7 +50,9 @@ def _read(
 LLAVA = Format(
     name="llava",
     layout="conversations, image",
-    columns=frozenset({"conversations", "image", "images", "video", "videos", "id", *NEGATIVES}),
+    columns=frozenset(
+        {"conversations", "image", "images", "video", "videos", "tools", "id", *NEGATIVES}
+    ),
     fits=lambda columns: "conversations" in columns,
     modes=("caption", "chat", "pair"),
     pair_prompt="none",

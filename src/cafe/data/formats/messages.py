@@ -13,13 +13,15 @@ parts themselves (a path or a data URL):
             {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": "A red mug."}]}
 
-Where `content` is a string, `<image>` in it takes the next image. Format:
+Where `content` is a string, `<image>` in it takes the next image. For tools see
+`cafe.data.formats.tools`. Format:
 https://huggingface.co/docs/trl/dataset_formats#vision-datasets.
 """
 
 from __future__ import annotations
 
 from cafe.data.formats.base import Format, conversation_example
+from cafe.data.formats.tools import offered_tools
 from cafe.data.formats.turns import ListedMedia, read_conversation
 from cafe.data.media_paths import MediaResolver, media_value
 from cafe.data.records import ReadOptions, Record
@@ -33,7 +35,7 @@ def _read(
         media.images(media_value(record, "images", "image"), "images"),
         media.videos(media_value(record, "videos", "video"), "videos"),
     )
-    conversation = read_conversation(
+    conversation = offered_tools(record) + read_conversation(
         record.get("messages"),
         shown,
         media,
@@ -47,7 +49,7 @@ def _read(
 MESSAGES = Format(
     name="messages",
     layout="messages, images",
-    columns=frozenset({"messages", "image", "images", "video", "videos", "id"}),
+    columns=frozenset({"messages", "image", "images", "video", "videos", "tools", "id"}),
     fits=lambda columns: "messages" in columns and "positive_messages" not in columns,
     modes=("caption", "chat", "pair"),
     pair_prompt="none",

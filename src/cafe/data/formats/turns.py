@@ -1,7 +1,8 @@
 """Conversations as files contain them: turns, with markers for the positions of images.
 
-Turns are `from`/`value` or `role`/`content`; roles are human or user, gpt or assistant, and system
-(first). Each `<image>` in a human text is the position of the next image; in an answer it is text.
+Turns are `from`/`value` or `role`/`content`; roles are human or user, gpt or assistant, system
+(first), and those of tools (`cafe.data.formats.tools`). Each `<image>` in a human text is the
+position of the next image; in an answer it is text.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cafe.data.formats.tools import CALLS, RESULTS, read_calls
 from cafe.data.media_paths import MediaResolver
 from cafe.data.records import kind
 from cafe.errors import DataError, check_unicode, quoted
-from cafe.types import Conversation, Image, Message, Part, Role, Video
+from cafe.types import Conversation, Image, Message, Part, Role, ToolCall, Video
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,10 @@ _ROLES: dict[object, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    **dict.fromkeys(CALLS, "assistant"),
+    **dict.fromkeys(RESULTS, "tool"),
 }
-_TOOLS = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
-_EMPTY: dict[Role, str] = {"user": "question", "assistant": "answer", "system": "system text"}
+_EMPTY = {"user": "question", "assistant": "answer", "system": "system text", "tool": "result"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,14 @@ class Turn:
     named     the role's name in the file
     pieces    texts, images and slots for images, in reading order
     written   the pieces with the newlines around markers and all spaces; None: not from one text
+    calls     of tools
     """
 
     role: Role
     named: str
     pieces: tuple[Piece, ...]
     written: tuple[Piece, ...] | None = None
+    calls: tuple[ToolCall, ...] = ()
 
 
 # ---------------------------------------------------------------------- turns -> conversation
@@ -101,13 +106,13 @@ def read_conversation(
         "user": marker,
         "assistant": marker if answers_show else None,
         "system": None,
+        "tool": None,
     }
     turns = [
         _turn(turn, f"turn {number}", media, markers, parts) for number, turn in enumerate(value, 1)
     ]
     for number, turn in enumerate(turns, 1):
-        text_only = turn.role == "system" or (turn.role == "assistant" and not answers_show)
-        if text_only and any(not isinstance(piece, str) for piece in turn.pieces):
+        if markers[turn.role] is None and any(not isinstance(piece, str) for piece in turn.pieces):
             raise DataError(
                 f"turn {number}: an image in a {turn.named} turn; only human turns contain images"
             )
@@ -124,24 +129,26 @@ def _turn(
     if not isinstance(turn, dict):
         raise DataError(f"{location}: expected an object, found {kind(turn)}")
     for role_key, text_key in (("from", "value"), ("role", "content")):
-        if role_key in turn and text_key in turn:
+        if role_key in turn and (text_key in turn or turn.get("tool_calls")):
             break
     else:
         raise DataError(f"{location}: has neither 'from' and 'value' nor 'role' and 'content'")
-    named, content = turn[role_key], turn[text_key]
+    named, content = turn[role_key], turn.get(text_key)
     role = _ROLES.get(named) if isinstance(named, str) else None
-    written = None
-    if named in _TOOLS:
-        raise DataError(
-            f"{location}: {role_key} is {quoted(named)}, and turns of tools are not trained; leave "
-            "the record out, or its tool turns"
-        )
     if role is None:
         raise DataError(f"{location}: {role_key} is {quoted(named)}, expected human or gpt")
+    written, calls = None, ()
+    if named in CALLS or turn.get("tool_calls"):
+        calls = read_calls(content if named in CALLS else turn["tool_calls"], location)
+        content = [] if named in CALLS or not content else content
+    if calls and role != "assistant":
+        raise DataError(f"{location}: {role_key} is {quoted(named)}, and only gpt calls tools")
+    if role == "tool" and isinstance(content, str) and "<tool_response>" in content:
+        raise DataError(f"{location}: contains <tool_response>, which the chat template writes")
     if isinstance(content, str):
         written = tuple(_split(_unicode(content, location), markers[role], bare=True))
         pieces = tuple(_split(content, markers[role]))
-    elif isinstance(content, list) and parts:
+    elif isinstance(content, list) and (parts or calls):
         pieces = tuple(_part(part, location, media) for part in content)
     else:
         raise DataError(f"{location}: {text_key} is {kind(content)}, expected text")
@@ -149,11 +156,11 @@ def _turn(
         pieces = tuple(piece for piece in pieces if not isinstance(piece, str) or piece.strip())
     if role == "assistant" and len(pieces) == 1 and isinstance(pieces[0], str):
         pieces = (pieces[0].strip(),)
-    if not any(not isinstance(piece, str) or piece.strip() for piece in pieces):
+    if not calls and not any(not isinstance(piece, str) or piece.strip() for piece in pieces):
         raise DataError(
             f"{location}: the {_EMPTY[role]} is empty; write it, or leave the record out"
         )
-    return Turn(role, str(named), pieces, written)
+    return Turn(role, str(named), pieces, written, calls)
 
 
 def _split(text: str, marker: re.Pattern[str] | None, bare: bool = False) -> Iterator[Piece]:
@@ -232,7 +239,7 @@ def _filled(turns: Sequence[Turn], shown: ListedMedia) -> Conversation:
             if turn.written is not None and written is None:
                 written = tuple(content)  # the file places no image in it
             content, in_front = [*in_front, *content], []
-        messages.append(Message(turn.role, tuple(content), written))
+        messages.append(Message(turn.role, tuple(content), written, turn.calls))
     return tuple(messages)
 
 

@@ -120,7 +120,10 @@ def chair_mentions(words: ObjectWords, text: str) -> list[str]:
 
 
 def plurals(name: str) -> list[str]:
-    """The likely plurals of a name, by the spelling of its last word."""
+    """The likely plurals of a name, by the spelling of its last word.
+
+    An irregular one first, then the regular one, which texts have too ("persons", "dobermans").
+    """
     irregular = {
         "man": "men",
         "person": "people",
@@ -135,11 +138,12 @@ def plurals(name: str) -> list[str]:
     before = f"{head} " if head else ""
     for ending, plural in irregular.items():
         if last.endswith(ending):
-            return [before + last[: len(last) - len(ending)] + plural]
+            irregular_plural = before + last[: len(last) - len(ending)] + plural
+            return [irregular_plural, f"{name}s"]
     if last.endswith(("s", "x", "z", "ch", "sh")):
         return [before + last + "es"]
     if last.endswith("y") and len(last) > 1 and last[-2] not in "aeiou":
         return [before + last[:-1] + "ies"]
     if last.endswith(("f", "fe")):
-        return [before + last.rstrip("ef") + "ves", before + last + "s"]
+        return [before + last.removesuffix("e")[:-1] + "ves", before + last + "s"]
     return [before + last + "s", *([before + last + "es"] if last.endswith("o") else [])]

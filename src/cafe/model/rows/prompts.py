@@ -17,6 +17,7 @@ format an input alike.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from bisect import bisect_right
@@ -27,7 +28,7 @@ from typing import Any
 
 from cafe.errors import CheckpointError, DataError
 from cafe.model.rows.template import render_chat, template_file
-from cafe.types import Conversation, Image, Part, Video
+from cafe.types import Conversation, Image, Part, ToolCall, Video
 
 _log = logging.getLogger(__name__)
 
@@ -221,7 +222,16 @@ def escape_control_tokens(conversation: Conversation, pattern: re.Pattern[str]) 
     User text is only text: "<image>" in a caption is not an image, "<|im_end|>" ends no turn. Nor
     does one that neighbouring parts give together, which templates write without anything between.
     """
-    return tuple(replace(m, content=_escaped(m.content, pattern)) for m in conversation)
+    return tuple(
+        replace(
+            m,
+            content=_escaped(m.content, pattern),
+            calls=tuple(
+                ToolCall(*_escaped_texts([call.name, call.arguments], pattern)) for call in m.calls
+            ),
+        )
+        for m in conversation
+    )
 
 
 def _escaped(content: Sequence[Part], pattern: re.Pattern[str]) -> tuple[Part, ...]:
@@ -250,11 +260,26 @@ def _escaped_texts(texts: list[str], pattern: re.Pattern[str]) -> list[str]:
 
 
 def template_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """A conversation in the form that chat templates read."""
-    return [
-        {"role": message.role, "content": [_template_part(part) for part in message.content]}
-        for message in conversation
-    ]
+    """A conversation in the form that chat templates read; `offered_tools` are not among it."""
+    messages: list[dict[str, Any]] = []
+    for turn in conversation:
+        message: dict[str, Any] = {"role": turn.role}
+        message["content"] = [_template_part(part) for part in turn.content]
+        if turn.calls:
+            message["tool_calls"] = [_template_call(call) for call in turn.calls]
+        if turn.role != "tools":
+            messages.append(message)
+    return messages
+
+
+def offered_tools(conversation: Conversation) -> list[dict[str, Any]]:
+    """The tools that a conversation says there are, as chat templates read them."""
+    return [tool for turn in conversation if turn.role == "tools" for tool in json.loads(turn.text)]
+
+
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.loads(call.arguments)}
+    return {"type": "function", "function": function}
 
 
 def _template_part(part: str | Image | Video) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, Self
@@ -31,6 +31,7 @@ from cafe.model.rows.prompts import (
     default_chat_template,
     embedding_template,
     escape_control_tokens,
+    offered_tools,
     template_messages,
 )
 from cafe.model.rows.template import render_chat, template_file
@@ -143,14 +144,35 @@ class Renderer:
         refusal: DataError | None = None
         for turns in dict.fromkeys((conversation, joined_turns(conversation))):
             try:
-                return render_chat(self.processor, template_messages(turns), **kwargs)
+                tools = offered_tools(turns) or None
+                text = render_chat(self.processor, template_messages(turns), tools=tools, **kwargs)
             except DataError as error:
                 refusal = refusal or error
+            else:
+                self._check_tools(turns, text)
+                return text
         assert refusal is not None
         raise refusal
 
+    def _check_tools(self, turns: Conversation, text: str) -> None:
+        """Raises DataError where the template leaves out tools or what they returned."""
+        results = [turn.text.strip() for turn in turns if turn.role == "tool"]
+        if not all(result in text for result in results):
+            raise self._without_tools("what tools return")
+        tools = [tool.get("function", tool) for tool in offered_tools(turns)]
+        if not all(str(tool.get("name")) in text for tool in tools):
+            raise self._without_tools("which tools there are")
+
+    def _without_tools(self, what: str) -> DataError:
+        return DataError(
+            f"{template_file(self.processor)}: the chat template does not write {what}; train a "
+            "model whose template does, such as Qwen3-VL, or leave the record out"
+        )
+
     def _published(self, conversation: Conversation, **kwargs: Any) -> tuple[str, Conversation]:
         """A conversation as the published code renders it, and the turns that the text contains."""
+        if any(turn.calls or turn.role in ("tool", "tools") for turn in conversation):
+            raise DataError("objective.compat is official, and the published code has no tools")
         turns = self._readable(with_system_turn(as_written(conversation)))
         text = render_chat(
             self.processor,
@@ -215,7 +237,8 @@ class Renderer:
         history: Conversation = ()
         for message in self._readable(dialogue):
             if message.role == "assistant":
-                message = Message("assistant", (_answer(message),))
+                text = () if message.calls and not message.text.strip() else (_answer(message),)
+                message = Message("assistant", text, calls=message.calls)
                 rendered.append(self._answered((*history, message)))
             history = (*history, message)
         if not rendered:
@@ -226,7 +249,9 @@ class Renderer:
         """The last of `turns`, after the prompt that the model gets when it generates it."""
         *history, answer = turns
         prompt = self._apply(tuple(history), add_generation_prompt=True)
-        whole = self._apply((*history, Message("assistant", (_STAND_IN,))))
+        if not answer.content:
+            return self._called(prompt, turns)
+        whole = self._apply((*history, replace(answer, content=(_STAND_IN,))))
         at = whole.rfind(_STAND_IN)
         if at < 0:
             raise CheckpointError(
@@ -236,7 +261,18 @@ class Renderer:
             )
         # What the template writes between its prompt and an answer: "Assistant:", " cat".
         between = whole[len(prompt) : at] if whole.startswith(prompt) else ""
-        target = between + answer.text + whole[at + 1 :].rstrip()
+        return self._target(prompt, between + answer.text + whole[at + 1 :].rstrip(), turns)
+
+    def _called(self, prompt: str, turns: Conversation) -> RenderedSequence:
+        """As `_answered`, where the last turn calls tools and says nothing."""
+        whole = self._apply(turns)
+        if not whole.startswith(prompt):
+            raise self._without_tools("a turn that only calls tools as it asks for one")
+        return self._target(prompt, whole[len(prompt) :].rstrip(), turns)
+
+    def _target(self, prompt: str, target: str, turns: Conversation) -> RenderedSequence:
+        if not all(call.name in target for call in turns[-1].calls):
+            raise self._without_tools("calls of tools")
         return RenderedSequence.of(
             prompt + target,
             turns,
@@ -274,5 +310,6 @@ def _images(conversation: Conversation) -> tuple[Image | Video, ...]:
 
 def _texts(conversation: Conversation) -> tuple[str, ...]:
     """The pieces of text, as templates write them."""
-    parts = (part for message in conversation for part in message.content)
+    turns = (message for message in conversation if message.role != "tools")
+    parts = (part for message in turns for part in message.content)
     return tuple(part.strip() for part in parts if isinstance(part, str))

@@ -105,16 +105,19 @@ def _check_work(
     processor: Any, template: str, messages: Messages, variables: dict[str, Any]
 ) -> None:
     """Raises _TooMuchWork when rendering these messages has no bounds."""
-    shape = (tuple(_shape(message) for message in messages), tuple(sorted(variables.items())))
+    tools = variables.get("tools") or []
+    plain = sorted((key, value) for key, value in variables.items() if key != "tools")
+    shape = (tuple(_shape(message) for message in messages), len(tools), *plain)
     checked = _checked_shapes(template)
     if shape in checked:
         return
-    budget = _work_left.set(WORK + WORK_PER_CHARACTER * _weight(list(messages), WORK))
+    budget = _work_left.set(WORK + WORK_PER_CHARACTER * _weight([*messages, *tools], WORK))
     special = processor.tokenizer.special_tokens_map
     try:
         program = _compiled(template)
         _spend(0)
-        program.render(messages=messages, tools=None, documents=None, **{**special, **variables})
+        known = {"messages": messages, "tools": None, "documents": None}
+        program.render({**known, **special, **variables})
     except _TooMuchWork:
         raise
     except Exception:
