@@ -32,6 +32,7 @@ SURFACE = {
         "--limit",
         "--judge",
         "--caption",
+        "--think",
         "--force",
     ],
     "compare": ["RESULT..."],

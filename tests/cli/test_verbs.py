@@ -156,15 +156,17 @@ def test_generate_names_a_broken_image_before_the_model_loads(cafe, stand_in, tm
 def test_data_scenes(cafe, monkeypatch):
     calls: list[tuple] = []
 
-    def write_scenes(out: Path, count: int, seed: int, split: str, progress: Any) -> None:
-        calls.append((out, count, seed, split))
+    def write_scenes(
+        out: Path, count: int, seed: int, split: str, progress: Any, negatives_per_scene: int
+    ) -> None:
+        calls.append((out, count, seed, split, negatives_per_scene))
         progress(count)
 
     monkeypatch.setattr("cafe.data.scenes.write_scenes", write_scenes)
     argv = ("data", "scenes", "--out", "d", "--count", "3", "--seed", "7")
     assert cafe(*argv)[:2] == (0, "3 scenes in d\n")
-    assert cafe(*argv, "--split", "test")[0] == 0
-    assert calls == [(Path("d"), 3, 7, "train"), (Path("d"), 3, 7, "test")]
+    assert cafe(*argv, "--split", "test", "--negatives", "2")[0] == 0
+    assert calls == [(Path("d"), 3, 7, "train", 0), (Path("d"), 3, 7, "test", 2)]
     assert cafe(*argv, "--split", "val")[0] == 2
 
 

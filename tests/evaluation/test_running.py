@@ -16,9 +16,10 @@ from cafe.errors import CheckpointError, DataError
 from cafe.evaluation.journal import Journal
 from cafe.evaluation.model_calls import CachedCalls
 from cafe.evaluation.registry import SUITES, TASKS, suite_data
-from cafe.evaluation.run import Options, Outcome, run_tasks
+from cafe.evaluation.run import Options, Outcome, evaluate, run_tasks
 from cafe.evaluation.scoring import Ratio
 from cafe.evaluation.task import Task, TaskResult, TaskSetup
+from cafe.model.captions import CAPTION_WEIGHT
 from cafe.ranks import Rank
 from cafe.types import Conversation, Image, user
 from helpers.processes import free_port
@@ -257,3 +258,30 @@ def test_mistakes_on_the_command_line_are_one_line(cafe, tmp_path):
     assert code == 2
     assert "mmeb  could not be run: no --data: this task reads a local folder" in out
     assert err == "error: 1 of 1 tasks could not be run: mmeb\n"
+
+
+# ---------------------------------------------------------------------- the model's own captions
+
+
+@pytest.mark.slow
+def test_images_are_embedded_alone_with_captions_or_after_them(tmp_path):
+    """Three ways to embed, three results; none is taken for another when a folder is reused."""
+    found = {}
+    for use in (False, True, "think"):
+        out = tmp_path / str(use)
+        records = evaluate("tiny", ["retrieval"], limit=6, caption=use, out=out)
+        found[use] = records["retrieval"]
+    assert "caption" not in found[False]["settings"]
+    assert found[True]["settings"]["caption_weight"] == CAPTION_WEIGHT
+    assert found["think"]["settings"]["caption"] == "think"
+    assert "caption_weight" not in found["think"]["settings"]
+    alone, together, after = (record["items"] for record in found.values())
+    assert alone != together != after != alone
+    with pytest.raises(DataError, match="another caption"):
+        evaluate("tiny", ["retrieval"], limit=6, caption=True, out=tmp_path / "think")
+
+
+def test_two_ways_to_use_captions_at_once(command_line):
+    code, _, said = command_line("evaluate", "tiny", "--task", "gap", "--caption", "--think")
+    assert code == 2
+    assert "--caption and --think are two ways" in said

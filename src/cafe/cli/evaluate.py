@@ -69,6 +69,9 @@ def command(
         ),
     ] = None,
     caption: CaptionOption = False,
+    think: Annotated[
+        bool, typer.Option("--think", help="Embed images after captions that the model writes.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Measure again what --json has already.")
     ] = False,
@@ -82,6 +85,8 @@ def command(
 
     if task is not None and suite is not None:
         raise DataError("name a --task or a --suite, not both")
+    if caption and think:
+        raise DataError("--caption and --think are two ways to use captions; name one of them")
     if keys and data is None:
         raise DataError(f"{keys[0]}: keys are those of --data; name it")
 
@@ -100,7 +105,7 @@ def command(
             limit=limit,
             out=json_out,
             judges=judge or (),
-            caption=caption,
+            caption="think" if think else caption,
             force=force,
             on_outcome=_print_outcome,
         )

@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 
 from cafe.model import teacher_forced
+from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT
 from cafe.model.inference import log_odds
 from cafe.model.rerank import trained_temperature
 from cafe.model.rows.matching import match_question
@@ -35,6 +36,18 @@ if TYPE_CHECKING:
     from cafe.model.vlm import CAFe
 
 T = TypeVar("T")
+
+UseOfCaptions = bool | Literal["think"]
+"""Whether images are embedded with the model's own captions: averaged with them (True), or read
+after them ("think")."""
+
+
+def caption_settings(caption: UseOfCaptions) -> dict[str, Any]:
+    """What a result file says about them; nothing where there are none."""
+    if not caption:
+        return {}
+    weight = {"caption_weight": CAPTION_WEIGHT} if caption is True else {}
+    return {"caption": caption, **weight}
 
 
 class Calls(Protocol):
@@ -63,7 +76,7 @@ class ModelCalls:
                 twice as fast on recent CPUs; ties are a little more frequent
     encode_batch, generate_batch, score_batch    inputs, conversations and examples per batch
     prompt      name of the embedding prompt (`cafe.model.rows.prompts`)
-    caption     embed images with the model's own captions (`cafe.model.captions`)
+    caption     embed images with the model's own captions
     """
 
     model: CAFe
@@ -72,7 +85,7 @@ class ModelCalls:
     generate_batch: int = 64
     score_batch: int = 16
     prompt: str = "compress"
-    caption: bool = False
+    caption: UseOfCaptions = False
 
     def __post_init__(self) -> None:
         if self.precision == "bf16":
@@ -87,7 +100,8 @@ class ModelCalls:
                 list(inputs),
                 batch_size=self.encode_batch,
                 prompt_name=self.prompt,
-                caption=self.caption,
+                caption=self.caption is True,
+                think=CAPTION_TOKENS if self.caption == "think" else 0,
             )
 
     def generate(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:

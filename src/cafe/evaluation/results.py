@@ -13,6 +13,7 @@ integers from 0 to 9 are strings with one digit per sample.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib import metadata
@@ -144,3 +145,15 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # cafe itself, run from a source folder
             continue
     return versions
+
+
+def draw_stored_map(record: Mapping[str, Any], path: Path) -> Path | None:
+    """Draw the map of embeddings that a record may have; returns `path`, or None without one."""
+    details = record["details"]
+    if "map/image" not in details:
+        return None
+    from cafe.report.figures import draw_map  # matplotlib takes long to import
+
+    images, texts = (np.array(details[f"map/{kind}"]) for kind in ("image", "text"))
+    draw_map(path, images, texts, record["scores"]["modality_gap"])
+    return path

@@ -13,13 +13,18 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from cafe.errors import CafeError, DataError
 from cafe.evaluation.datasets.rows import RowSource
 from cafe.evaluation.journal import Journal
 from cafe.evaluation.mmeb.leaderboard import write_report
-from cafe.evaluation.model_calls import CachedCalls, Calls, DistributedCalls, ModelCalls
+from cafe.evaluation.model_calls import (
+    CachedCalls,
+    Calls,
+    DistributedCalls,
+    ModelCalls,
+    UseOfCaptions,
+    caption_settings,
+)
 from cafe.evaluation.registry import (
     QUICK_LIMIT,
     SUITES,
@@ -29,11 +34,16 @@ from cafe.evaluation.registry import (
     suite_data,
     task_names,
 )
-from cafe.evaluation.results import model_identity, package_versions, read_result, result_record
+from cafe.evaluation.results import (
+    draw_stored_map,
+    model_identity,
+    package_versions,
+    read_result,
+    result_record,
+)
 from cafe.evaluation.scenes.held_out import HELD_OUT_SEED
 from cafe.evaluation.task import TaskResult, TaskSetup
 from cafe.files import write_json
-from cafe.model.captions import CAPTION_WEIGHT
 from cafe.model.rows.prompts import DEFAULT_PROMPT, PROMPTS
 from cafe.progress import progress_bar
 from cafe.ranks import Rank, process_group
@@ -60,7 +70,7 @@ class Options:
     out       folder of the result files; None: nothing is kept
     force     measure again what is there
     judges    the judges of THRONE
-    caption   images are embedded with the model's own captions
+    caption   images are embedded with the model's own captions, or "think": after them
     seed      of the bootstrap
     """
 
@@ -69,7 +79,7 @@ class Options:
     out: Path | None = None
     force: bool = False
     judges: tuple[str, ...] = ()
-    caption: bool = False
+    caption: UseOfCaptions = False
     seed: int = 0
 
 
@@ -114,7 +124,7 @@ def evaluate(
     limit: int | None = None,
     out: str | Path | None = None,
     judges: Sequence[str] = (),
-    caption: bool = False,
+    caption: UseOfCaptions = False,
     force: bool = False,
     show_progress_bar: bool = False,
     on_outcome: Callable[[Outcome], None] | None = None,
@@ -142,8 +152,7 @@ def evaluate(
             again, and an interrupted one resumes; not so with a `CAFe`, whose weights may have
             changed since: a result that is there is an error.
         judges: The judges of THRONE: FLAN-T5 folders or hub names, or "http://HOST/v1#MODEL".
-        caption: Embed images together with the captions that the model writes of them
-            (`CAFe.encode`). Tasks that do not embed are not changed by it.
+        caption: Embed images with the model's own captions (`CAFe.encode`), or "think": after them.
         force: Run tasks again that have a result in `out`.
         show_progress_bar: Draw a bar over the tasks on stderr.
         on_outcome: Called after each task, under torchrun on rank 0 only; None: logs a line.
@@ -190,7 +199,10 @@ def _outcomes(
 
     name = str(model) if isinstance(model, str | Path) else None
     for outcome in run_tasks(load, name, names, options, suite=suite, rank=rank):
-        yield replace(outcome, map=_draw_map(outcome, options.out)) if rank.index == 0 else outcome
+        if rank.index == 0 and options.out is not None and outcome.record is not None:
+            path = result_file(options.out, outcome.task).with_suffix(".png")
+            outcome = replace(outcome, map=draw_stored_map(outcome.record, path))
+        yield outcome
 
 
 def _records(
@@ -287,7 +299,7 @@ def run_tasks(
         yield Outcome(task, record, "measured")
 
 
-def _loaded(model: CAFe, rank: Rank, caption: bool) -> tuple[CAFe, Calls, Calls]:
+def _loaded(model: CAFe, rank: Rank, caption: UseOfCaptions) -> tuple[CAFe, Calls, Calls]:
     """The model, its calls, and the same calls cached."""
     plain: Calls = ModelCalls(model, caption=caption)
     plain = plain if rank.size == 1 else DistributedCalls(plain, rank)
@@ -308,7 +320,7 @@ def _measure(model: CAFe, task: str, setup: TaskSetup, options: Options) -> Task
         "settings": {
             "data": _data_name(setup.data),
             "limit": setup.limit,
-            **({"caption": True, "caption_weight": CAPTION_WEIGHT} if options.caption else {}),
+            **caption_settings(options.caption),
             **_prompts(task, model),
             "dtype": str(model.model.dtype).removeprefix("torch."),
             "processes": setup.rank.size,
@@ -385,16 +397,3 @@ def _forget(folder: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if folder.parent.is_dir() and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
-
-
-def _draw_map(outcome: Outcome, folder: Path | None) -> Path | None:
-    """Draw the map of embeddings that a record may have, next to its result file."""
-    if folder is None or outcome.record is None or "map/image" not in outcome.record["details"]:
-        return None
-    from cafe.report.figures import draw_map  # matplotlib takes long to import
-
-    details = outcome.record["details"]
-    images, texts = (np.array(details[f"map/{kind}"]) for kind in ("image", "text"))
-    path = result_file(folder, outcome.task).with_suffix(".png")
-    draw_map(path, images, texts, outcome.record["scores"]["modality_gap"])
-    return path
