@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cafe.data.scenes.write import write_scenes
-from cafe.retrieval import indexing, mining, search
+from cafe.retrieval import indexing, mining, search, thinking
 
 
 @pytest.fixture
@@ -45,3 +45,7 @@ def test_the_facts_of_a_model_make_an_index(folder: Path) -> None:
 
 def test_negatives_are_mined(folder: Path) -> None:
     check(mining.mine_hard_negatives, mining)
+
+
+def test_thoughts_are_written(folder: Path) -> None:
+    check(thinking.write_thoughts, thinking)
