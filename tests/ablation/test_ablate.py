@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 import cafe.ablation.run as ablate_run
+from cafe.ablation.arms import Run, arms, common_recipe, run_recipe
 from cafe.ablation.run import run_ablation
 from cafe.cli import main
 from cafe.errors import DataError, RecipeError
@@ -35,6 +36,8 @@ def ablation(model: Path, **changes: Any) -> Ablation:
         "training.batch.chunk": 4,
         "training.batch.workers": 0,
         "training.precision": "fp32",
+        # A larger vocabulary changes the language loss of a random model, in the arms that have it.
+        "training.objective.latent_tokens": 0,
         "seeds": "[0, 1]",
         "sweep": "[0.5]",
         "train_scenes": 16,
@@ -248,6 +251,22 @@ def _speaking(small_dir: Path, tmp_path: Path) -> Path:
     inner.lm_head.weight = torch.nn.Parameter(torch.randn_like(inner.lm_head.weight) / 4)
     CAFe(inner, processor).save_pretrained(tmp_path / "speaking")
     return tmp_path / "speaking"
+
+
+@pytest.mark.parametrize("key", ["seed", "output_dir"])
+def test_a_variant_changes_no_key_of_the_ablation_itself(key, small_dir):
+    with pytest.raises(RecipeError, match=f"variants sets {key}"):
+        ablation(small_dir, variants=json.dumps({"x": {key: 3}}))
+
+
+def test_without_the_contrastive_loss_nothing_is_added_to_embeddings(small_dir, tmp_path):
+    """Untrained latent tokens would stand in the embeddings of the language-only arm."""
+    made = ablation(small_dir, **{"training.objective.latent_tokens": 2})
+    common = common_recipe(made)
+    assert common.objective.latent_tokens > 0, "or this shows nothing"
+    for arm in arms(made, common.objective):
+        recipe = run_recipe(common, Run(arm, 0), tmp_path, tmp_path)
+        assert (recipe.objective.latent_tokens > 0) == (arm.contrastive_weight > 0)
 
 
 @pytest.mark.parametrize("name", ["joint", "base", "Upper", "a b", "../x"])

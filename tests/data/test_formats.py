@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import PIL.Image
 import pytest
 
 from cafe.data.formats import FORMATS, detect_format
@@ -546,3 +547,45 @@ def test_half_a_surrogate_pair_leaves_the_record_out(tmp_path: Path, record: Any
     assert len(records.examples) == 1
     (skipped,) = records.skipped
     assert "not Unicode ('\\ud83d' at character" in skipped.reason
+
+
+# ---------------------------------------------------------------------- hard negatives
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (["a cat", "a dog", "a cat"], ["a cat", "a dog"]),
+        ("a cat", ["a cat"]),
+        ('["a cat", "a dog"]', ["a cat", "a dog"]),
+        ("[sic] a cat", ["[sic] a cat"]),
+        (["  ", None, "x"], ["x"]),
+        (None, []),
+        ([], []),
+    ],
+)
+@pytest.mark.parametrize("layout", ["captions", "llava", "llava pair"])
+def test_hard_negative_captions(value: Any, expected: list[str], layout: str, tmp_path: Path):
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    record: dict[str, Any] = {"image": "a.png", "negatives": value}
+    if layout == "captions":
+        record["caption"] = "a mug"
+    else:
+        record["conversations"] = [
+            {"from": "human", "value": "<image>What?"},
+            {"from": "gpt", "value": "a mug"},
+        ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([record]))
+    mode: Any = "pair" if layout == "llava pair" else "caption"
+    (example,) = read_examples(path, ReadOptions(mode=mode)).examples
+    assert [n[0].text for n in example.negatives] == expected
+
+
+@pytest.mark.parametrize("value", [3, [["a"]], [{"text": "a"}], [1]])
+def test_hard_negatives_that_are_no_texts(value: Any, tmp_path: Path):
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"image": "a.png", "caption": "a mug", "negatives": value}]))
+    (skipped,) = read_examples(path, ReadOptions()).skipped
+    assert "'negatives' holds" in skipped.reason

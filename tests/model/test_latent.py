@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from cafe.data.scenes import write_scenes
-from cafe.errors import CheckpointError, RecipeError
+from cafe.errors import CheckpointError, DataError, RecipeError
 from cafe.model.latent import LATENT_KEY, add_latent_tokens, latent_count, latent_names, latent_text
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective, load_recipe
@@ -92,13 +92,16 @@ def test_a_model_keeps_its_own_and_refuses_another_number(model: CAFe) -> None:
 
 
 @pytest.mark.parametrize("value", [-1, 65, "3", True, 1.5])
-def test_a_configuration_that_names_no_number(value: Any, small_model: CAFe) -> None:
+def test_a_configuration_that_names_no_number(value: Any, small_model: CAFe, model: CAFe) -> None:
     class Config:
         latent_tokens = value
 
     assert LATENT_KEY == "latent_tokens"
     with pytest.raises(CheckpointError, match=r"config\.json: latent_tokens is"):
         latent_count(Config)
+    Config.latent_tokens = COUNT - 1
+    with pytest.raises(CheckpointError, match=r"tokenizer has more of these"):
+        latent_text(Config, model.processor.tokenizer)
     Config.latent_tokens = 2
     with pytest.raises(CheckpointError, match=r"tokenizer has no <\|latent_0\|>"):
         latent_text(Config, small_model.processor.tokenizer)
@@ -145,6 +148,7 @@ def test_trained_saved_and_read_by_sentence_transformers(tmp_path: Path) -> None
         (["optimizer.freeze=[language]"], "optimizer.freeze has language"),
         (["objective.compat=official"], "has no latent_tokens"),
         (["objective.latent_tokens=65"], "latent_tokens"),
+        (["objective.contrastive_weight=0"], "latent_tokens is trained by a contrastive loss"),
     ],
 )
 def test_recipes_that_make_no_sense(overrides: list[str], message: str, tmp_path: Path) -> None:
@@ -154,3 +158,15 @@ def test_recipes_that_make_no_sense(overrides: list[str], message: str, tmp_path
     )
     with pytest.raises(RecipeError, match=message):
         load_recipe(tmp_path / "r.yaml", overrides)
+
+
+def test_data_without_pairs_train_no_tokens(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "scenes", 4, 0)
+    (tmp_path / "r.yaml").write_text(
+        f"model: tiny\noutput_dir: {tmp_path / 'out'}\n"
+        f"data: [{{path: {tmp_path / 'scenes' / 'captions.json'}, mode: chat}}]\n"
+        "objective: {latent_tokens: 2}\nbatch: {examples: 2}\n"
+        "optimizer: {learning_rate: 1e-3}\nschedule: {steps: 1}\n"
+    )
+    with pytest.raises(DataError, match="latent_tokens: none of the examples is a pair"):
+        train(str(tmp_path / "r.yaml"))

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from cafe.model.quantization import quantized
 from cafe.objective.contrastive import Rounding, info_nce, rounded
+from cafe.recipes import Objective
 
 ROUNDINGS: tuple[Rounding, ...] = ("float32", "binary")
 DIRECTIONS = ["both", "query_to_target", "target_to_query"]
@@ -546,6 +547,19 @@ def test_the_loss_is_the_mean_over_roundings_and_widths() -> None:
         for width, rounding in product((3, 6), ROUNDINGS)
     ]
     torch.testing.assert_close(both, torch.stack(parts).mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contrastive": "sigmoid", "false_negative_margin": 0.0}, "is for info_nce"),
+        ({"contrastive": "sigmoid", "same_side_negatives": True}, "is for info_nce"),
+        ({"quantization_aware": ["int8", "int8"]}, "each value once"),
+    ],
+)
+def test_options_of_a_recipe_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Objective(**options)
 
 
 def test_an_unknown_rounding() -> None:

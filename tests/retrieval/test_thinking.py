@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from cafe.data.scenes import write_scenes
-from cafe.data.thoughts import read_thoughts
+from cafe.data.thoughts import ThoughtKey, Thoughts, read_thoughts, thought_line
 from cafe.errors import DataError
 from cafe.recipes import load_source
 from cafe.retrieval import thinking
@@ -46,8 +46,14 @@ def test_each_image_is_described_once(scenes: Path, tmp_path: Path) -> None:
     writer, out = Writer(), tmp_path / "new" / "thoughts.jsonl"
     report = write_thoughts(writer, scenes / "captions.json", out=out)  # type: ignore[arg-type]
     assert (report.written, report.known, report.without, report.skipped) == (4, 0, 1, [])
-    assert lines(out)[1] == {"id": "000001", "query": "it is 000001.png", "target": None}
-    assert read_thoughts(out)["000002"].query is None
+    assert lines(out)[1] == {
+        "id": "000001",
+        "image": "000001.png",
+        "query": "it is 000001.png",
+        "target": None,
+        "model": None,
+    }
+    assert read_thoughts(out)[ThoughtKey("000002", "000002.png")].query is None
     again = write_thoughts(writer, scenes / "captions.json", out=out)  # type: ignore[arg-type]
     assert (again.written, again.known) == (0, 5)
     assert len(writer.asked) == 5, "nothing is asked twice, nor what the model says nothing of"
@@ -134,3 +140,20 @@ def test_the_command_writes_what_a_recipe_reads(
     assert code == 0, said
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(record["thought"] > 0 and record["match"] > 0 for record in log)
+
+
+def test_thoughts_of_another_model_are_not_mixed_with_new_ones(
+    scenes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "t.jsonl"
+    out.write_text(thought_line(ThoughtKey("000001", "000001.png"), Thoughts("x", model="other")))
+    with pytest.raises(DataError, match=r"t\.jsonl: was written by other, not by tiny"):
+        write_thoughts("tiny", scenes / "captions.json", out=out)
+
+
+def test_examples_that_nothing_tells_apart(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    record = {"id": "a", "image": {"bytes": None, "path": None}, "caption": "x"}
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(DataError):
+        write_thoughts(Writer(), path, out=tmp_path / "t.jsonl")  # type: ignore[arg-type]

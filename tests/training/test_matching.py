@@ -158,6 +158,26 @@ def test_two_processes_have_the_gradients_of_one(chunk: int, tmp_path: Path) -> 
     } != {(i[0].content[0].key, t[0].text) for i, t, _ in together}, "ranks would do as well alone"
 
 
+def test_a_question_that_is_too_long_is_not_asked_rather_than_cut(model: Any) -> None:
+    """Cut, it would end before "Answer yes or no", and a right and a wrong text could be equal."""
+    examples = make_examples(4)
+    longest = " ".join(["cat"] * 40)
+    examples[0] = dataclasses.replace(examples[0], target=user(longest))
+    whole, _ = model.collator.prompt_rows([match_question(examples[1].query, examples[1].target)])
+    limit = whole.tokens + 4
+    collator = dataclasses.replace(model.collator, matching=True, max_tokens=limit)
+    examples = [dataclasses.replace(e, dialogues=()) for e in examples]
+    chunk = collator(examples)
+    vectors = torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plan = Matcher.of(model).plan([chunk], gathered_batch([chunk], [vectors]))
+    asked = plan.questions[0]
+    assert plan.counts[0] == 3, "the right question about the long text is missing"
+    text = [model.processor.tokenizer.decode(q.tail) for q in asked]
+    assert all("Answer yes or no" in question for question in text)
+    assert not any("cat cat cat" in question for question in text)
+    assert chunk.match is not None
+
+
 # ---------------------------------------------------------------------- bad input
 
 

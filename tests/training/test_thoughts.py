@@ -14,10 +14,19 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch.nn import functional
 
+from cafe.data.fingerprint import fingerprint
 from cafe.data.merge import merge_with_origin
 from cafe.data.scenes import draw, sample_scene
-from cafe.data.thoughts import MISSING, Thoughts, read_thoughts, thought_line, with_thoughts
+from cafe.data.thoughts import (
+    MISSING,
+    ThoughtKey,
+    Thoughts,
+    read_thoughts,
+    thought_line,
+    with_thoughts,
+)
 from cafe.errors import DataError
+from cafe.model.captions import CAPTION_TOKENS
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
 from cafe.types import Example, Image, Message, thought_about, user
@@ -159,7 +168,7 @@ def test_a_file_of_thoughts(tmp_path: Path) -> None:
     examples = make_examples(4)
     path = tmp_path / "thoughts.jsonl"
     path.write_text(
-        thought_line("example-0", Thoughts("a\ncat")) + "\n"
+        thought_line(ThoughtKey("example-0", None), Thoughts("a\ncat\u2028b")) + "\n"
         '{"id": "example-1", "query": "  ", "target": null}\n'
         '{"id": "example-2", "target": "été"}\n',
         encoding="utf-8",
@@ -167,9 +176,9 @@ def test_a_file_of_thoughts(tmp_path: Path) -> None:
     changes: Counter[str] = Counter()
     found = with_thoughts(examples, str(path), changes)
     assert [e.query_thought is not None for e in found] == [True, False, False, False]
-    assert found[0].query_thought[-1] == Message("assistant", ("a\ncat",))
+    assert found[0].query_thought[-1] == Message("assistant", ("a\ncat\u2028b",))
     assert found[2].target_thought[-1].text == "été"
-    assert changes == {MISSING: 1}  # an empty thought is a line, and a pair that embeds plainly
+    assert changes == {MISSING: 2}  # one has no line, and an empty thought is none
 
 
 @pytest.mark.parametrize(
@@ -178,7 +187,8 @@ def test_a_file_of_thoughts(tmp_path: Path) -> None:
         ('{"id": 1}', "line 1: expected"),
         ("nonsense", "line 1: is not JSON"),
         ('\n{"id": "a", "query": 3}', "line 2: 'query' is a number"),
-        ('{"id": "other", "query": "x"}', "none of the 3 examples has one"),
+        ('{"id": "other", "query": "x"}', "none of the 3 examples has one there"),
+        ('{"id": "example-0", "query": " "}', "none of the 3 examples has one there"),
     ],
 )
 def test_a_file_that_is_none(content: str, message: str, tmp_path: Path) -> None:
@@ -223,6 +233,8 @@ def test_encode_reads_the_embedding_after_the_thought() -> None:
     assert thoughts[1] is None
     expected = model.encode([thought_about(user(image), thoughts[0]), "a text"])
     np.testing.assert_allclose(found, expected, atol=1e-6)
+    whole = model.encode(inputs, think=True)
+    np.testing.assert_allclose(whole, model.encode(inputs, think=CAPTION_TOKENS), atol=1e-6)
     np.testing.assert_allclose(model.encode(inputs, think=thoughts), expected, atol=1e-6)
     assert np.abs(found[0] - model.encode(image)).max() > 1e-3
     np.testing.assert_allclose(model.encode(inputs, think=[None, " "]), model.encode(inputs))
@@ -234,6 +246,9 @@ def test_encode_reads_the_embedding_after_the_thought() -> None:
         ({"think": -1}, "think=-1"),
         ({"think": ["a", "b"]}, "2 thoughts for 1 inputs"),
         ({"think": 3, "caption": True}, "choose one"),
+        ({"think": None}, "think=None: use"),
+        ({"think": 2.5}, "think=2.5: use"),
+        ({"think": "16"}, "think='16': use"),
     ],
 )
 def test_options_that_make_no_sense(model: Any, options: Any, message: str) -> None:
@@ -254,8 +269,68 @@ def test_control_tokens_in_a_thought_are_text(model: Any) -> None:
 
 
 def test_the_file_is_plain_json() -> None:
-    assert json.loads(thought_line("é", Thoughts("ü", None))) == {
+    assert json.loads(thought_line(ThoughtKey("é", "a.png"), Thoughts("ü", None, "tiny"))) == {
         "id": "é",
+        "image": "a.png",
         "query": "ü",
         "target": None,
+        "model": "tiny",
     }
+
+
+def pictured(identity: str, path: str) -> Example:
+    return Example(identity, query=user(Image(path)), target=user("a text"))
+
+
+def test_thoughts_of_other_images_are_noticed(tmp_path: Path) -> None:
+    """Records without ids are numbered: in another order, their numbers mean other images."""
+    path = tmp_path / "thoughts.jsonl"
+    path.write_text(
+        thought_line(ThoughtKey("1", "a.png"), Thoughts("an a"))
+        + thought_line(ThoughtKey("2", "b.png"), Thoughts("a b"))
+    )
+    same = [pictured("1", "x/a.png"), pictured("2", "x/b.png")]
+    found = with_thoughts(same, str(path), Counter())
+    assert [e.query_thought[-1].text for e in found] == ["an a", "a b"]
+    turned = [pictured("1", "x/b.png"), pictured("2", "x/a.png")]
+    with pytest.raises(
+        DataError, match=r"the thought of '1' is about a\.png, and the example shows b"
+    ):
+        with_thoughts(turned, str(path), Counter())
+
+
+def test_records_with_one_id_are_told_apart_by_their_images(tmp_path: Path) -> None:
+    path = tmp_path / "thoughts.jsonl"
+    lines = [(n, thought_line(ThoughtKey("a", f"{n}.png"), Thoughts(n))) for n in ("x", "y")]
+    path.write_text("".join(line for _, line in lines))
+    found = with_thoughts([pictured("a", f"{n}.png") for n, _ in lines], str(path), Counter())
+    assert [e.query_thought[-1].text for e in found] == ["x", "y"]
+    alike = [dataclasses.replace(e, id="a") for e in make_examples(2)]  # images in memory
+    path.write_text('{"id": "a", "query": "x"}')
+    with pytest.raises(DataError, match="several examples have the id 'a'"):
+        with_thoughts(alike, str(path), Counter())
+
+
+def test_a_name_that_is_no_file_and_not_answers() -> None:
+    with pytest.raises(DataError, match=r"data\.\*\.thoughts: answer: cannot be .*or answers"):
+        with_thoughts(make_examples(1), "answer", Counter())
+
+
+def test_answers_where_there_are_none() -> None:
+    silent = [dataclasses.replace(e, dialogues=()) for e in make_examples(2)]
+    with pytest.raises(DataError, match=r"answers: none of the 2 examples .*language_loss: false"):
+        with_thoughts(silent, "answers", Counter())
+
+
+def test_thoughts_are_part_of_what_the_data_are() -> None:
+    """So a run is not resumed with others."""
+    plain = make_examples(2)
+    one = [
+        dataclasses.replace(plain[0], query_thought=thought_about(plain[0].query, "a")),
+        plain[1],
+    ]
+    other = [
+        dataclasses.replace(one[0], query_thought=thought_about(plain[0].query, "b")),
+        plain[1],
+    ]
+    assert len({fingerprint(examples) for examples in (plain, one, other)}) == 3

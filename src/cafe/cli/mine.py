@@ -93,7 +93,7 @@ def _ranks(window: str, count: int) -> tuple[int, int]:
 
 def _recipe_entry(out: Path, image_root: Path) -> str:
     """The recipe's `data` that reads the file, ready to paste: absolute, so true in any folder."""
-    from cafe.recipes.yaml_text import to_yaml
+    from cafe.recipes.base import to_yaml
 
     source = {"path": str(out.absolute())}
     if image_root.is_dir() and image_root.resolve() != out.parent.resolve():

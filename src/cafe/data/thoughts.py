@@ -3,23 +3,27 @@
 A thought comes from the records themselves, or from a file of JSON lines that `cafe think` wrote,
 one for each example that has one:
 
-    {"id": "000001", "query": "A big cat at the top left.", "target": null}
+    {"id": "000001", "image": "000001.png", "query": "A big cat at the top left.", "target": null,
+     "model": "tiny"}
 
-The side of a pair that is thought about is asked for a description and followed by it: the same
-conversation that `CAFe.encode(think=…)` embeds.
+`image` is the file that it is about, so that thoughts are not taken for those of other records with
+the same ids; a file that was written by hand may leave it out, and `model` too. The side of a pair
+that is thought about is asked for a description and followed by it: the same conversation that
+`CAFe.encode(think=…)` embeds.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from cafe.data.records import cannot_be_read, kind
 from cafe.errors import DataError
-from cafe.types import Conversation, Example, Image, thought_about
+from cafe.types import Conversation, Example, Image, StoredImage, thought_about
 
 ANSWERS = "answers"
 """In a recipe: the thought is the first answer about the image."""
@@ -27,12 +31,56 @@ ANSWERS = "answers"
 MISSING = "examples without a thought, embedded as they are"
 
 
+class ThoughtKey(NamedTuple):
+    """What a thought belongs to: an example's id, and the name of its image, if it has one."""
+
+    id: str
+    image: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class Thoughts:
-    """The thoughts about the two sides of one pair; None: there is none."""
+    """The thoughts about the two sides of one pair; None: there is none.
+
+    model   what wrote them, as it was named
+    """
 
     query: str | None = None
     target: str | None = None
+    model: str | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self.query is None and self.target is None
+
+
+def thought_key(example: Example) -> ThoughtKey:
+    sides = (example.query or (), example.target or ())
+    parts = (part for side in sides for message in side for part in message.content)
+    for part in parts:
+        if not isinstance(part, Image):
+            continue
+        match part.source:
+            case str() | Path():
+                return ThoughtKey(example.id, Path(part.source).name)
+            case StoredImage():
+                return ThoughtKey(example.id, part.source.name.rpartition("/")[2])
+            case _:
+                break
+    return ThoughtKey(example.id, None)
+
+
+def check_ids(examples: Iterable[Example], name: str) -> None:
+    """Raises DataError where several examples have the same id and no file tells them apart."""
+    seen: set[ThoughtKey] = set()
+    for example in examples:
+        key = thought_key(example)
+        if key in seen and key.image is None:
+            raise DataError(
+                f"{name}: several examples have the id {key.id!r}, so their thoughts cannot be "
+                "told apart; give each record an id of its own"
+            )
+        seen.add(key)
 
 
 def shows_images_only(side: Conversation | None) -> bool:
@@ -50,20 +98,19 @@ def with_thoughts(examples: Sequence[Example], source: str, changes: Counter[str
         changes: counts the pairs that have no thought.
 
     Raises:
-        DataError: the file cannot be read, a line of it is no thought, or no example has one.
+        DataError: the file cannot be read, a line of it is no thought or is about another image, or
+            no example has a thought.
     """
-    written = None if source == ANSWERS else read_thoughts(Path(source))
+    written = None if source == ANSWERS else _Written.read(Path(source), examples)
     result: list[Example] = []
     found = 0
     for example in examples:
         if example.query is None or example.target is None:
             result.append(example)
             continue
-        own = _answered(example) if written is None else written.get(example.id, Thoughts())
-        if own.query is None and own.target is None:
-            changes[MISSING] += 1
-        else:
-            found += 1
+        own = _answered(example) if written is None else written.of(example)
+        changes[MISSING] += own.empty
+        found += not own.empty
         result.append(
             replace(
                 example,
@@ -71,23 +118,26 @@ def with_thoughts(examples: Sequence[Example], source: str, changes: Counter[str
                 target_thought=_followed(example.target, own.target),
             )
         )
-    if not found:
-        where = "its dialogues have no answers about the image" if written is None else source
-        raise DataError(
-            f"thoughts: {source}: none of the {len(examples)} examples has one ({where}); the ids "
-            "of the file must be those of the examples: write it anew with `cafe think`"
-        )
-    return result
+    if found:
+        return result
+    raise DataError(
+        f"data.*.thoughts: answers: none of the {len(examples)} examples is a pair with an image "
+        "and an answer about it (language_loss: false leaves answers out); name a file that "
+        "`cafe think` wrote"
+        if written is None
+        else f"data.*.thoughts: {source}: none of the {len(examples)} examples has one there; the "
+        "ids must be those of the examples: write it anew with `cafe think`"
+    )
 
 
-def read_thoughts(path: Path) -> dict[str, Thoughts]:
-    """Id of an example -> its thoughts. An empty thought is none.
+def read_thoughts(path: Path) -> dict[ThoughtKey, Thoughts]:
+    """The thoughts of a file. An empty thought is none.
 
     Raises:
         DataError: the file cannot be read, or a line of it is no thought; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 may stand within a line
     except (OSError, UnicodeDecodeError) as error:
         raise cannot_be_read(path, error) from error
     return dict(
@@ -97,26 +147,62 @@ def read_thoughts(path: Path) -> dict[str, Thoughts]:
     )
 
 
-def thought_line(identity: str, thoughts: Thoughts) -> str:
+def thought_line(key: ThoughtKey, thoughts: Thoughts) -> str:
     """One line of the file, with its newline."""
-    record = {"id": identity, "query": thoughts.query, "target": thoughts.target}
+    record = {
+        **key._asdict(),
+        "query": thoughts.query,
+        "target": thoughts.target,
+        "model": thoughts.model,
+    }
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _parsed(line: str, location: str) -> tuple[str, Thoughts]:
+def _parsed(line: str, location: str) -> tuple[ThoughtKey, Thoughts]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(
-            f"{location}: is not JSON; write the file anew with `cafe think`"
-        ) from error
+        raise DataError(f"{location}: is not JSON; write it anew with `cafe think`") from error
     if not isinstance(record, dict) or not isinstance(record.get("id"), str):
         raise DataError(f'{location}: expected {{"id": …, "query": …}}, found {kind(record)}')
-    for side in ("query", "target"):
-        value = record.get(side)
+    values: dict[str, str | None] = {}
+    for name in ("query", "target", "image", "model"):
+        value = record.get(name)
         if value is not None and not isinstance(value, str):
-            raise DataError(f"{location}: {side!r} is {kind(value)}, expected text or null")
-    return record["id"], Thoughts(record.get("query"), record.get("target"))
+            raise DataError(f"{location}: {name!r} is {kind(value)}, expected text or null")
+        values[name] = value.strip() or None if value else None
+    image = values.pop("image")
+    return ThoughtKey(record["id"], image), Thoughts(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """The thoughts of a file, found by id and image; by id alone where a line names no image."""
+
+    path: Path
+    thoughts: dict[ThoughtKey, Thoughts]
+    images: dict[str, str | None]
+
+    @classmethod
+    def read(cls, path: Path, examples: Sequence[Example]) -> _Written:
+        try:
+            thoughts = read_thoughts(path)
+        except DataError as error:
+            hint = "" if path.is_file() else f"; give a file, or {ANSWERS}"
+            raise DataError(f"data.*.thoughts: {error}{hint}") from error
+        check_ids((e for e in examples if e.query is not None), str(path))
+        return cls(path, thoughts, {key.id: key.image for key in thoughts})
+
+    def of(self, example: Example) -> Thoughts:
+        key = thought_key(example)
+        found = self.thoughts.get(key) or self.thoughts.get(ThoughtKey(key.id, None))
+        if found is None and key.image is not None and self.images.get(key.id) is not None:
+            raise DataError(
+                f"data.*.thoughts: {self.path}: the thought of {key.id!r} is about "
+                f"{self.images[key.id]}, and the example shows {key.image}; the data have changed: "
+                "write it anew with `cafe think`"
+            )
+        return found or Thoughts()
 
 
 def _answered(example: Example) -> Thoughts:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from cafe.model import inference
-from cafe.model.captions import check_captions, inputs_and_captions, mixed, write_captions
+from cafe.model.captions import (
+    CAPTION_TOKENS,
+    check_captions,
+    inputs_and_captions,
+    mixed,
+    write_captions,
+)
 from cafe.model.inference import InferenceModel
 from cafe.model.quantization import PRECISIONS, EmbeddingPrecision, quantized
 from cafe.model.rows.inputs import Inputs, as_messages, is_many
@@ -86,10 +92,14 @@ def _thoughtful(
     model: InferenceModel, conversations: list[Conversation], options: Encoding
 ) -> list[Conversation]:
     """Each input followed by the thought about it, as given, or as the model writes it."""
-    think = options.think
+    think = CAPTION_TOKENS if options.think is True else options.think
+    whole = isinstance(think, int) and think >= 0
+    if isinstance(think, str) or not (whole or isinstance(think, Sequence)):
+        raise ValueError(
+            f"think={think!r}: use the largest number of tokens of a thought, or one thought (or "
+            "None) for each input"
+        )
     if isinstance(think, int):
-        if think < 0:
-            raise ValueError(f"think={think}: use the largest number of tokens of a thought")
         if not think:
             return conversations
         think = write_captions(model, conversations, options.batch_size, think)

@@ -52,6 +52,11 @@ def latent_text(config: Any, tokenizer: Any) -> str:
     """
     names = latent_names(latent_count(config))
     known = tokenizer.get_added_vocab() if names else {}
+    if names and f"<|latent_{len(names)}|>" in known:
+        raise CheckpointError(
+            f"config.json: {LATENT_KEY} is {len(names)}, and the tokenizer has more of these "
+            "tokens; set it to the number that the embeddings were trained with"
+        )
     missing = [name for name in names if name not in known]
     if missing:
         raise CheckpointError(

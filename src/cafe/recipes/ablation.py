@@ -9,10 +9,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from cafe.recipes.base import Count, Name, Positive, Section
 from cafe.recipes.load import load_tree
-from cafe.recipes.tree import Count, Name, Positive, Section
 
 Seed = Annotated[int, Field(ge=0)]
+
+
+_FIXED = ("seed", "output_dir")
 
 
 class Ablation(Section):
@@ -63,6 +66,9 @@ class Ablation(Section):
                 f"variants has {name!r}, which is no name of a further arm; use lower-case "
                 "letters, digits and hyphens, and none of base, language, contrastive, joint"
             )
+        fixed = next((k for v in self.variants.values() for k in v if k in _FIXED), None)
+        if fixed is not None:
+            raise ValueError(f"variants sets {fixed}, which is the ablation's own; drop it there")
         if self.sweep_seeds > len(self.seeds):
             raise ValueError(
                 f"sweep_seeds is {self.sweep_seeds}, but there are {len(self.seeds)} seeds; "

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cafe.errors import RecipeError
-from cafe.recipes.tree import DataSource, Recipe, Section
-from cafe.recipes.yaml_text import parse_yaml
+from cafe.recipes.base import Section, parse_yaml
+from cafe.recipes.tree import DataSource, Recipe
 
 _SECTIONS = (
     "objective",
@@ -94,6 +94,8 @@ def load_source(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) 
     prefixed = [f"data.0.{override}" for override in overrides]
     for override in prefixed:
         _apply(tree, override)
+    if "thoughts" in tree["data"][0]:  # whether they are trained is not this source's affair
+        tree["objective"] = {"thought_weight": 1.0}
     _anchor_data_paths(tree, Path())
     try:
         return Recipe.model_validate(tree).data[0]

@@ -11,50 +11,25 @@ from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     Strict,
     model_validator,
 )
 
-from cafe.recipes.yaml_text import save_yaml, to_yaml
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Name = Annotated[str, Field(min_length=1)]
-ModelPart = Literal["vision", "projector", "language"]
-UserPath = Annotated[Path, Strict(False), AfterValidator(Path.expanduser)]
-
-
-def _share_of(things: str, example: float) -> BeforeValidator:
-    """One message for `float | int`, where pydantic would report two."""
-
-    def check(value: object) -> object:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(
-                f"expected a fraction of all {things} ({example}) or a number of {things} (100)"
-            )
-        if value < 0 or (isinstance(value, float) and value >= 1):
-            raise ValueError(f"expected a fraction of all {things} below 1.0, or a whole number")
-        return value
-
-    return BeforeValidator(check)
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not coerced."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
+from cafe.recipes.base import (
+    Count,
+    Fraction,
+    ModelPart,
+    Name,
+    NotNegative,
+    Positive,
+    Section,
+    UserPath,
+    check_distinct,
+    save_yaml,
+    share_of,
+    to_yaml,
+)
 
 
 class DataSource(Section):
@@ -134,7 +109,9 @@ class Objective(Section):
     are."""
     same_side_negatives: bool = False
     """Other queries and other targets are negatives of a pair, too (Qwen3-Embedding)."""
-    quantization_aware: list[Literal["int8", "binary"]] | None = None
+    quantization_aware: (
+        Annotated[list[Literal["int8", "binary"]], AfterValidator(check_distinct)] | None
+    ) = None
     """Also train embeddings that are rounded to these precisions, for an index that stores them."""
     matryoshka_dims: Annotated[list[Count], Field(min_length=1)] | None = None
     """Also train embeddings truncated to these numbers of dimensions."""
@@ -152,16 +129,17 @@ class Objective(Section):
             )
         for name in ("false_negative_margin", "same_side_negatives", "quantization_aware"):
             value = getattr(self, name)
-            if value not in (None, False) and self.contrastive == "sigmoid":
+            if value is not None and value is not False and self.contrastive == "sigmoid":
                 raise ValueError(f"{name} is for info_nce; set contrastive: info_nce, or drop it")
         for name in ("match_weight", "thought_weight", "latent_tokens"):
             if getattr(self, name) and self.compat == "official":
                 raise ValueError(f"compat is official, which has no {name}; set {name}: 0")
-        if self.thought_weight and not self.contrastive_weight:
-            raise ValueError(
-                "thought_weight is that of a second contrastive loss; set contrastive_weight above "
-                "0, or thought_weight: 0"
-            )
+        for name in ("thought_weight", "latent_tokens"):
+            if getattr(self, name) and not self.contrastive_weight:
+                raise ValueError(
+                    f"{name} is trained by a contrastive loss; set contrastive_weight above 0, or "
+                    f"{name}: 0"
+                )
         return self
 
 
@@ -205,7 +183,7 @@ class Optimizer(Section):
     """Peak rate of the vision tower; None: learning_rate."""
     projector_learning_rate: Positive | None = None
     """Peak rate of the projector; None: learning_rate."""
-    freeze: list[ModelPart] = []
+    freeze: list[ModelPart] = Field(default_factory=list)
     """Parts that are not trained."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay, of matrices only."""
@@ -215,6 +193,10 @@ class Optimizer(Section):
     """Added to the denominator of AdamW's update."""
     max_grad_norm: Positive | None = 1.0
     """Gradients are clipped to this global norm; None: never."""
+
+
+def _default(section: type[Section], name: str) -> Any:
+    return section.model_fields[name].get_default(call_default_factory=True)
 
 
 class Tuning(Section):
@@ -228,18 +210,18 @@ class Tuning(Section):
     """The update is scaled by alpha / rank."""
     dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
-    parts: Annotated[list[ModelPart], Field(min_length=1)] = ["language"]
+    parts: list[ModelPart] = Field(default_factory=lambda: ["language"], min_length=1)
     """Parts whose linear layers are adapted. Other parts are frozen."""
     targets: Annotated[list[Name], Field(min_length=1)] | None = None
     """Adapt only these layers of the parts, e.g. [q_proj, v_proj]; None: every linear layer."""
-    full_parts: list[Literal["vision", "projector"]] = []
+    full_parts: list[Literal["vision", "projector"]] = Field(default_factory=list)
     """Parts that are fully trained next to the adapter, which then stores their weights too."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
         if self.kind == "full":
             changed = [name for name in self.model_fields_set if name != "kind"]
-            changed = [n for n in changed if getattr(self, n) != type(self).model_fields[n].default]
+            changed = [n for n in changed if getattr(self, n) != _default(type(self), n)]
             if changed:
                 raise ValueError(
                     f"kind is full, so there is no adapter that takes {sorted(changed)[0]}; set "
@@ -260,7 +242,7 @@ class Schedule(Section):
     """Number of passes over the data, which may be fractional. Set this or steps."""
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay from the peak to zero along a cosine or a line, or none."""
-    warmup: Annotated[float | int, _share_of("steps", 0.03)] = 0.03
+    warmup: Annotated[float | int, share_of("steps", 0.03)] = 0.03
     """Linear warmup: a float below 1 is a fraction of all steps, a whole number counts steps."""
 
     @model_validator(mode="after")
@@ -285,7 +267,7 @@ class Log(Section):
 
     every_steps: Count = 1
     """Steps between lines of the JSONL log."""
-    trackers: list[Name] = []
+    trackers: list[Name] = Field(default_factory=list)
     """Experiment trackers of accelerate, e.g. tensorboard or wandb."""
     progress: bool = True
     """Show a progress bar."""
@@ -304,7 +286,7 @@ class Recipe(Section):
     """Sources of examples; several are sampled by weight."""
     merge_by_image: bool = False
     """Records about the same image share one row."""
-    max_rejected: Annotated[float | int, _share_of("records", 0.05)] = 0.05
+    max_rejected: Annotated[float | int, share_of("records", 0.05)] = 0.05
     """Broken records that may be skipped; more end the run. A fraction, or a whole number."""
     objective: Objective = Objective()
     """The joint loss."""

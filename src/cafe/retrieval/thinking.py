@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,15 @@ from filelock import FileLock, Timeout
 from cafe.batching import encode_each
 from cafe.data.read import read_examples
 from cafe.data.records import ReadOptions
-from cafe.data.thoughts import Thoughts, read_thoughts, shows_images_only, thought_line
+from cafe.data.thoughts import (
+    ThoughtKey,
+    Thoughts,
+    check_ids,
+    read_thoughts,
+    shows_images_only,
+    thought_key,
+    thought_line,
+)
 from cafe.errors import DataError
 from cafe.files import writing
 from cafe.progress import progress_bar
@@ -94,14 +102,16 @@ def write_thoughts(
     skipped: list[str] = []
     skip = partial(_skip, skipped, on_skipped or _log_skipped)
     pairs, left_out = _pairs(source, skip)
+    named = str(model) if isinstance(model, str | Path) else None
     with ExitStack() as held:
 
-        def begin(paths: Sequence[Path]) -> list[dict[str, Thoughts]]:
+        def begin(paths: Sequence[Path]) -> list[dict[ThoughtKey, Thoughts]]:
             held.enter_context(_only_writer(paths[0]))
             return [_known(paths[0])]
 
         known = rank.share([Path(out)], begin)[0]  # rank 0 does it; its errors are raised on all
-        missing = [example for example in pairs if example.id not in known]
+        check_model(Path(out), known, named)
+        missing = [example for example in pairs if thought_key(example) not in known]
         if not missing:
             return ThoughtReport(0, len(known), left_out, skipped)
         write = _writer(model, max_new_tokens, batch_size, rank)
@@ -110,14 +120,14 @@ def write_thoughts(
             found: list[Thoughts | str] = []
             for start in range(0, len(missing), BLOCK):
                 block = missing[start : start + BLOCK]
-                own = rank.share(block, partial(_thoughts, write))
+                own = rank.share(block, partial(_thoughts, write, named))
                 rank.share([own], partial(_append, Path(out), block))
                 found += own
                 bar.more(len(block))
     for example, thoughts in zip(missing, found, strict=True):
         if isinstance(thoughts, str):
             skip(f"example {example.id!r}: {thoughts}")
-    silent = sum(thoughts == Thoughts() for thoughts in found)
+    silent = sum(isinstance(thoughts, Thoughts) and thoughts.empty for thoughts in found)
     failed = sum(isinstance(thoughts, str) for thoughts in found)
     return ThoughtReport(len(found) - silent - failed, len(known), left_out + silent, skipped)
 
@@ -155,10 +165,20 @@ def _pairs(source: DataSource, skip: Callable[[str], None]) -> tuple[list[Exampl
             f"{source.path}: none of its {len(records.examples)} examples has an image without "
             "words on a side of its pair, which is what a model thinks about"
         )
+    check_ids(pairs, source.path)
     return pairs, len(records.examples) - len(pairs)
 
 
-def _thoughts(write: _Write, block: Sequence[Example]) -> list[Thoughts | str]:
+def check_model(path: Path, known: dict[ThoughtKey, Thoughts], model: str | None) -> None:
+    """Raises DataError where another model wrote the thoughts that are there already."""
+    other = next((t.model for t in known.values() if t.model not in (None, model)), None)
+    if model is not None and other is not None:
+        raise DataError(
+            f"{path}: was written by {other}, not by {model}; name another file, or remove it"
+        )
+
+
+def _thoughts(write: _Write, model: str | None, block: Sequence[Example]) -> list[Thoughts | str]:
     """The thoughts of each example, or why it cannot be used."""
     sides = [
         (i, name, side)
@@ -167,14 +187,13 @@ def _thoughts(write: _Write, block: Sequence[Example]) -> list[Thoughts | str]:
         if side is not None and shows_images_only(side)
     ]
     texts, failures = encode_each(write, [side for _, _, side in sides])
-    result: list[Thoughts | str] = [Thoughts() for _ in block]
+    result: list[Thoughts | str] = [Thoughts(model=model) for _ in block]
     for number, (i, name, _) in enumerate(sides):
         before = result[i]
         if number in failures:
             result[i] = str(failures[number])
         elif isinstance(before, Thoughts):
-            known = {"query": before.query, "target": before.target, name: texts[number]}
-            result[i] = Thoughts(**known)
+            result[i] = replace(before, **{name: texts[number]})
     return result
 
 
@@ -186,7 +205,7 @@ def _writer(model: CAFe | str | Path, max_new_tokens: int, batch_size: int, rank
     return partial(model.write_captions, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
-def _known(path: Path) -> dict[str, Thoughts]:
+def _known(path: Path) -> dict[ThoughtKey, Thoughts]:
     """What the file has already; a last line that a killed run left half-written is cut off."""
     if not path.exists():
         return {}
@@ -203,7 +222,7 @@ def _append(
 ) -> list[int]:
     """The thoughts that were found go to the end of the file; returns their number."""
     text = "".join(
-        thought_line(example.id, thoughts)
+        thought_line(thought_key(example), thoughts)
         for example, thoughts in zip(block, found[0], strict=True)
         if isinstance(thoughts, Thoughts)
     )

@@ -192,6 +192,8 @@ def trained_settings(recipe: Recipe, vlm: CAFe) -> dict[str, Any]:
         "objective.contrastive": objective.contrastive,
         "objective.learn_temperature": objective.learn_temperature,
     }
+    if objective.latent_tokens:
+        settings["objective.latent_tokens"] = objective.latent_tokens
     if tuning.kind != "full":
         return settings | {
             "tuning.rank": tuning.rank,

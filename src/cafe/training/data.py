@@ -58,12 +58,17 @@ def load_data(recipe: Recipe, quarantine: Quarantine, *, index: Path | None = No
     sources = []
     for number, source in enumerate(recipe.data):
         records = _records(source, quarantine, index)
-        origin[f"the data of data.{number}"] = fingerprint(records.examples)
         changes[source.path] = records.changes
         if source.thoughts is not None and recipe.objective.thought_weight > 0:
             thoughtful = with_thoughts(records.examples, source.thoughts, records.changes)
             records = replace(records, examples=thoughtful)
+        origin[f"the data of data.{number}"] = fingerprint(records.examples)
         sources.append(_trained(source, records, recipe.objective))
+    if recipe.objective.latent_tokens and not any(e.query for s in sources for e in s.examples):
+        raise DataError(
+            "objective.latent_tokens: none of the examples is a pair, so the tokens would not be "
+            "learned, and every embedding would be read after them; set it to 0"
+        )
     examples = ExampleSet.build(sources, merge_by_image=recipe.merge_by_image)
     plan = examples.plan(recipe.batch.examples, recipe.seed)
     schedule = recipe.schedule

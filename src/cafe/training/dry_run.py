@@ -65,6 +65,8 @@ class MeasuredStep:
     data_seconds       of reading and collating its batch, which workers do meanwhile
     contrastive        the contrastive loss of the batch
     language           nats per labelled token
+    thought            contrastive loss of the embeddings after a thought; None: not trained
+    match              cross-entropy of the match questions; None: not trained
     host_bytes         most memory that the process has held so far; None: not known here
     device_bytes       most memory of the GPU that tensors have held; None: no GPU
     """
@@ -75,6 +77,8 @@ class MeasuredStep:
     language: float
     host_bytes: int | None
     device_bytes: int | None
+    thought: float | None = None
+    match: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +184,7 @@ def _measured(
         metrics = step(chunks)
         state.optimizer.step()
         contrastive, language = float(metrics.contrastive), float(metrics.language)
+        thought, match = (None if x is None else float(x) for x in (metrics.thought, metrics.match))
         if cuda:
             torch.cuda.synchronize(state.device)
     except torch.OutOfMemoryError as error:
@@ -189,7 +194,9 @@ def _measured(
         ) from error
     seconds = time.perf_counter() - started
     device = torch.cuda.max_memory_allocated(state.device) if cuda else None
-    return MeasuredStep(seconds, data_seconds, contrastive, language, peak_host_bytes(), device)
+    return MeasuredStep(
+        seconds, data_seconds, contrastive, language, peak_host_bytes(), device, thought, match
+    )
 
 
 def peak_host_bytes() -> int | None:

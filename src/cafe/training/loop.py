@@ -165,8 +165,9 @@ class Loop:
         what = "gradient" if all(finite) else "loss"
         raise TrainingError(
             f"step {step}: the {what} is not finite (contrastive {float(metrics.contrastive):.4g}, "
-            f"language {float(metrics.language):.4g}) {where}; the weights are as they were "
-            "before. Look at these examples; if they are fine, lower optimizer.learning_rate"
+            f"language {float(metrics.language):.4g}{_further(metrics)}) {where}; the weights are "
+            "as they were before. Look at these examples; if they are fine, lower "
+            "optimizer.learning_rate"
             + (" or set precision=fp32" if self.accelerator.mixed_precision == "bf16" else "")
         )
 
@@ -237,3 +238,9 @@ class Loop:
             f"{self.checkpoints.folder}. Resume with: {self.resume_with}",
             signal.SIGTERM if number is None else number,
         )
+
+
+def _further(metrics: StepMetrics) -> str:
+    """The losses besides contrastive and language, for a message."""
+    losses = (("thought", metrics.thought), ("match", metrics.match))
+    return "".join(f", {name} {float(loss):.4g}" for name, loss in losses if loss is not None)

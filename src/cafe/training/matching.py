@@ -230,16 +230,19 @@ def check_matchable(steps: Steps) -> None:
         for step in range(min(steps.data.steps, _CHECKED))
         for i in steps.data.plan.plan(step)
     )
+    failure: DataError | None = None
     for example in planned:
         if all(question is None for question in match_questions(example)[:1]):
             continue
         try:
             match = steps.collator([example]).match
-        except DataError:
-            continue  # a broken example is skipped and reported in training
+        except DataError as error:
+            failure = failure or error  # a broken example is skipped and reported in training
+            continue
         if match is not None and match.pairs:
             return
     raise TrainingError(
         "objective.match_weight: none of the first pairs is one image and one text, which is what "
-        "a match question is asked about; set it to 0"
+        "a match question is asked about"
+        + ("; set it to 0" if failure is None else f", and can be used ({failure})")
     )

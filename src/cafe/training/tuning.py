@@ -15,7 +15,7 @@ from cafe.model.checkpoint.adapter import adapter_of, add_adapter, linear_layers
 from cafe.model.checkpoint.directory import load_pretrained, read_config
 from cafe.model.checkpoint.locate import lasting_name, locate
 from cafe.model.families import family_of
-from cafe.model.latent import add_latent_tokens, latent_text
+from cafe.model.latent import add_latent_tokens, latent_count, latent_text
 from cafe.model.rows.official import TURN_END
 from cafe.model.rows.prompts import OFFICIAL_PROMPT, PROMPT_KEY
 from cafe.model.vlm import CAFe
@@ -45,6 +45,11 @@ def load_model(recipe: Recipe, device: torch.device) -> CAFe:
             f"it first (cafe export {recipe.model} --to DIR --merge), then take DIR as the model"
         )
     if recipe.objective.compat == "official":
+        if latent_count(vlm.model.config):
+            raise RecipeError(
+                f"objective.compat is official, and {recipe.model} has latent tokens, which the "
+                "published code has not; set compat: none, or take another model"
+            )
         take_published_prompts(vlm, embeds=recipe.objective.contrastive_weight > 0)
     if recipe.objective.latent_tokens:
         add_latent_tokens(vlm.model, vlm.processor, recipe.objective.latent_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -48,7 +49,7 @@ def negative_captions(record: Record) -> tuple[Conversation, ...]:
         DataError: the column holds something else than text or a list of texts.
     """
     for name in NEGATIVES:
-        value = record.get(name)
+        value = _from_json(record.get(name))
         texts: list[Any] = value if isinstance(value, list) else [value]
         for text in texts:
             if text is not None and not isinstance(text, str):
@@ -56,6 +57,16 @@ def negative_captions(record: Record) -> tuple[Conversation, ...]:
         if filled := [text.strip() for text in texts if text and text.strip()]:
             return tuple(user(text) for text in dict.fromkeys(filled))
     return ()
+
+
+def _from_json(value: object) -> object:
+    """A list that a table of text (CSV) holds as JSON, or the value as it is."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
 
 
 # ---------------------------------------------------------------------- conversation -> example
@@ -75,7 +86,7 @@ def conversation_example(
         conversation: As the file has it.
         options: The mode, and how turns are read.
         changes: Counts what is changed so that questions and answers alternate (`alternating`).
-        negatives: Hard negative captions, for the mode "caption".
+        negatives: Hard negatives, for the modes that have pairs.
 
     Raises:
         DataError: The conversation does not fit the mode.
@@ -91,7 +102,7 @@ def conversation_example(
         case "chat":
             return Example(identity, dialogues=dialogues, task=options.task)
         case "pair":
-            return _pair(identity, conversation, options)
+            return _pair(identity, conversation, options, negatives)
     shown = _shown(conversation)
     if not shown:
         raise DataError("it has no image, and a caption needs one; read it with mode: chat")
@@ -141,12 +152,18 @@ def alternating(conversation: Conversation, changes: Counter[str]) -> Conversati
     return (*system, *joined)
 
 
-def _pair(identity: str, conversation: Conversation, options: ReadOptions) -> Example:
+def _pair(
+    identity: str,
+    conversation: Conversation,
+    options: ReadOptions,
+    negatives: tuple[Conversation, ...],
+) -> Example:
     """The question is the query and the answer the target, which may contain an image (MMEB)."""
     *question, answer = conversation
     if any(message.role == "assistant" for message in question):
         raise DataError("a pair is one question and one answer; read it with mode: caption")
-    return pair_example(identity, tuple(question), (replace(answer, role="user"),), options)
+    target = (replace(answer, role="user"),)
+    return pair_example(identity, tuple(question), target, options, negatives)
 
 
 def pair_example(

@@ -8,7 +8,7 @@ One record, from LLaVA's own pretraining data:
     ]}
 
 `image` is a path, a list of paths (also named `images`), or absent; so is `video` (`videos`).
-`negatives`, of this project, is a list of wrong captions that are nearly right (mode: caption).
+`negatives`, of this project, is a list of wrong captions, or answers, that are nearly right.
 In pair mode the question is the query and the answer the target, which may show an image: so the
 published code writes MMEB. Formats: https://github.com/haotian-liu/LLaVA,
 docs/Finetune_Custom_Data.md; https://github.com/hiyouga/LLaMA-Factory, data/README.md.
@@ -43,7 +43,7 @@ def _read(
         field="conversations",
         answers_show=options.mode == "pair",
     )
-    negatives = negative_captions(record) if options.mode == "caption" else ()
+    negatives = negative_captions(record) if options.mode != "chat" else ()
     return (conversation_example(identity, conversation, options, media.changes, negatives),)
 
 

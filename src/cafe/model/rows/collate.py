@@ -328,7 +328,8 @@ class Collator:
             tokens, keys, spans = named(
                 s.name, images.expand, prompt, np.asarray(ids, dtype=np.int64), np.asarray(offsets)
             )
-            if len(tokens) > self.max_tokens:
+            # A question without its end asks nothing: a long one is not asked (`MatchSides.fits`).
+            if len(tokens) > self.max_tokens and s.role != "question":
                 kept = self._kept(s, prompt.text, len(tokens), spans)
                 if kept is None:
                     self._tokenize([s], images)

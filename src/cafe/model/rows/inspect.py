@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, groupby, repeat
+from itertools import chain, groupby
 
 import PIL.Image
 
@@ -66,7 +66,10 @@ def sequence_views(collator: Collator, example: Example) -> list[SequenceView]:
     placeholders = {family.placeholder_id(processor), family.video_placeholder_id(processor)}
     count, width = rows.input_ids.shape
     pooled = [index // width for index in rows.pooled.tolist()]
-    sides = dict(zip(pooled, chain(("query", "target"), repeat("negative")), strict=False))
+    names = ["query", "target", *["negative"] * len(example.negatives)]
+    thoughts = (example.query_thought, example.target_thought)
+    names += [f"{side} after a thought" for side, t in zip(names, thoughts, strict=False) if t]
+    sides = dict(zip(pooled, names, strict=False))
     labelled = {index + 1 for index in rows.label_source.tolist()}
     views: list[SequenceView] = []
     for r in range(count):

@@ -1,4 +1,4 @@
-"""Recipes as YAML text: numbers as people write them, and no key twice.
+"""What recipes of all kinds share: the types of their keys, strict sections, and YAML.
 
 In the YAML of a recipe `1e-3` is a number, and a key that is written twice is an error: PyYAML
 follows YAML 1.1, where `1e-3` (no dot) is a string, and keeps the last of two equal keys.
@@ -8,11 +8,56 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from cafe.files import replacing, writing
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1)]
+ModelPart = Literal["vision", "projector", "language"]
+UserPath = Annotated[Path, Strict(False), AfterValidator(Path.expanduser)]
+
+
+def share_of(things: str, example: float) -> BeforeValidator:
+    """One message for `float | int`, where pydantic would report two."""
+
+    def check(value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(
+                f"expected a fraction of all {things} ({example}) or a number of {things} (100)"
+            )
+        if value < 0 or (isinstance(value, float) and value >= 1):
+            raise ValueError(f"expected a fraction of all {things} below 1.0, or a whole number")
+        return value
+
+    return BeforeValidator(check)
+
+
+def check_distinct(values: list[Any]) -> list[Any]:
+    if len({*values}) < len(values):
+        raise ValueError("expected each value once")
+    return values
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+# ---------------------------------------------------------------------- YAML
 
 _FLOAT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+\Z")
 
