@@ -295,3 +295,19 @@ def test_a_recipe_cannot_be_changed(recipe_file: Path):
     recipe = load_recipe(recipe_file)
     with pytest.raises(ValidationError, match="frozen"):
         recipe.optimizer.learning_rate = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("answers", "answers"), ("answers.jsonl", "{}/answers.jsonl"), ("t.jsonl", "{}/t.jsonl")],
+)
+def test_a_file_of_thoughts_is_relative_to_the_recipe(
+    value: str, expected: str, tmp_path: Path
+) -> None:
+    """Also one whose name begins like the word that stands for the records' own answers."""
+    (tmp_path / "r.yaml").write_text(
+        f"model: tiny\noutput_dir: out\ndata: [{{path: x.json, thoughts: {value}}}]\n"
+        "objective: {thought_weight: 1.0}\nbatch: {examples: 2}\n"
+        "optimizer: {learning_rate: 1e-3}\nschedule: {steps: 1}\n"
+    )
+    assert load_recipe(tmp_path / "r.yaml").data[0].thoughts == expected.format(tmp_path)

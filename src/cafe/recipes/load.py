@@ -138,9 +138,11 @@ def _anchor_data_paths(tree: dict[str, Any], folder: Path) -> None:
     """Make data paths relative to `folder` absolute. Wrong types are left to validation."""
     sources = tree.get("data")
     for source in sources if isinstance(sources, list) else []:
-        for key, name in (("path", "hub:"), ("image_root", "hub:"), ("thoughts", "answers")):
+        for key in ("path", "image_root", "thoughts"):
             value = source.get(key) if isinstance(source, dict) else None
-            if isinstance(value, str) and value and not value.startswith(name):
+            if not isinstance(value, str) or not value or value.startswith("hub:"):
+                continue
+            if (key, value) != ("thoughts", "answers"):
                 source[key] = str((folder / Path(value).expanduser()).absolute())
 
 
