@@ -154,6 +154,14 @@ class Example:
         if self.query is None and not self.dialogues:
             raise ValueError(f"example {self.id!r}: neither a contrastive pair nor a dialogue")
 
+    @property
+    def conversations(self) -> tuple[Conversation, ...]:
+        """All that it holds: both sides, negatives, dialogues, and thoughts."""
+        sides = tuple(side for side in (self.query, self.target) if side is not None)
+        possible = (self.query_thought, self.target_thought)
+        thoughts = tuple(thought for thought in possible if thought is not None)
+        return (*sides, *self.negatives, *self.dialogues, *thoughts)
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:

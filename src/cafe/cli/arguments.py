@@ -22,6 +22,11 @@ Model = Annotated[
     ),
 ]
 
+PairsData = Annotated[
+    str,
+    typer.Argument(metavar="DATA", help="A data source with pairs, as in a recipe's data.path."),
+]
+
 CaptionOption = Annotated[
     bool,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cafe.cli.arguments import Model, skipped_lines
+from cafe.cli.arguments import Model, PairsData, skipped_lines
 
 if TYPE_CHECKING:
     from cafe.metrics.mining import HardNegatives
@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
 def command(
     model: Model,
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA", help="A data source with pairs, as in a recipe's data.path."
-        ),
-    ],
+    data: PairsData,
     out: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Where to write.")],
     window: Annotated[
         str,

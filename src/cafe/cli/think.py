@@ -7,17 +7,12 @@ from typing import Annotated
 
 import typer
 
-from cafe.cli.arguments import Model, skipped_lines
+from cafe.cli.arguments import Model, PairsData, skipped_lines
 
 
 def command(
     model: Model,
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA", help="A data source with pairs, as in a recipe's data.path."
-        ),
-    ],
+    data: PairsData,
     out: Annotated[
         Path, typer.Option(metavar="FILE.jsonl", help="Where to write; what it lacks is added.")
     ],

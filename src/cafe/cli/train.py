@@ -143,8 +143,9 @@ def _parameters(report: DryRun) -> Iterator[str]:
 
 def _measured(report: DryRun) -> Iterator[str]:
     step = report.measured
-    more = {"thought": step.thought, "match": step.match}
-    further = "".join(f", {name} {loss:.3f}" for name, loss in more.items() if loss is not None)
+    from cafe.training.log import further_losses
+
+    further = further_losses(step.thought, step.match)
     yield f"first step: contrastive {step.contrastive:.3f}, language {step.language:.3f}{further}"
     memory = [
         f"{size / 2**30:.1f} GiB of {place}"

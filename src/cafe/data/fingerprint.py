@@ -33,8 +33,7 @@ def _parts(example: Example, *, sizes: bool) -> list[bytes]:
     """All texts and images of the example. Its id does not count, as it is not trained on."""
     sides: list[Conversation] = [s for s in (example.query, example.target) if s is not None]
     parts = [str((len(sides), len(example.negatives), len(example.dialogues))).encode()]
-    thoughts = [t for t in (example.query_thought, example.target_thought) if t is not None]
-    for conversation in (*sides, *example.negatives, *example.dialogues, *thoughts):
+    for conversation in example.conversations:
         for message in conversation:
             parts.append(message.role.encode())
             parts += [repr(call).encode() for call in message.calls]

@@ -91,10 +91,8 @@ def _thought(conversation: Conversation | None, image: Image) -> Conversation | 
 
 def _only_image(example: Example) -> Image | None:
     """The image, when the example shows one and nothing else."""
-    possible = (example.query, example.target, example.query_thought, example.target_thought)
-    sides = [side for side in possible if side is not None]
     images: dict[object, Image] = {}
-    for message in chain.from_iterable((*sides, *example.negatives, *example.dialogues)):
+    for message in chain.from_iterable(example.conversations):
         for part in message.content:
             if isinstance(part, Image):
                 images.setdefault(part.key, part)

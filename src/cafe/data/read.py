@@ -101,8 +101,7 @@ def _read(table: Table, raws: Iterable[RawRecord], options: ReadOptions) -> Reco
 def _texts(examples: Iterable[Example]) -> Iterator[str]:
     """All texts of the examples."""
     for example in examples:
-        sides = (side for side in (example.query, example.target) if side is not None)
-        for message in chain(*sides, *example.negatives, *example.dialogues):
+        for message in chain.from_iterable(example.conversations):
             yield from (part for part in message.content if isinstance(part, str))
 
 

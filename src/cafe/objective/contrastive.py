@@ -217,7 +217,7 @@ def sigmoid_loss(
     not_negative.fill_diagonal_(True)
     losses = []
     for width in _widths(dims, query.shape[1]):
-        logits = _cosines(query, candidates, width) / temperature + bias
+        logits = cosines(query, candidates, width) / temperature + bias
         yes = functional.logsigmoid(logits.diagonal()).sum()
         # log sigmoid(+inf) and its derivative are 0: excluded cells add nothing.
         no = functional.logsigmoid(-logits.masked_fill(not_negative, -math.inf)).sum()
@@ -323,15 +323,12 @@ def _unit(
     return unit[: len(query)], unit[len(query) :]
 
 
-def _cosines(
-    query: Float[Tensor, "n d"],
-    candidates: Float[Tensor, "k d"],
-    width: int,
-    rounding: Rounding = "float32",
+def cosines(
+    query: Float[Tensor, "n d"], candidates: Float[Tensor, "k d"], width: int
 ) -> Float[Tensor, "n k"]:
     """Cosines of the first `width` coordinates, in float32 or wider even under autocast."""
     with torch.autocast(query.device.type, enabled=False):
-        left, right = _unit(query, candidates, width, rounding)
+        left, right = _unit(query, candidates, width, "float32")
         return left @ right.T
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cafe.objective.contrastive import cosines
+
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Bool, Float, Int
 
@@ -78,26 +80,20 @@ def hardest_wrong(
     Returns:
         (image, text), each once, in ascending order. Fewer where there is nothing wrong.
     """
-    dtype = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
-    with torch.autocast(images.device.type, enabled=False):
-        cosines = (
-            functional.normalize(images.to(dtype), dim=1)
-            @ functional.normalize(texts.to(dtype), dim=1).T
-        )
-    cosines = cosines.masked_fill(right, -math.inf)
+    similarity = cosines(images, texts, images.shape[1]).masked_fill(right, -math.inf)
     chosen = torch.zeros_like(right)
-    if cosines.numel() == 0:
+    if similarity.numel() == 0:
         return chosen.nonzero()
     image = torch.arange(of_pairs[0], device=chosen.device)
     text = torch.arange(of_pairs[1], device=chosen.device)
     by_text = torch.zeros_like(right)
-    by_text[cosines.argmax(dim=0)[text], text] = True
+    by_text[similarity.argmax(dim=0)[text], text] = True
     # The texts of an image in descending order; only those that chose it count.
-    likes = cosines.masked_fill(~by_text, -math.inf)
+    likes = similarity.masked_fill(~by_text, -math.inf)
     best = likes.topk(min(most_per_image, likes.shape[1]), dim=1).indices
     chosen.scatter_(1, best, torch.ones_like(chosen))
     chosen &= by_text
-    chosen[image, cosines.argmax(dim=1)[image]] = True
+    chosen[image, similarity.argmax(dim=1)[image]] = True
     return (chosen & ~right).nonzero()
 
 

@@ -27,7 +27,7 @@ from cafe.training.chunks import Collated, StepChunks, StepPlan, chunks_of_token
 from cafe.training.data import TrainingData
 from cafe.training.distributed import rank, world_size
 from cafe.training.workers import loaded_by_workers
-from cafe.types import Conversation, Example
+from cafe.types import Example
 
 T = TypeVar("T")
 
@@ -210,10 +210,7 @@ def check_answers_labelled(steps: Steps) -> None:
 
 def text_length(example: Example) -> int:
     """Number of characters in all texts of the example."""
-    sides: list[Conversation] = [s for s in (example.query, example.target) if s is not None]
-    sides += [s for s in (example.query_thought, example.target_thought) if s is not None]
-    conversations = (*sides, *example.negatives, *example.dialogues)
-    return sum(len(message.text) for turns in conversations for message in turns)
+    return sum(len(message.text) for turns in example.conversations for message in turns)
 
 
 def _share(indices: Sequence[int], rank: int, ranks: int) -> Sequence[int]:

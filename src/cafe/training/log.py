@@ -198,11 +198,16 @@ class Reporter:
             self._log.sync()
 
 
+def further_losses(thought: Any, match: Any, digits: str = ".3f") -> str:
+    """The losses that only some runs have, as they follow the others in a message."""
+    losses = (("thought", thought), ("match", match))
+    return "".join(f", {name} {float(loss):{digits}}" for name, loss in losses if loss is not None)
+
+
 def _summary(record: StepRecord) -> str:
-    others = (("thought", record.thought), ("match", record.match))
-    more = "".join(f", {name} {value:.3f}" for name, value in others if value is not None)
+    further = further_losses(record.thought, record.match)
     return (
         f"loss {record.loss:.3f} (contrastive {record.contrastive:.3f}, "
-        f"language {record.language:.3f}{more})  {record.examples_per_second:,.1f} examples/s  "
+        f"language {record.language:.3f}{further})  {record.examples_per_second:,.1f} examples/s  "
         f"{record.tokens_per_second:,.0f} tokens/s"
     )

@@ -20,7 +20,7 @@ from cafe.training.contrastive import StallDetector
 from cafe.training.deepspeed import ZeroOptimizer
 from cafe.training.distributed import any_rank, max_over_ranks, sum_over_ranks
 from cafe.training.loader import StepData
-from cafe.training.log import Reporter, StepRecord
+from cafe.training.log import Reporter, StepRecord, further_losses
 from cafe.training.optim import rate_share, set_learning_rates, warmup_steps
 from cafe.training.sharding import clip_sharded_grad_norm
 from cafe.training.state import TrainingState
@@ -163,9 +163,10 @@ class Loop:
         ids = self._non_finite_ids(batch, finite)
         where = f"for the examples {', '.join(ids)}" if ids else "on another process"
         what = "gradient" if all(finite) else "loss"
+        further = further_losses(metrics.thought, metrics.match, ".4g")
         raise TrainingError(
             f"step {step}: the {what} is not finite (contrastive {float(metrics.contrastive):.4g}, "
-            f"language {float(metrics.language):.4g}{_further(metrics)}) {where}; the weights are "
+            f"language {float(metrics.language):.4g}{further}) {where}; the weights are "
             "as they were before. Look at these examples; if they are fine, lower "
             "optimizer.learning_rate"
             + (" or set precision=fp32" if self.accelerator.mixed_precision == "bf16" else "")
@@ -238,9 +239,3 @@ class Loop:
             f"{self.checkpoints.folder}. Resume with: {self.resume_with}",
             signal.SIGTERM if number is None else number,
         )
-
-
-def _further(metrics: StepMetrics) -> str:
-    """The losses besides contrastive and language, for a message."""
-    losses = (("thought", metrics.thought), ("match", metrics.match))
-    return "".join(f", {name} {float(loss):.4g}" for name, loss in losses if loss is not None)

@@ -18,6 +18,7 @@ from cafe.evaluation.scenes.retrieval import hard_captions
 from cafe.evaluation.scoring import Ratio
 from cafe.evaluation.task import Encode, MatchOdds, TaskResult
 from cafe.metrics import calibration_columns
+from cafe.model.rerank import reranked
 from cafe.types import Image
 
 RERANKED = 10
@@ -120,8 +121,11 @@ def _first_hits(
         ]
     )
     similarity = np.take_along_axis(cosines if forward else cosines.T, candidates, axis=1)
-    evidence = similarity / temperature + odds
-    chosen = np.take_along_axis(candidates, evidence.argmax(axis=1)[:, None], axis=1)[:, 0]
+    first = [
+        reranked(similar, own, temperature).posterior.argmax()
+        for similar, own in zip(similarity, odds, strict=True)
+    ]
+    chosen = candidates[queries, first]
     return candidates[:, 0] == queries, chosen == queries
 
 

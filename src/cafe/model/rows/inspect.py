@@ -114,8 +114,7 @@ def opened_images(example: Example, max_frames: int) -> Iterator[tuple[str, PIL.
     Raises:
         ImageError: One of them cannot be opened.
     """
-    sides = [side for side in (example.query, example.target) if side is not None]
-    messages = chain.from_iterable((*sides, *example.negatives, *example.dialogues))
+    messages = chain.from_iterable(example.conversations)
     parts = (part for message in messages for part in message.content)
     for part in {p.key: p for p in parts if not isinstance(p, str)}.values():
         if isinstance(part, Image):

@@ -94,7 +94,8 @@ class MatchSide:
 
     kind      what can be asked
     group     the example it belongs to, by its number in the chunk
-    head      the tokens up to the image; None for a text without an image
+    head      the tokens up to the image; None where there is no question, or it was dropped
+    length    number of tokens of the head
     after     int64 [axes], the position of the token after the head, where a model counts along
               several axes (M-RoPE); None: only the depth
     tail      the tokens after the image; empty for an image without a text
@@ -103,6 +104,7 @@ class MatchSide:
     kind: int
     group: int
     head: TokenSequence | None
+    length: int
     after: Int[np.ndarray, " axes"] | None
     tail: Int[np.ndarray, " t"]
 
@@ -110,7 +112,7 @@ class MatchSide:
     def of(cls, kind: int, group: int, question: TokenSequence | None) -> Self:
         """The two sides of a question about one image; None: there is no question."""
         if question is None:
-            return cls(NO_QUESTION, group, None, None, np.zeros(0, dtype=np.int64))
+            return cls(NO_QUESTION, group, None, 0, None, np.zeros(0, dtype=np.int64))
         end = int(np.flatnonzero(question.keys < 0)[-1]) + 1
         positions = question.positions
         head = TokenSequence(
@@ -119,7 +121,12 @@ class MatchSide:
             None if positions is None else positions[:, :end],
         )
         after = None if positions is None else positions[:, end]
-        return cls(kind, group, head, after, question.tokens[end:])
+        # A copy: a view would keep the whole question in memory.
+        return cls(kind, group, head, end, after, question.tokens[end:].copy())
+
+    def without_head(self) -> Self:
+        """What is needed to choose questions: thousands of heads would be kept for a step."""
+        return replace(self, head=None)
 
     def question(self, tail: Int[np.ndarray, " t"]) -> TokenSequence:
         """The question about this image that ends with any tail."""
@@ -177,12 +184,18 @@ class MatchSides:
 
     def without_rows(self) -> MatchSides:
         """What choosing the questions needs to know."""
-        return replace(self, groups=())
+        return replace(
+            self,
+            pairs=tuple(side.without_head() for side in self.pairs),
+            negatives=tuple(side.without_head() for side in self.negatives),
+            groups=(),
+        )
 
     def fits(self, head: int, tail: Int[np.ndarray, " t"]) -> bool:
         """Whether a question about the image of pair, or negative, `head` is not too long."""
-        side = self.sides[head].head
-        return side is not None and len(side.tokens) + len(tail) <= self.max_tokens
+        count = len(self.pairs)
+        side = self.pairs[head] if head < count else self.negatives[head - count]
+        return side.length + len(tail) <= self.max_tokens
 
     def rows(self, questions: Sequence[MatchQuestion], *, answers: bool) -> tuple[Rows, list[bool]]:
         """The chunk's rows with the questions as further branches.
