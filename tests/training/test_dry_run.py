@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import cafe
-from cafe.cli.train import _duration
 from cafe.data.quarantine import Quarantine
 from cafe.errors import RecipeError, TrainingError
 from cafe.model.rows.inspect import row_tokens, sequence_views
@@ -19,7 +18,7 @@ from cafe.model.vlm import CAFe
 from cafe.recipes import Recipe, load_recipe
 from cafe.training.build import build_collator
 from cafe.training.data import load_data
-from cafe.training.dry_run import DryRun
+from cafe.training.dry_run import DryRun, _duration
 from cafe.training.step import TrainingStep
 from helpers import layouts
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cafe.cli import completion
-
-if TYPE_CHECKING:
-    from cafe.training.dry_run import DryRun
-
-_SHOWN = 10  # skipped records
 
 
 def command(
@@ -62,7 +56,7 @@ def command(
         from cafe.training import dry_run as dry
 
         report = dry.dry_run(checked)
-        print(_json(report) if as_json else "\n".join(_lines(report)))
+        print(report.json() if as_json else report)
         return
 
     from cafe.training.run import train
@@ -88,78 +82,3 @@ def _check_exists(recipe: Path) -> None:
             f"{recipe}: no such file. cafe ships with a recipe of that name; copy it, adapt it, "
             f"and train the copy: cp {shlex.quote(str(shipped))} {shlex.quote(str(recipe))}"
         )
-
-
-# ---------------------------------------------------------------------- a dry run, printed
-
-
-def _json(report: DryRun) -> str:
-    import json
-    from dataclasses import asdict, fields
-
-    content = {f.name: getattr(report, f.name) for f in fields(report)}
-    for name in ("batch", "measured"):
-        content[name] = asdict(content[name])
-    for name in ("skipped", "prompts"):
-        content[name] = [asdict(item) for item in content[name]]
-    content["recipe"] = report.recipe.model_dump(mode="json")
-    content["expected_seconds"] = report.expected_seconds
-    return json.dumps(content, indent=2)
-
-
-def _lines(report: DryRun) -> Iterator[str]:
-    recipe, batch = report.recipe, report.batch
-    yield f"model {recipe.model}, {recipe.precision} on {report.device}, {recipe.attention}"
-    yield from (f"  {line}" for line in _parameters(report))
-    yield f"{recipe.tuning.kind} tuning, learning rate {recipe.optimizer.learning_rate:g}"
-    for path, count in report.examples.items():
-        yield f"{path}: {count:,} examples"
-    if report.skipped:
-        yield f"{len(report.skipped):,} records skipped"
-        yield from (f"  {item}" for item in report.skipped[:_SHOWN])
-        if len(report.skipped) > _SHOWN:
-            yield f"  and {len(report.skipped) - _SHOWN:,} more"
-    yield from (
-        warning if warning.startswith("warning") else f"warning: {warning}"
-        for warning in report.warnings
-    )
-    yield "the first example of the first batch, as the model sees it:"
-    for view in report.prompts:
-        yield f"  {view.name} ({view.labelled_tokens} learned tokens)"
-        yield from (f"    {line}" for line in "".join(r.text for r in view.runs).split("\n"))
-    yield (
-        f"first batch: {batch.examples} examples in {batch.chunks} chunks, {batch.rows} rows; "
-        f"{batch.tokens:,} tokens ({batch.tokens / batch.examples:,.0f} per example, the longest "
-        f"sequence {batch.longest:,}, padding {batch.padding_share:.0%}); {batch.vision_tokens:,} "
-        f"vision tokens; {batch.labelled / batch.examples:.1f} learned tokens per example"
-    )
-    yield from _measured(report)
-
-
-def _parameters(report: DryRun) -> Iterator[str]:
-    for part, (trained, every) in report.parameters.items():
-        yield f"{part}: {trained:,} of {every:,} parameters trained"
-
-
-def _measured(report: DryRun) -> Iterator[str]:
-    step = report.measured
-    from cafe.training.log import further_losses
-
-    further = further_losses(step.thought, step.match)
-    yield f"first step: contrastive {step.contrastive:.3f}, language {step.language:.3f}{further}"
-    memory = [
-        f"{size / 2**30:.1f} GiB of {place}"
-        for size, place in ((step.device_bytes, "GPU memory"), (step.host_bytes, "host memory"))
-        if size is not None
-    ]
-    yield (
-        f"about {_duration(report.expected_seconds)} for {report.steps:,} steps (one measured "
-        f"step: {step.seconds:.2f} s){''.join(f', {part}' for part in memory)}"
-    )
-
-
-def _duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever people would say."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

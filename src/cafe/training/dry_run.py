@@ -6,11 +6,12 @@ does not fit in memory, or the run would take a week.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
@@ -25,12 +26,15 @@ from cafe.training.build import build_accelerator, build_collator, build_step, s
 from cafe.training.chunks import StepChunks
 from cafe.training.data import TrainingData, load_data
 from cafe.training.loader import StepData, Steps, check_answers_labelled
+from cafe.training.log import further_losses
 from cafe.training.matching import check_matchable
 from cafe.training.optim import Parts, parts_of
 from cafe.training.run import as_recipe, data_warnings, earlier_run
 from cafe.training.state import TrainingState
 from cafe.training.step import TrainingStep
 from cafe.training.tuning import load_model
+
+_SHOWN = 10  # skipped records
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,21 @@ class DryRun:
         step, data = self.measured.seconds, self.measured.data_seconds
         workers = self.recipe.batch.workers
         return self.steps * (max(step, data / workers) if workers else step + data)
+
+    def __str__(self) -> str:
+        """What `cafe train --dry-run` prints."""
+        return "\n".join(_lines(self))
+
+    def json(self) -> str:
+        """The same as a JSON object, with a key for each field."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("batch", "measured"):
+            content[name] = asdict(content[name])
+        for name in ("skipped", "prompts"):
+            content[name] = [asdict(item) for item in content[name]]
+        content["recipe"] = self.recipe.model_dump(mode="json")
+        content["expected_seconds"] = self.expected_seconds
+        return json.dumps(content, indent=2)
 
 
 def dry_run(recipe: Recipe | str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> DryRun:
@@ -254,3 +273,62 @@ def _trained(parts: Parts) -> dict[str, tuple[int, int]]:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+# ---------------------------------------------------------------------- as text
+
+
+def _lines(report: DryRun) -> Iterator[str]:
+    recipe, batch = report.recipe, report.batch
+    yield f"model {recipe.model}, {recipe.precision} on {report.device}, {recipe.attention}"
+    yield from (f"  {line}" for line in _parameters(report))
+    yield f"{recipe.tuning.kind} tuning, learning rate {recipe.optimizer.learning_rate:g}"
+    for path, count in report.examples.items():
+        yield f"{path}: {count:,} examples"
+    if report.skipped:
+        yield f"{len(report.skipped):,} records skipped"
+        yield from (f"  {item}" for item in report.skipped[:_SHOWN])
+        if len(report.skipped) > _SHOWN:
+            yield f"  and {len(report.skipped) - _SHOWN:,} more"
+    yield from (
+        warning if warning.startswith("warning") else f"warning: {warning}"
+        for warning in report.warnings
+    )
+    yield "the first example of the first batch, as the model sees it:"
+    for view in report.prompts:
+        yield f"  {view.name} ({view.labelled_tokens} learned tokens)"
+        yield from (f"    {line}" for line in "".join(r.text for r in view.runs).split("\n"))
+    yield (
+        f"first batch: {batch.examples} examples in {batch.chunks} chunks, {batch.rows} rows; "
+        f"{batch.tokens:,} tokens ({batch.tokens / batch.examples:,.0f} per example, the longest "
+        f"sequence {batch.longest:,}, padding {batch.padding_share:.0%}); {batch.vision_tokens:,} "
+        f"vision tokens; {batch.labelled / batch.examples:.1f} learned tokens per example"
+    )
+    yield from _measured(report)
+
+
+def _parameters(report: DryRun) -> Iterator[str]:
+    for part, (trained, every) in report.parameters.items():
+        yield f"{part}: {trained:,} of {every:,} parameters trained"
+
+
+def _measured(report: DryRun) -> Iterator[str]:
+    step = report.measured
+    further = further_losses(step.thought, step.match)
+    yield f"first step: contrastive {step.contrastive:.3f}, language {step.language:.3f}{further}"
+    memory = [
+        f"{size / 2**30:.1f} GiB of {place}"
+        for size, place in ((step.device_bytes, "GPU memory"), (step.host_bytes, "host memory"))
+        if size is not None
+    ]
+    yield (
+        f"about {_duration(report.expected_seconds)} for {report.steps:,} steps (one measured "
+        f"step: {step.seconds:.2f} s){''.join(f', {part}' for part in memory)}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever people would say."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
