@@ -17,6 +17,7 @@ from cafe.model.rows.blocks import length_blocks
 from cafe.model.vlm import CAFe
 from cafe.types import Example, Image, Message, user
 from helpers import builders
+from helpers.marks import slow
 from helpers.models import in_float64
 
 
@@ -81,7 +82,7 @@ def mixed_examples() -> list[Example]:
     ]
 
 
-@pytest.mark.parametrize("name", builders.NAMES)
+@pytest.mark.parametrize("name", [builders.NAMES[0], *slow(*builders.NAMES[1:])])
 def test_a_family_has_the_states_and_gradients_of_one_block(name: str, tmp_path: Path):
     model = in_float64(CAFe.from_pretrained(builders.build(name, tmp_path)))
     found = []

@@ -21,6 +21,7 @@ from cafe.retrieval.indexing import build_index
 from cafe.retrieval.search import Searcher
 from cafe.types import CAPTION_REQUEST, Image, user
 from helpers.images import noise
+from helpers.marks import slow
 
 WORDS = "a red mug"
 
@@ -60,7 +61,7 @@ def test_a_caption_is_the_answer_to_the_request(model: CAFe, images: list[Any]):
     assert len(short) < len(str(asked))
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, CAPTION_WEIGHT, 1.0])
+@pytest.mark.parametrize("weight", [0.3, *slow(0.0, CAPTION_WEIGHT, 1.0)])
 def test_encode_is_the_mean_of_what_it_gives_for_both(
     model: CAFe, images: list[Any], weight: float
 ):
@@ -78,6 +79,7 @@ def test_encode_is_the_mean_of_what_it_gives_for_both(
         assert np.abs(mixed[0] - plain[0]).max() > 1e-3, "the caption changes nothing"
 
 
+@pytest.mark.slow
 def test_one_input_a_short_vector_and_a_compact_one(model: CAFe, images: list[Any]):
     whole = model.encode(images, caption=True)
     single = model.encode(images[0], caption=True)
@@ -132,6 +134,7 @@ def folder(tmp_path: Path, images: list[Any]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_index_keeps_captions_and_is_followed_with_them(
     model: CAFe, images: list[Any], folder: Path, tmp_path: Path
 ):
@@ -173,6 +176,7 @@ def test_an_index_without_captions_stays_without(folder: Path, tmp_path: Path):
         build_index("tiny", folder, to, caption=True)
 
 
+@pytest.mark.slow
 def test_embed_writes_captions_beside_the_vectors(
     model: CAFe, images: list[Any], folder: Path, tmp_path: Path
 ):

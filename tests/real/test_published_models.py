@@ -71,6 +71,7 @@ def test_photographs_embed_the_same_alone_and_in_a_batch(
     assert apart[others].min() > 1e-3, "the inputs differ, so equality says something"
 
 
+@pytest.mark.slow
 def test_a_published_family_trains_and_every_tool_reads_it(
     published_dir: Path, captioned: Path, tmp_path: Path
 ) -> None:

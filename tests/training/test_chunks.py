@@ -25,6 +25,7 @@ from cafe.training.loader import Steps, step_loader
 from cafe.training.run import train
 from cafe.training.step import StepMetrics, TrainingStep
 from cafe.types import Example, Image, user
+from helpers.marks import slow
 from helpers.models import build_small_model, in_float64
 from helpers.runs import Killed, die_after, equal, make_world, recipe, weights, without_times
 from helpers.twin import gradients, make_examples, worst_difference
@@ -125,7 +126,7 @@ def uneven() -> list[Example]:
     return examples
 
 
-@pytest.mark.parametrize("tokens", [1, 300, 700, 1500])
+@pytest.mark.parametrize("tokens", [300, *slow(1, 700, 1500)])
 @pytest.mark.parametrize("objective", [JOINT, Objective(contrastive_weight=0.0)], ids=["", "chat"])
 def test_gradients_do_not_depend_on_the_budget(
     model: Any, uneven: list[Example], tokens: int, objective: Objective
@@ -143,6 +144,7 @@ def test_gradients_do_not_depend_on_the_budget(
     assert [item.record for item in cut.skipped] == ["id 'example-7'"]
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_whether_chunks_are_kept_or_collated_again() -> None:
     model = in_float64(build_small_model(dropout=0.3)).train()
     data = data_of(make_examples(6))
@@ -168,6 +170,7 @@ def test_padding_is_counted(model: Any) -> None:
 
 
 @pytest.mark.parametrize("batch", [8, 16])
+@pytest.mark.slow
 def test_the_number_of_chunks_in_memory_does_not_grow_with_the_batch(
     model: Any, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from cafe.training.data import load_data
 from cafe.training.run import TrainingResult, train
 from helpers import layouts
 from helpers.layouts import LAYOUTS, TEXTS, add, image_bytes
+from helpers.marks import slow
 from helpers.models import build_small_model
 from helpers.runs import Killed, die_after, equal, weights, without_times
 
@@ -63,7 +64,7 @@ def ran(model: Path, path: Path, out: Path, *overrides: str) -> TrainingResult:
     return result
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["llava", *slow(*list(LAYOUTS)[1:])])
 def test_every_layout_trains(model: Path, tmp_path: Path, layout: str) -> None:
     path = LAYOUTS[layout][0](tmp_path / "data")
     result = ran(model, path, tmp_path / "out")

@@ -56,6 +56,7 @@ def tokens_of_each(recipe: Recipe) -> tuple[list[int], list[int]]:
     ]
 
 
+@pytest.mark.slow
 def test_what_it_says_is_what_the_run_does(recipe: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     report = cafe.dry_run(recipe)

@@ -17,6 +17,7 @@ from cafe.recipes import Objective
 from cafe.training.contrastive import gathered_batch
 from cafe.training.matching import Matcher, check_matchable
 from cafe.types import Example, user
+from helpers.marks import slow
 from helpers.match_twin import chosen_questions, match_pass
 from helpers.models import build_small_model, in_float64
 from helpers.processes import free_port
@@ -33,8 +34,8 @@ def model() -> Any:
     return in_float64(build_small_model())
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4, 5])
-@pytest.mark.parametrize("sharing", ["trie", "none"])
+@pytest.mark.parametrize("chunk", [4, *slow(None, 1, 5)])
+@pytest.mark.parametrize("sharing", ["trie", *slow("none")])
 def test_the_step_has_the_gradients_of_separate_passes(
     model: Any, chunk: int | None, sharing: str
 ) -> None:
@@ -59,6 +60,7 @@ def test_the_comparison_can_fail(model: Any) -> None:
     assert worst_difference(gradients(model), expected) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_gradient_stays_as_it_is(model: Any) -> None:
     examples = make_examples(5)
     run_step(model, examples, PLAIN, 2)
@@ -97,7 +99,7 @@ def mixed_examples() -> list[Example]:
     return [*e[:6], texts, *turned, alike]
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("chunk", [3, *slow(None)])
 def test_what_is_asked_is_what_the_definition_says(model: Any, chunk: int | None) -> None:
     """Including images of hard negatives; a known caption of an image is never wrong."""
     examples = mixed_examples()

@@ -10,6 +10,7 @@ import torch
 
 from cafe.recipes import Objective
 from cafe.training.state import uses_dropout
+from helpers.marks import slow
 from helpers.models import build_small_model, in_float64
 from helpers.twin import gradients, make_examples, run_step, three_passes, worst_difference
 
@@ -34,8 +35,8 @@ def test_trie_step_has_the_losses_and_gradients_of_three_passes(model: Any) -> N
     assert len(moved) > 0.8 * len(expected), "most gradients are zero: nothing was compared"
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("sharing", ["trie", "none"])
+@pytest.mark.parametrize("chunk", [2, *slow(1, 3, 4, 5)])
+@pytest.mark.parametrize("sharing", ["trie", *slow("none")])
 def test_cached_step_equals_three_passes_for_any_chunk(
     model: Any, chunk: int, sharing: str
 ) -> None:
@@ -46,8 +47,8 @@ def test_cached_step_equals_three_passes_for_any_chunk(
     assert worst_difference(gradients(model), expected) < EXACT
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
-@pytest.mark.parametrize("sharing", ["trie", "none"])
+@pytest.mark.parametrize("chunk", [4, *slow(None)])
+@pytest.mark.parametrize("sharing", ["trie", *slow("none")])
 def test_rows_in_blocks_of_their_length_have_the_gradients_of_three_passes(
     model: Any, chunk: int | None, sharing: str
 ) -> None:

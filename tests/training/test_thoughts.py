@@ -30,6 +30,7 @@ from cafe.model.captions import CAPTION_TOKENS
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
 from cafe.types import Example, Image, Message, thought_about, user
+from helpers.marks import slow
 from helpers.match_twin import match_pass
 from helpers.models import build_small_model, in_float64
 from helpers.processes import free_port
@@ -79,8 +80,8 @@ def thought_pass(model: Any, examples: list[Example], weight: float) -> torch.Te
     return loss.detach()
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4])
-@pytest.mark.parametrize("sharing", ["trie", "none"])
+@pytest.mark.parametrize("chunk", [4, *slow(None, 1)])
+@pytest.mark.parametrize("sharing", ["trie", *slow("none")])
 def test_both_embeddings_of_a_row_have_the_gradients_of_separate_passes(
     model: Any, chunk: int | None, sharing: str
 ) -> None:
