@@ -53,6 +53,19 @@ def hits_of(*arguments: object) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- cafe index
 
 
+def test_a_caption_that_is_read_is_not_left_out(small_dir: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    save_noise(photos / "a.png", 1)
+    for name in ("a.txt", "b.txt"):
+        (photos / name).write_text("a mug")
+    done = run("index", small_dir, photos, "--to", tmp_path / "i")
+    assert "left out: 1 files that are no images (1 .txt)" in done.stdout
+    (photos / "b.txt").unlink()
+    done = run("index", small_dir, photos, "--to", tmp_path / "i")
+    assert "left out" not in done.stdout
+    assert [hit["text"] for hit in hits_of(tmp_path / "i", "a mug")] == ["a mug"]
+
+
 def test_index_prints_what_changed_and_names_what_was_skipped(
     small_dir: Path, tmp_path: Path
 ) -> None:

@@ -149,7 +149,7 @@ def _decoded(url: str) -> bytes:
     try:
         if not comma or "base64" not in [part.strip().lower() for part in head.split(";")[1:]]:
             raise ValueError("no ;base64, in it")
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode("".join(body.split()), validate=True)  # MIME's lines are short
     except (ValueError, binascii.Error) as error:
         raise DataError(f"image {quoted(url, 40)}: not a data URL ({error})") from error
 

@@ -32,7 +32,7 @@ def captioned_folder(folder: Path) -> Table | None:
     if any(file.suffix.lower() in BUILDERS for file in files):
         return None
     images = [file for file in files if file.suffix[1:].lower() in IMAGE_SUFFIXES]
-    if not any(_text_of(folder / image) for image in images):
+    if not any(caption_file(folder / image) for image in images):
         return None
 
     def rows() -> Iterator[RawRecord]:
@@ -56,7 +56,7 @@ def caption_beside(image: Path) -> str | None:
     Raises:
         DataError: It cannot be read, is not text, or is too large for a caption.
     """
-    text = _text_of(image)
+    text = caption_file(image)
     if text is None:
         return None
     try:
@@ -69,7 +69,8 @@ def caption_beside(image: Path) -> str | None:
         raise cannot_be_read(text.name, error) from error
 
 
-def _text_of(image: Path) -> Path | None:
+def caption_file(image: Path) -> Path | None:
+    """The text file beside an image, with its name but for the suffix."""
     files = (as_on_disk(image.with_suffix(suffix)) for suffix in CAPTIONS)
     return next((file for file in files if file.is_file()), None)
 
