@@ -26,13 +26,13 @@ MAX_TEXT_BYTES = 16 * 2**20
 def captioned_folder(folder: Path) -> Table | None:
     """The images of a folder with their captions.
 
-    None where no image has a text file of its name, or there are files of records.
+    None where no image has a text file of its name, or there are as many files of records. A few
+    such files beside captions (a list of licences, boxes) are not what the folder is about.
     """
     files = files_in(folder)
-    if any(file.suffix.lower() in BUILDERS for file in files):
-        return None
     images = [file for file in files if file.suffix[1:].lower() in IMAGE_SUFFIXES]
-    if not any(caption_file(folder / image) for image in images):
+    captions = sum(caption_file(folder / image) is not None for image in images)
+    if captions <= sum(file.suffix.lower() in BUILDERS for file in files):
         return None
 
     def rows() -> Iterator[RawRecord]:
