@@ -225,7 +225,7 @@ def test_reranking_images_by_an_image_is_a_clear_error(indexed: tuple[Path, Path
         (("  ",), "nothing to search for"),
         (("--image", "gone.png"), "no such file"),
         (("--image", "0.png", "--answer"), "--answer needs a question"),
-        (("x", "--where", "nope = 1"), "write SQL over the columns id, kind, path, text, width"),
+        (("x", "--where", "nope = 1"), "compare the columns id, kind, path, text, width"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_the_model_loads(
