@@ -3,7 +3,8 @@
     python benchmarks/soak.py [--minutes 10] [--model tiny] [--seed 0]
 
 Well-behaved and faulty clients send requests to one `cafe serve --index DIR` concurrently: clients
-that disconnect, malformed JSON, bodies of 50 MB, broken images. Meanwhile the indexed folder
+that disconnect, malformed JSON, bodies of 50 MB, broken images, and the attacks of
+`soak_attacks.py`. Meanwhile the indexed folder
 changes, and runs of `cafe index` on it are killed (SIGKILL) and restarted. Violations, with exit
 code 1:
 
@@ -19,6 +20,7 @@ All traffic stays on loopback, and all files in a temporary folder.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import subprocess
@@ -33,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import soak_clients as clients
+from soak_attacks import ATTACKS
 from soak_index import Folder, Runs, churn, differences, index_once
 
 GROWTH = 0.05
@@ -45,22 +48,27 @@ CLIENTS: list[tuple[clients.Client, int, float]] = [
     (clients.malformed, 1, 0.3),
     (clients.broken_image, 1, 0.3),
     (clients.large, 1, 5.0),
+    *ATTACKS,
 ]
 """Function, number of clients, and seconds between two requests of one client."""
 
 
 @dataclass
 class Observations:
-    """What was observed: requests by kind, violations, and (seconds, bytes) of resident memory."""
+    """What was observed: requests by kind, violations, (seconds, bytes) of resident memory, and the
+    longest request of each kind, in seconds.
+    """
 
     requests: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
+    longest: dict[str, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def note(self, kind: str, problem: str | None) -> None:
+    def note(self, kind: str, seconds: float, problem: str | None) -> None:
         with self.lock:
             self.requests[kind] += 1
+            self.longest[kind] = max(seconds, self.longest.get(kind, 0.0))
             if problem is not None:
                 self.violations.append(f"{kind}: {problem}")
 
@@ -75,11 +83,12 @@ def keep_requesting(
 ) -> None:
     chance = random.Random(seed)
     while not stop.wait(pause * (0.5 + chance.random())):
+        begin = time.monotonic()
         try:
             problem = client(host, chance)
         except Exception as error:  # whatever it is, the server did not respond properly
             problem = f"{type(error).__name__}: {error}"
-        observed.note(client.__name__, problem)
+        observed.note(client.__name__, time.monotonic() - begin, problem)
 
 
 def watch(pid: int, begin: float, stop: threading.Event, observed: Observations) -> None:
@@ -99,9 +108,12 @@ def serving(model: str, index: Path, log: Path) -> Iterator[tuple[subprocess.Pop
     """A running server, and its host:port."""
     arguments = [model, "--index", str(index), "--port", "0"]
     command = [sys.executable, "-m", "cafe", "serve", *arguments]
+    environment = {**os.environ, "CAFE_API_KEY": clients.KEY}
     with (
         log.open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as server,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as server,
     ):
         try:
             assert server.stdout is not None
@@ -200,6 +212,8 @@ def summary(observed: Observations, runs: Runs, seconds: float, rows: int) -> bo
         observed.violations.append(f"memory: {grown:+.1%} after the warm-up, allowed {GROWTH:+.0%}")
     requests = ", ".join(f"{count} {kind}" for kind, count in sorted(observed.requests.items()))
     print(f"{seconds / 60:.1f} minutes; requests: {requests}")
+    longest = ", ".join(f"{seconds:.1f} {kind}" for kind, seconds in observed.longest.items())
+    print(f"longest request, in seconds: {longest}")
     print(f"cafe index: {runs.killed} runs killed, {runs.finished} finished; {rows} rows compared")
     print(f"resident memory: {first / 2**20:.0f} MiB, then {last / 2**20:.0f} MiB ({grown:+.2%})")
     for violation in observed.violations[:20]:

@@ -1,4 +1,5 @@
-"""Clients of the soak test (`soak.py`), over loopback: well-behaved ones and four faulty kinds.
+"""Clients of the soak test (`soak.py`), over loopback: well-behaved ones and four faulty kinds. The
+attacks are in `soak_attacks.py`.
 
 Each is a function that makes one request and returns the problem with the response, or None.
 """
@@ -22,7 +23,9 @@ import PIL.Image
 Client = Callable[[str, random.Random], str | None]
 
 SECONDS = 120
+KEY = "of the soak"
 LARGE_BYTES = 50_000_000
+HEADERS = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
 PATHS = ("/v1/embeddings", "/v1/chat/completions", "/v1/rerank", "/search")
 LATER = {429, 503}
 """Statuses of a full queue; both come with Retry-After."""
@@ -34,7 +37,7 @@ def ask(host: str, path: str, body: Any) -> tuple[int, Any, dict[str, str]]:
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
     try:
         method = "GET" if body is None else "POST"
-        connection.request(method, path, content, {"Content-Type": "application/json"})
+        connection.request(method, path, content, HEADERS)
         response = connection.getresponse()
         text = response.read().decode()
         is_json = response.getheader("Content-Type", "").startswith("application/json")
@@ -99,7 +102,8 @@ def vanishes(host: str, chance: random.Random) -> str | None:
     name, _, port = host.rpartition(":")
     with socket.create_connection((name, int(port)), timeout=SECONDS) as connection:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head += f"Authorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode())
         if chance.random() < 0.3:
             connection.sendall(body[: chance.randrange(len(body))])

@@ -53,6 +53,19 @@ def hits_of(*arguments: object) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- cafe index
 
 
+def test_a_caption_that_is_read_is_not_left_out(small_dir: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    save_noise(photos / "a.png", 1)
+    for name in ("a.txt", "b.txt"):
+        (photos / name).write_text("a mug")
+    done = run("index", small_dir, photos, "--to", tmp_path / "i")
+    assert "left out: 1 files that are no images (1 .txt)" in done.stdout
+    (photos / "b.txt").unlink()
+    done = run("index", small_dir, photos, "--to", tmp_path / "i")
+    assert "left out" not in done.stdout
+    assert [hit["text"] for hit in hits_of(tmp_path / "i", "a mug")] == ["a mug"]
+
+
 def test_index_prints_what_changed_and_names_what_was_skipped(
     small_dir: Path, tmp_path: Path
 ) -> None:
@@ -212,7 +225,7 @@ def test_reranking_images_by_an_image_is_a_clear_error(indexed: tuple[Path, Path
         (("  ",), "nothing to search for"),
         (("--image", "gone.png"), "no such file"),
         (("--image", "0.png", "--answer"), "--answer needs a question"),
-        (("x", "--where", "nope = 1"), "write SQL over the columns id, kind, path, text, width"),
+        (("x", "--where", "nope = 1"), "compare the columns id, kind, path, text, width"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_before_the_model_loads(

@@ -250,6 +250,19 @@ def test_a_text_beside_each_image(tmp_path: Path) -> None:
     assert captions == {"c.png": None, "x/a.jpg": "A cat.", "x/b.v1.jpg": "A dog."}
 
 
+def test_a_few_files_of_records_beside_captions_are_not_the_data(tmp_path: Path) -> None:
+    images(tmp_path, "a.jpg", "b.jpg")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"A {name}.")
+    (tmp_path / "descriptions.json").write_text('{"a.jpg": {"de": "Ein a."}}')
+    assert read(tmp_path) == [("a.jpg", "A a."), ("b.jpg", "A b.")]
+    rows = [{"image": "b.jpg", "caption": "Of the file."}]
+    (tmp_path / "descriptions.json").unlink()
+    for number in range(2):  # as many as captions: then these are
+        (tmp_path / f"{number}.json").write_text(json.dumps(rows))
+    assert {text for _, text in read(tmp_path)} == {"Of the file."}
+
+
 def test_a_folder_with_its_captions_and_images(tmp_path: Path) -> None:
     images(tmp_path / "Images", "a.jpg", "b.jpg")
     (tmp_path / "captions.txt").write_text(LINES["captions.txt"])

@@ -528,3 +528,12 @@ def test_a_data_url_may_say_more_than_its_type(tmp_path: Path, head: str) -> Non
         assert isinstance(record, SourceRecord)
         assert record.image is not None
         assert record.image.source == b"some bytes"
+
+
+def test_base64_may_be_in_lines_as_mail_programs_write_it(tmp_path: Path) -> None:
+    content = bytes(range(256))
+    url = "data:image/png;base64," + base64.encodebytes(content).decode().replace("\n", "\r\n")
+    assert url.count("\n") == 5
+    assert MediaResolver(tmp_path).image(url).source == content
+    with pytest.raises(DataError, match="if it is base64, write data:image/png;base64, in front"):
+        MediaResolver(tmp_path).image(base64.b64encode(content).decode())

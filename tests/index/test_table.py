@@ -97,7 +97,10 @@ def test_bad_sql_is_one_clear_error_that_lists_the_columns(tmp_path: Path, where
     message = str(error.value)
     assert reason.lower() in message.lower()
     assert message.startswith(f"where {where!r} cannot be used")
-    assert message.endswith("write SQL over the columns id, kind, path, text, width, height")
+    assert message.endswith(
+        "compare the columns id, kind, path, text, width, height with =, <, LIKE, IN, BETWEEN or "
+        "IS NULL"
+    )
     assert ".rs:" not in message
     assert "\n" not in message
 

@@ -160,7 +160,7 @@ def test_sql_chooses_rows_and_bad_sql_is_refused(searcher: Searcher) -> None:
     assert searcher.search("a cat", where="year = 1900") == []
     searcher.check_filter("year = 2003")
     for refused in (searcher.check_filter, lambda sql: searcher.search("a cat", where=sql)):
-        with pytest.raises(DataError, match="write SQL over the columns id, kind, path, text"):
+        with pytest.raises(DataError, match="compare the columns id, kind, path, text"):
             refused("nope = 1")
 
 

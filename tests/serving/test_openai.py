@@ -182,9 +182,31 @@ def test_an_answer_is_sent_back_as_the_client_received_it(client: openai.OpenAI)
         model="tiny",
         messages=[*asked, answer, {"role": "user", "content": "And what else?"}],
         max_tokens=4,
-        extra_body={"response_format": None, "tools": None},
+        extra_body={"response_format": None, "tools": None, "stream_options": None},
     )
     assert again.choices[0].message.content is not None
+
+
+def test_null_is_the_default_of_fields_that_have_one(client: openai.OpenAI):
+    shown_image = shown(1, DESCRIBE)
+    shown_image[0]["content"][0]["image_url"]["detail"] = None
+    given: Any = {"model": "tiny", "messages": shown_image, "max_tokens": 4}
+    want = client.chat.completions.create(**given).choices[0].message.content
+    assert (
+        want
+        == client.chat.completions.create(
+            **given, extra_body=dict.fromkeys(("n", "stream", "temperature", "stop"))
+        )
+        .choices[0]
+        .message.content
+    )
+    assert (
+        client.embeddings.create(
+            model="tiny", input="a", extra_body={"encoding_format": None, "dimensions": None}
+        )
+        .data[0]
+        .embedding
+    )
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -126,7 +126,8 @@ class MediaResolver:
         try:
             path = inside(self._root, name, self._walked)
         except ValueError as error:
-            raise DataError(f"{what} {quoted(name)}: not a path ({error})") from error
+            problem = _no_base64(name) or f"not a path ({error})"
+            raise DataError(f"{what} {quoted(name)}: {problem}") from error
         if path is None:
             raise DataError(
                 f"{what} {quoted(name)} is outside {self._root}; move it there, or set "
@@ -134,6 +135,8 @@ class MediaResolver:
             )
         path = as_on_disk(path)
         if not path.is_file():
+            if problem := _no_base64(name):
+                raise DataError(f"{what} {quoted(name)}: {problem}")
             raise DataError(f"{what} {quoted(name)}{NO_SUCH_FILE}{self._root}; {self._fix}")
         return path
 
@@ -143,13 +146,20 @@ def is_data_url(text: str) -> bool:
     return text[:5].lower() == "data:"
 
 
+def _no_base64(name: str) -> str | None:
+    """What is wrong with a name that is in truth an image in base64; None: it is not one."""
+    if not re.fullmatch(r"[A-Za-z0-9+/\s]{300,}=*\s*", name):
+        return None
+    return "no path; if it is base64, write data:image/png;base64, in front of it"
+
+
 def _decoded(url: str) -> bytes:
     """The content of `data:image/png;base64,…`."""
     head, comma, body = url.partition(",")
     try:
         if not comma or "base64" not in [part.strip().lower() for part in head.split(";")[1:]]:
             raise ValueError("no ;base64, in it")
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode("".join(body.split()), validate=True)  # MIME's lines are short
     except (ValueError, binascii.Error) as error:
         raise DataError(f"image {quoted(url, 40)}: not a data URL ({error})") from error
 

@@ -85,7 +85,7 @@ def unusable(where: str, reason: str, columns: Iterable[str]) -> DataError:
     """The error for a condition that cannot be used."""
     return DataError(
         f"where {_cut(where)!r} cannot be used ({_cut(reason)}); "
-        f"write SQL over the columns {', '.join(columns)}"
+        f"compare the columns {', '.join(columns)} with =, <, LIKE, IN, BETWEEN or IS NULL"
     )
 
 

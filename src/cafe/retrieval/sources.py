@@ -40,7 +40,7 @@ from cafe.data.media_paths import MediaResolver, is_data_url
 from cafe.data.read import check_image_columns
 from cafe.data.records import Record
 from cafe.data.tables import HUB, RawRecord, Table, open_table
-from cafe.data.tables.captioned import caption_beside
+from cafe.data.tables.captioned import caption_beside, caption_file
 from cafe.data.tables.captions import caption_layout
 from cafe.data.tables.text import LINES, text_lines
 from cafe.errors import DataError, quoted
@@ -311,8 +311,10 @@ def _list_texts(path: Path, listing: Listing) -> None:
 
 
 def _folder(folder: Path, images: FolderImages) -> Listing:
-    listing = Listing(str(folder.absolute()), folder.resolve(), left_out=images.left_out)
     metadata = FolderMetadata(folder)
+    captions = {caption_file(folder / name) for name in images.names if not metadata.of(name)}
+    read = Counter(file.suffix.lower() for file in captions if file is not None)
+    listing = Listing(str(folder.absolute()), folder.resolve(), left_out=images.left_out - read)
     listing.skipped.extend(metadata.skipped)
     media = MediaResolver(folder)
     for name in images.names:

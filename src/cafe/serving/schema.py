@@ -31,7 +31,7 @@ Text = Annotated[str, AfterValidator(_check_surrogates)]
 
 
 class Request(BaseModel):
-    """Base of all request schemas: strict types, no unknown fields but those that are null.
+    """Base of all request schemas: strict types, no unknown fields; null is a field not given.
 
     Clients write null for what is not there: OpenAI's sends an answer back with `refusal: null`.
     """
@@ -45,7 +45,7 @@ class Request(BaseModel):
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise ValueError(f"an object has more than {MAX_FIELDS} fields")
         if isinstance(value, dict):
-            return {k: v for k, v in value.items() if v is not None or k in cls.model_fields}
+            return {key: given for key, given in value.items() if given is not None}
         return value
 
 

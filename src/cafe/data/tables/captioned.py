@@ -26,13 +26,13 @@ MAX_TEXT_BYTES = 16 * 2**20
 def captioned_folder(folder: Path) -> Table | None:
     """The images of a folder with their captions.
 
-    None where no image has a text file of its name, or there are files of records.
+    None where no image has a text file of its name, or there are as many files of records. A few
+    such files beside captions (a list of licences, boxes) are not what the folder is about.
     """
     files = files_in(folder)
-    if any(file.suffix.lower() in BUILDERS for file in files):
-        return None
     images = [file for file in files if file.suffix[1:].lower() in IMAGE_SUFFIXES]
-    if not any(_text_of(folder / image) for image in images):
+    captions = sum(caption_file(folder / image) is not None for image in images)
+    if captions <= sum(file.suffix.lower() in BUILDERS for file in files):
         return None
 
     def rows() -> Iterator[RawRecord]:
@@ -56,7 +56,7 @@ def caption_beside(image: Path) -> str | None:
     Raises:
         DataError: It cannot be read, is not text, or is too large for a caption.
     """
-    text = _text_of(image)
+    text = caption_file(image)
     if text is None:
         return None
     try:
@@ -69,7 +69,8 @@ def caption_beside(image: Path) -> str | None:
         raise cannot_be_read(text.name, error) from error
 
 
-def _text_of(image: Path) -> Path | None:
+def caption_file(image: Path) -> Path | None:
+    """The text file beside an image, with its name but for the suffix."""
     files = (as_on_disk(image.with_suffix(suffix)) for suffix in CAPTIONS)
     return next((file for file in files if file.is_file()), None)
 

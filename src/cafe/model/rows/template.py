@@ -212,11 +212,16 @@ def _spend_text(value: Any) -> None:
 def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter of Jinja's whose work is counted."""
     writes = name in ("string", "tojson", "join", "pprint", "format", "urlencode", "xmlattr")
+    first = int(hasattr(function, "jinja_pass_arg"))  # where the filtered value is
 
     @functools.wraps(function)  # with jinja2's marks of what to pass
     def counted(*args: Any, **kwargs: Any) -> Any:
         _spend(STEP)
         _check_numbers((*args, *kwargs.values()))
+        if name == "join":
+            separator = kwargs.get("d", args[first + 1] if len(args) > first + 1 else "")
+            args = (*args[:first], _joined(separator, args[first]), *args[first + 1 :])
+        _check_pieces(name, args[first], [*args[first + 1 :], *kwargs.values()])
         if writes:
             _spend_text(args)
         result = function(*args, **kwargs)
@@ -224,6 +229,46 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return counted
+
+
+_PLACES: dict[str, Callable[[str, Any], int]] = {
+    "replace": lambda text, given: text.count(str(given[0])),
+    "format": lambda text, given: text.count("%") + text.count("{"),
+    "format_map": lambda text, given: text.count("{"),
+    "indent": lambda text, given: len(text.splitlines()),
+    "expandtabs": lambda text, given: text.count("\t"),
+    "translate": lambda text, given: len(text),
+    "wordwrap": lambda text, given: len(text),
+    "urlize": lambda text, given: len(text),
+}
+"""Methods and filters that write what they are given into many places of a text -> how many."""
+
+
+def _check_pieces(name: str, text: Any, given: Sequence[Any]) -> None:
+    """Raises _TooMuchWork before a text grows by the product of two sizes."""
+    if name == "tojson" and given:
+        _spend(_weight(text, WORK) * max(filter(_is_int, given), default=0))
+    if name not in _PLACES or not isinstance(text, str) or not given:
+        return
+    if name in ("format", "format_map") and re.search(r"\d{7}", text):
+        _refuse()
+    widths = name in ("indent", "expandtabs")
+    pieces = (v if widths and _is_int(v) else _weight(v, WORK) for v in given)
+    _spend(_PLACES[name](text, given) * max(*pieces, 0))
+
+
+def _joined(separator: Any, items: Iterable[Any]) -> list[Any]:
+    """The items, whose text with separators is paid for."""
+    walked = []
+    for item in items:
+        _spend(STEP + _size(separator))
+        walked.append(item)
+    _spend_text(walked)
+    return walked
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int)
 
 
 def _tojson(value: Any, **options: Any) -> str:
@@ -257,11 +302,18 @@ class _CountingEnvironment(ImmutableSandboxedEnvironment):
         self.filters.update({name: _counted(name, f) for name, f in self.filters.items()})
         self.filters |= {"_each_counted": _each_counted, "_as_text": _as_text}
         self.globals["raise_exception"] = _raise_exception
+        self.globals["lipsum"] = lambda *_, **__: _refuse()  # as many words as it is asked for
         self.globals["strftime_now"] = lambda format: str(format)
 
     def call(self, context: Any, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         _spend(CALL + sum(map(_size, args)))
         _check_numbers((*args, *kwargs.values()))
+        method = getattr(called, "__wrapped__", called)  # the sandbox wraps `str.format`
+        text = getattr(method, "__self__", None)
+        if isinstance(text, str):
+            if method.__name__ == "join" and args:
+                args = (_joined(text, args[0]),)
+            _check_pieces(method.__name__, text, [*args, *kwargs.values()])
         result = super().call(context, called, *args, **kwargs)
         _spend(_size(result))
         return result
@@ -286,8 +338,7 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
             _spend(left.bit_length() * max(right, 0) // 8)
         case ("%", str(), _):
             _check_numbers(right if isinstance(right, tuple) else (right,))
-            if re.search(r"\d{7}", left):
-                _refuse()
+            _check_pieces("format", left, [right])
 
 
 class _ConstantOperations(NodeTransformer):
@@ -303,7 +354,7 @@ class _ConstantOperations(NodeTransformer):
             raise
         except Exception:
             return node
-        _spend(_size(value))
+        _spend_text(value)  # the compiler writes it out
         return jinja2.nodes.Const(value, lineno=node.lineno, environment=node.environment)
 
     visit_Add = visit_Mul = visit_Pow = visit_Mod = _computed
