@@ -155,7 +155,7 @@ def max_sim(
         raise ValueError(f"block_elements is {block_elements}; use 1 or more")
     with torch.autocast(query.vectors.device.type, enabled=False):
         forward, reverse = _MaxSim.apply(
-            query.vectors, target.vectors, query.lengths, target.lengths, block_elements
+            query.vectors, target.vectors, query.lengths.cpu(), target.lengths.cpu(), block_elements
         )
     return (
         None if directions == "target_to_query" else forward,

@@ -25,6 +25,7 @@ from cafe.training.build import build_accelerator, build_collator, build_step, s
 from cafe.training.chunks import StepChunks
 from cafe.training.data import TrainingData, load_data
 from cafe.training.loader import StepData, Steps, check_answers_labelled
+from cafe.training.log import FURTHER_LOSSES
 from cafe.training.matching import check_matchable
 from cafe.training.optim import Parts, parts_of
 from cafe.training.run import as_recipe, data_warnings, earlier_run
@@ -67,6 +68,7 @@ class MeasuredStep:
     language           nats per labelled token
     thought            contrastive loss of the embeddings after a thought; None: not trained
     match              cross-entropy of the match questions; None: not trained
+    multi_vector       contrastive loss of the tokens' vectors; None: not trained
     host_bytes         most memory that the process has held so far; None: not known here
     device_bytes       most memory of the GPU that tensors have held; None: no GPU
     """
@@ -79,6 +81,7 @@ class MeasuredStep:
     device_bytes: int | None
     thought: float | None = None
     match: float | None = None
+    multi_vector: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +187,8 @@ def _measured(
         metrics = step(chunks)
         state.optimizer.step()
         contrastive, language = float(metrics.contrastive), float(metrics.language)
-        thought, match = (None if x is None else float(x) for x in (metrics.thought, metrics.match))
+        further = (getattr(metrics, name) for name in FURTHER_LOSSES)
+        further = [None if loss is None else float(loss) for loss in further]
         if cuda:
             torch.cuda.synchronize(state.device)
     except torch.OutOfMemoryError as error:
@@ -195,7 +199,7 @@ def _measured(
     seconds = time.perf_counter() - started
     device = torch.cuda.max_memory_allocated(state.device) if cuda else None
     return MeasuredStep(
-        seconds, data_seconds, contrastive, language, peak_host_bytes(), device, thought, match
+        seconds, data_seconds, contrastive, language, peak_host_bytes(), device, *further
     )
 
 
