@@ -6,8 +6,8 @@
 one: chat header, text or image, embedding prompt. So do ColPali, ColQwen and the
 `MultiVectorEncoder` of sentence-transformers by default, for queries and for documents. The tokens
 of the embedding prompt see everything before them, as ColBERT's query augmentation does; those of
-the header are the same in every item, so they add the same to every score of a query. `pooled`
-stores fewer.
+the header are the same in every item, so they add the same to every score of a query.
+`cafe.model.token_vectors.pooled` keeps fewer.
 
 The projection is a module of transformers' model, so that what trains, resumes, shards and counts
 parameters knows it without being told. transformers' own files do not contain it
@@ -16,6 +16,8 @@ parameters knows it without being told. transformers' own files do not contain i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +53,18 @@ def remove_token_projection(model: Any) -> None:
     """Take a projection away that no longer fits the model's other weights."""
     if token_projection_of(model) is not None:
         delattr(model, TOKEN_PROJECTION)
+
+
+@contextmanager
+def without_token_projection(model: Any) -> Iterator[None]:
+    """In this block the model has no projection, so that transformers saves none."""
+    projection = token_projection_of(model)
+    remove_token_projection(model)
+    try:
+        yield
+    finally:
+        if projection is not None:
+            setattr(model, TOKEN_PROJECTION, projection)
 
 
 def projected(projection: nn.Linear, states: Float[Tensor, "n hidden"]) -> Float[Tensor, "n dim"]:
