@@ -6,23 +6,31 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
+from cafe.errors import RecipeError
 from cafe.model.multi_vector import (
     add_token_projection,
     new_token_projection,
     token_projection_of,
 )
-from cafe.recipes import Objective
+from cafe.model.vlm import CAFe
+from cafe.recipes import Objective, Recipe
+from cafe.release.release import merge_adapter
+from cafe.training.run import train
+from cafe.training.tuning import prepare_token_projection
 from cafe.types import Example, user
 from helpers.match_twin import match_pass
 from helpers.models import build_small_model, in_float64
 from helpers.processes import free_port
 from helpers.ranks import step_of, worker
+from helpers.runs import Killed, die_after, equal, make_world, recipe, weights, without_times
 from helpers.twin import (
     all_states,
     gradients,
@@ -190,3 +198,111 @@ def test_two_processes_have_the_gradients_of_one(chunk: int, tmp_path: Path) -> 
         found = torch.load(tmp_path / f"rank{rank}.pt")
         assert worst_difference(found["gradients"], expected) < EXACT
         torch.testing.assert_close(found["multi_vector"], numbers.multi_vector)
+
+
+# ---------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+ON = (
+    "objective.multi_vector_weight=1.0",
+    "objective.multi_vector_dim=16",
+    "schedule.steps=4",
+    "optimizer.multi_vector_learning_rate=1e-2",
+)
+
+
+def projection(directory: Path) -> Tensor:
+    return load_file(directory / "multi_vector/1_Dense/model.safetensors")["linear.weight"]
+
+
+@pytest.mark.slow
+def test_a_run_trains_and_saves_them_and_resumes_bit_for_bit(world: Path, tmp_path: Path) -> None:
+    whole = train(recipe(world, tmp_path / "whole", *ON))
+    losses = [record.multi_vector for record in whole.records]
+    assert losses[0] is not None
+    assert whole.records[0].loss == pytest.approx(
+        losses[0] + whole.records[0].contrastive + whole.records[0].language
+    )
+    killed = recipe(world, tmp_path / "killed", *ON)
+    with pytest.raises(Killed):
+        train(killed, on_step=die_after(3))
+    train(killed, resume=True)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "killed")
+    both = [projection(tmp_path / name / "model") for name in ("whole", "killed")]
+    assert torch.equal(*both)
+    assert not any("token_projection" in name for name in weights(tmp_path / "whole"))
+    vectors = CAFe.from_pretrained(whole.model_dir, device="cpu").encode_tokens("a red cat")
+    assert vectors[0].shape[1] == 16
+
+
+@pytest.mark.slow
+def test_the_projection_alone_can_be_trained(world: Path, tmp_path: Path) -> None:
+    """Beside frozen parts: embeddings and answers keep every bit."""
+    frozen = "optimizer.freeze=[vision,projector,language]"
+    result = train(recipe(world, tmp_path / "run", *ON, frozen))
+    assert equal(weights(tmp_path / "run"), load_file(world / "model/model.safetensors"))
+    losses = [record.multi_vector or 0.0 for record in result.records]
+    longer = train(recipe(world, tmp_path / "next", *ON, frozen, f"model={result.model_dir}"))
+    assert (longer.records[0].multi_vector or 0.0) < losses[0]  # it begins with what was learned
+    assert not torch.equal(projection(result.model_dir), projection(longer.model_dir))
+
+
+@pytest.mark.slow
+def test_an_adapter_keeps_its_own_projection_until_it_is_merged(
+    world: Path, tmp_path: Path
+) -> None:
+    lora = ("tuning.kind=lora", "tuning.rank=4", "tuning.alpha=8")
+    result = train(recipe(world, tmp_path / "run", *ON, *lora))
+    assert {p.name for p in (result.model_dir / "multi_vector").iterdir()} == {"1_Dense"}
+    model = CAFe.from_pretrained(result.model_dir, device="cpu")
+    expected = model.encode_tokens("a red cat")[0]
+    merged = merge_adapter(result.model_dir, tmp_path / "merged").directory
+    found = CAFe.from_pretrained(merged, device="cpu").encode_tokens("a red cat")[0]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def recipe_of(**objective: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": "tiny",
+            "output_dir": Path("x"),
+            "data": [{"path": "x"}],
+            "batch": {"examples": 2},
+            "optimizer": {"learning_rate": 1e-3},
+            "schedule": {"steps": 1},
+            "objective": objective,
+        }
+    )
+
+
+def test_a_run_without_them_drops_a_projection_and_one_with_other_dimensions_fails() -> None:
+    model = build_small_model()
+    prepare_token_projection(model, recipe_of(multi_vector_weight=1.0, multi_vector_dim=8))
+    own = token_projection_of(model.model)
+    assert own is not None
+    assert own.weight.requires_grad
+    prepare_token_projection(model, recipe_of(multi_vector_weight=0.5, multi_vector_dim=8))
+    assert torch.equal(token_projection_of(model.model).weight, own.weight)  # type: ignore[union-attr]
+    with pytest.raises(RecipeError, match=r"multi_vector_dim is 128, and .* have 8 dimensions"):
+        prepare_token_projection(model, recipe_of(multi_vector_weight=1.0))
+    prepare_token_projection(model, recipe_of())
+    assert token_projection_of(model.model) is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"multi_vector_dims": [64, 256]}, "multi_vector_dims exceed multi_vector_dim, 128"),
+        ({"contrastive_weight": 0.0}, "multi_vector_weight is trained by a contrastive loss"),
+        ({"compat": "official"}, "has no multi_vector_weight"),
+    ],
+)
+def test_recipes_that_make_no_sense(objective: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe_of(multi_vector_weight=1.0, **objective)
