@@ -35,7 +35,7 @@ COMPACT_EVERY = 500
 WriteCaptions = Callable[[Sequence[Any]], Sequence[str | None]]
 """Images (PIL, RGB) and strings -> what the model says of each image, None for a string."""
 
-EncodeTokens = Callable[[Sequence[Any]], Sequence[np.ndarray]]
+EncodeItemTokens = Callable[[Sequence[Any]], Sequence[np.ndarray]]
 """Images (PIL, RGB) and strings -> float32 [tokens, dim] of each (`cafe.index.tokens`)."""
 
 _DIGEST_BYTES = 16
@@ -114,7 +114,7 @@ def sync(
     compact_every: int = COMPACT_EVERY,
     progress: Callable[[int], None] | None = None,
     write_captions: WriteCaptions | None = None,
-    encode_tokens: EncodeTokens | None = None,
+    encode_tokens: EncodeItemTokens | None = None,
 ) -> Report:
     """Make `index` hold exactly `items`.
 
@@ -155,7 +155,7 @@ class _Run:
         progress: Callable[[int], None],
         compact_every: int,
         write_captions: WriteCaptions | None,
-        encode_tokens: EncodeTokens | None,
+        encode_tokens: EncodeItemTokens | None,
     ) -> None:
         self._index = index
         self._encode = encode
