@@ -16,6 +16,7 @@ from cafe.errors import CheckpointError
 from cafe.model.multi_vector import add_token_projection, new_token_projection
 from cafe.model.token_vectors import pooled
 from cafe.model.vlm import CAFe
+from cafe.release.verify import verify
 from helpers.models import build_small_model
 
 RED = PIL.Image.new("RGB", (96, 96), "red")
@@ -203,6 +204,18 @@ def test_stock_sentence_transformers_still_loads_the_dense_model(
     assert late.get_embedding_dimension() == 64
     for value in INPUTS:
         assert np.array_equal(bare.encode([value]), late.encode([value]))
+
+
+@pytest.mark.slow
+def test_verify_compares_token_vectors_too(late_dir: Path, tmp_path: Path) -> None:
+    found = verify(late_dir).agreements
+    assert [a.tool.rpartition(", ")[2] for a in found][3:] == ["MultiVectorEncoder"]
+    assert all(a.distance < 1e-4 for a in found)
+    shutil.copytree(late_dir, tmp_path / "copy")
+    modules = tmp_path / "copy/multi_vector/modules.json"
+    modules.write_text(json.dumps(json.loads(modules.read_text())[:3]))  # nothing normalises
+    with pytest.raises(CheckpointError, match=r"MultiVectorEncoder embeds 7 probes"):
+        verify(tmp_path / "copy")
 
 
 def test_weights_in_several_files(late_dir: Path, tmp_path: Path) -> None:
