@@ -189,6 +189,42 @@ def test_scores_are_those_of_sentence_transformers() -> None:
     torch.testing.assert_close(forward, mean_maxsim(*split))
 
 
+def test_the_loss_is_that_of_sentence_transformers() -> None:
+    """Its `MultiVectorMultipleNegativesRankingLoss` with MeanMaxSim, whose scale is 1 / T."""
+    from functools import partial
+
+    from sentence_transformers.multi_vector_encoder.losses import (
+        MultiVectorMultipleNegativesRankingLoss,
+    )
+    from sentence_transformers.multi_vector_encoder.scoring import colbert_scores
+
+    class Given(torch.nn.Module):
+        """Stands where the library has its model: the "features" are token vectors already."""
+
+        def forward(self, features: dict[str, Any], task: str | None = None) -> dict[str, Any]:
+            return {**features, "attention_mask": features["mask"]}
+
+    def side(x: TokenVectors) -> dict[str, Any]:
+        padded = torch.nn.utils.rnn.pad_sequence(
+            list(unit(x, 6).vectors.split(x.lengths.tolist())), batch_first=True
+        )
+        real = torch.arange(padded.shape[1]) < x.lengths[:, None]
+        return {"token_embeddings": padded, "mask": real}
+
+    query, target = items([3, 1, 4], dtype=torch.float32), items([7, 2, 5], seed=1)
+    target = target._replace(vectors=target.vectors.detach().float().requires_grad_())
+    scores = partial(colbert_scores, length_normalize=True)
+    model: Any = Given()
+    theirs = MultiVectorMultipleNegativesRankingLoss(model, scale=50.0, similarity_fct=scores)
+    expected = theirs([side(query), side(target)])
+    found = max_sim_info_nce(query, target, directions="query_to_target")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(
+        gradients(found, query, target), gradients(expected, query, target), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
