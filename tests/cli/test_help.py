@@ -47,7 +47,15 @@ SURFACE = {
         "--workers",
         "--caption",
     ],
-    "index": ["MODEL", "FOLDER_OR_DATA", "--to", "--caption", "--batch-size"],
+    "index": [
+        "MODEL",
+        "FOLDER_OR_DATA",
+        "--to",
+        "--caption",
+        "--multi-vector",
+        "--pool",
+        "--batch-size",
+    ],
     "search": [
         "DIR",
         "[TEXT]",

@@ -215,3 +215,58 @@ def test_data_that_cannot_be_loaded_is_one_error(recorder, monkeypatch):
     monkeypatch.setattr(task, "load_data", no_network)
     with pytest.raises(DataError, match=r"mteb:Winoground: its data set cannot be loaded \(no rou"):
         mteb_task.run_mteb(recorder, task)
+
+
+# ---------------------------------------------------------------- late interaction
+
+
+@pytest.fixture(scope="module")
+def late_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    from cafe.model.multi_vector import add_token_projection, new_token_projection
+    from helpers.models import build_small_model
+
+    directory = tmp_path_factory.mktemp("late")
+    model = build_small_model()
+    torch.manual_seed(3)
+    add_token_projection(model.model, new_token_projection(64, 16))
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_token_vectors_are_compared_by_max_sim(late_dir: Path) -> None:
+    from cafe.model.vlm import CAFe
+
+    encoder = load_encoder(late_dir, device="cpu", multi_vector=True)
+    model = CAFe.from_pretrained(late_dir, device="cpu")
+    texts, images = ["a cat", "two dogs at the top", "no"], [grey_image(10), grey_image(200)]
+    queries, documents = encoder.encode([{"text": texts}]), encoder.encode([{"image": images}])
+    assert queries.ndim == 3
+    expected = model.max_sim(model.encode_tokens(texts), model.encode_tokens(images))
+    np.testing.assert_allclose(encoder.similarity(queries, documents), expected, atol=1e-5)
+    pairwise = encoder.similarity_pairwise(queries[:2], documents)
+    np.testing.assert_allclose(pairwise, expected.diagonal(), atol=1e-5)
+    meta = encoder.mteb_model_meta
+    assert (meta.embed_dim, meta.similarity_fn_name.value) == (16, "MaxSim")
+    with pytest.raises(DataError, match="precision='int8'"):
+        encoder.encode([{"text": ["a"]}], precision="int8")
+
+
+@pytest.mark.slow
+def test_mteb_searches_by_token_vectors_as_by_its_own_wrapper(late_dir: Path) -> None:
+    from mteb.mocks import ALL_MOCK_TASK_TEST_GRID
+    from mteb.models.sentence_transformer_wrapper import MultiVectorWrapper
+    from sentence_transformers import MultiVectorEncoder
+
+    task = next(t for t in ALL_MOCK_TASK_TEST_GRID if t.metadata.name == "MockRetrievalTask")
+    own: Any = load_encoder(late_dir, device="cpu", multi_vector=True)
+    theirs = MultiVectorWrapper(MultiVectorEncoder(str(late_dir / "multi_vector"), device="cpu"))
+    options: Any = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
+    results = [mteb.evaluate(model, task, **options).task_results[0] for model in (own, theirs)]
+    found, expected = (
+        {split: [one["main_score"] for one in of_split] for split, of_split in r.scores.items()}
+        for r in results
+    )
+    assert found == expected
+    assert found

@@ -21,6 +21,7 @@ from cafe.evaluation.scenes.held_out import SceneItem, scene_items
 from cafe.evaluation.scenes.matching import RERANKED, scenes_match
 from cafe.evaluation.scenes.mmeb import SETS, scenes_mmeb
 from cafe.evaluation.scenes.retrieval import ONE_WORD, hard_captions, scenes_retrieval
+from cafe.evaluation.scenes.tokens import scenes_tokens
 from cafe.evaluation.tasks.pope import pope
 from cafe.model.teacher_forced import AnswerScore, TeacherForcedScores
 from cafe.types import Conversation, Example, content_key
@@ -45,6 +46,51 @@ def random_unit(seed: int) -> Any:
 
 def constant(inputs: Sequence[Any]) -> np.ndarray:
     return np.full((len(inputs), 4), 0.5, dtype=np.float32)
+
+
+# ---------------------------------------------------------------- token vectors
+
+
+def word_vectors(scenes: Sequence[SceneItem], *, ordered: bool) -> Any:
+    """A vector for each word of a text, or for each word at its place; of an image, its texts'."""
+    known: dict[Any, np.ndarray] = {}
+    rng = np.random.default_rng(0)
+    shown = {
+        content_key(i.image): [i.caption, hard_captions(i.scene, i.scene.seed)[0]] for i in scenes
+    }
+
+    def vectors(text: str) -> list[np.ndarray]:
+        words = text.lower().rstrip(".").replace(",", "").split()
+        keys = enumerate(words) if ordered else words
+        return [known.setdefault(key, rng.standard_normal(64)) for key in keys]
+
+    def encode(inputs: Sequence[Any]) -> list[np.ndarray]:
+        texts = [[i] if isinstance(i, str) else shown[content_key(i)] for i in inputs]
+        rows = [np.stack([v for text in own for v in vectors(text)]) for own in texts]
+        return [(r / np.linalg.norm(r, axis=1, keepdims=True)).astype(np.float32) for r in rows]
+
+    return encode
+
+
+def test_late_interaction_that_sees_places_tells_what_stands_where(scenes):
+    scores = scenes_tokens(word_vectors(scenes, ordered=True), scenes).scores
+    # An image also has the words of its other caption, one of which may be the wrong one.
+    assert min(scores["hard_order_accuracy"], scores["hard_word_accuracy"]) > 0.9
+    assert scores["text_to_image_recall@1"] == 1
+    assert 0.5 < scores["text_to_image_recall@1_pool_2"] <= 1
+    assert scores["vectors_per_image"] > 10
+
+
+def test_a_bag_of_words_ties_where_the_order_is_wrong(scenes):
+    scores = scenes_tokens(word_vectors(scenes, ordered=False), scenes).scores
+    assert scores["hard_order_accuracy"] == 0
+    assert scores["hard_word_accuracy"] > 0.5
+
+    def constant_tokens(inputs: Sequence[Any]) -> list[np.ndarray]:
+        return [np.full((3, 4), 0.5, dtype=np.float32)] * len(inputs)
+
+    found = scenes_tokens(constant_tokens, scenes).scores
+    assert {v for name, v in found.items() if name != "vectors_per_image"} == {0.0}
 
 
 # ---------------------------------------------------------------- hard captions

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from cafe.model.checkpoint.directory import save_checkpoint
+from cafe.model.multi_vector import add_token_projection, new_token_projection
 from cafe.recipes import Optimizer, Tuning
 from cafe.training.checkpoints import Checkpoints
 from cafe.training.contrastive import ContrastiveLoss
@@ -30,11 +31,13 @@ class Case:
     chunk           examples; of the 4 and 6 of the two ranks
     checkpointing   recompute activations
     lora            train an adapter
+    late            train token vectors
     """
 
     chunk: int
     checkpointing: bool = False
     lora: bool = False
+    late: bool = False
 
 
 CASES = {
@@ -43,6 +46,7 @@ CASES = {
     "direct on one rank, cached on the other": Case(4),
     "gradient checkpointing": Case(2, checkpointing=True),
     "lora": Case(4, lora=True),
+    "token vectors": Case(2, late=True),
 }
 
 
@@ -71,6 +75,8 @@ def step_of(case: Case, rank: int) -> tuple[Any, Any, Any]:
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(0, 0.1)
+    if case.late:
+        add_token_projection(model.model, new_token_projection(64, 16))
     model = in_float64(model).train()
     if case.checkpointing:
         warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.23
@@ -78,9 +84,10 @@ def step_of(case: Case, rank: int) -> tuple[Any, Any, Any]:
     sharded = rank >= 0
     if sharded:
         shard(model, torch.device("cpu"))
-    collator = dataclasses.replace(model.collator, dummy_image=True)
+    collator = dataclasses.replace(model.collator, dummy_image=True, every_token=case.late)
     contrast = ContrastiveLoss(JOINT).double()
-    step = TrainingStep(model, model, contrast, JOINT, sharded=sharded)
+    objective = JOINT.model_copy(update={"multi_vector_weight": 0.5 * case.late})
+    step = TrainingStep(model, model, contrast, objective, sharded=sharded)
     examples = share(rank)
     size = case.chunk if sharded else len(examples)
     numbers = step([collator(examples[i : i + size]) for i in range(0, len(examples), size)])
@@ -154,11 +161,11 @@ def worker(rank: int, port: int, out: str) -> None:
             "norm": norm_of(model, contrast),
         }
         torch.save(found, f"{out}/{name}-{rank}.pt")
-        if case.lora:  # consolidated, as a run's end writes it
+        if case.lora or case.late:  # consolidated, as a run's end writes it
             whole = full_weights(weights_of(model.model))
             if rank == 0:
                 save_checkpoint(
-                    model.model, model.processor, model.collator, Path(out) / "adapter", whole
+                    model.model, model.processor, model.collator, Path(out) / f"saved {name}", whole
                 )
     torch.save(restored(rank, Path(out)), f"{out}/restored-{rank}.pt")
     leave()

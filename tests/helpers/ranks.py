@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cafe.model.multi_vector import add_token_projection, new_token_projection
 from cafe.recipes import Objective
 from cafe.training.contrastive import ContrastiveLoss
 from cafe.training.matching import Matcher
@@ -44,11 +45,20 @@ def step_of(
     wrapped: bool,
     match_weight: float = 0.0,
     thought_weight: float = 0.0,
+    multi_vector_weight: float = 0.0,
 ) -> tuple[Any, Any, Any]:
     model = in_float64(build_small_model()).train()
+    if multi_vector_weight:
+        add_token_projection(model.model, new_token_projection(64, 16))
     matching = match_weight > 0
-    collator = dataclasses.replace(model.collator, dummy_image=True, matching=matching)
-    weights = {"match_weight": match_weight, "thought_weight": thought_weight}
+    collator = dataclasses.replace(
+        model.collator, dummy_image=True, matching=matching, every_token=multi_vector_weight > 0
+    )
+    weights = {
+        "match_weight": match_weight,
+        "thought_weight": thought_weight,
+        "multi_vector_weight": multi_vector_weight,
+    }
     objective = JOINT.model_copy(update=weights)
     contrast = ContrastiveLoss(objective).double()
     outer: Any = torch.nn.parallel.DistributedDataParallel(model) if wrapped else model
@@ -75,19 +85,26 @@ def step_of(
 
 
 def worker(
-    rank: int, port: int, chunk: int, out: str, match: float = 0.0, thought: float = 0.0
+    rank: int,
+    port: int,
+    chunk: int,
+    out: str,
+    match: float = 0.0,
+    thought: float = 0.0,
+    multi_vector: float = 0.0,
 ) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
-    model, contrast, numbers = step_of(rank, chunk, True, match, thought)
+    model, contrast, numbers = step_of(rank, chunk, True, match, thought, multi_vector)
     torch.save(
         {
             "gradients": gradients(model),
             "temperature": contrast.log_temperature.grad,
             "match": numbers.match,
             "thought": numbers.thought,
+            "multi_vector": numbers.multi_vector,
             "numbers": (numbers.contrastive, numbers.language, numbers.tokens, numbers.pairs),
         },
         f"{out}/rank{rank}.pt",

@@ -93,9 +93,14 @@ def _inputs(model: CAFe, sequences: list[RenderedSequence]) -> dict[str, Tensor]
 
 
 def last_states(model: CAFe, sequences: list[RenderedSequence]) -> Tensor:
+    states, lengths = all_states(model, sequences)
+    return states[torch.arange(len(sequences)), lengths - 1]
+
+
+def all_states(model: CAFe, sequences: list[RenderedSequence]) -> tuple[Tensor, Tensor]:
+    """States [n, t, d], valid up to each length [n]."""
     inputs = _inputs(model, sequences)
-    states = model.model.model(**inputs).last_hidden_state
-    return states[torch.arange(len(sequences)), inputs["attention_mask"].sum(1) - 1]
+    return model.model.model(**inputs).last_hidden_state, inputs["attention_mask"].sum(1)
 
 
 def _labels(model: CAFe, sequences: list[RenderedSequence], inputs: dict[str, Tensor]) -> Tensor:
@@ -120,7 +125,8 @@ def run_step(
     collator = replace(model.collator, sharing=sharing, block_cost=block_cost)
     size = chunk or len(examples)
     matching = objective.match_weight > 0
-    collator = replace(collator, matching=matching)
+    every_token = objective.multi_vector_weight > 0
+    collator = replace(collator, matching=matching, every_token=every_token)
     parts = [collator(examples[i : i + size]) for i in range(0, len(examples), size)]
     matcher = Matcher.of(model) if matching else None
     step = TrainingStep(model, model, ContrastiveLoss(objective), objective, matcher=matcher)

@@ -24,6 +24,7 @@ from helpers.processes import PATIENCE_SECONDS, free_port, wait_while_running
 from helpers.runs import (
     Killed,
     die_after,
+    equal,
     make_world,
     moved,
     one_thread,
@@ -70,7 +71,20 @@ def test_a_sharded_adapter_is_consolidated_as_the_whole_one_is_saved(
     model, _, _ = step_of(CASES["lora"], -1)
     model.save_pretrained(tmp_path)
     for name in ("adapter_config.json", "adapter_model.safetensors", "processor_config.json"):
-        assert (steps / "adapter" / name).read_bytes() == (tmp_path / name).read_bytes(), name
+        assert (steps / "saved lora" / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_sharded_model_with_token_vectors_is_saved_as_the_whole_one(
+    steps: Path, tmp_path: Path
+) -> None:
+    model, _, _ = step_of(CASES["token vectors"], -1)
+    model.save_pretrained(tmp_path)
+    for name in ("model", "multi_vector/1_Dense/model"):
+        saved = [
+            load_file(d / f"{name}.safetensors") for d in (steps / "saved token vectors", tmp_path)
+        ]
+        assert equal(*saved), name
 
 
 @pytest.mark.slow

@@ -51,6 +51,13 @@ ROWS: dict[str, dict[str, str]] = {
         "scenes-match/image_to_text_gain@1": "gain of reranking, image → text",
         "scenes-match/text_to_image_gain@1": "gain of reranking, text → image",
     },
+    "Late interaction": {
+        "scenes-tokens/image_to_text_recall@1": "image → text R@1",
+        "scenes-tokens/text_to_image_recall@1": "text → image R@1",
+        "scenes-tokens/text_to_image_recall@1_pool_4": "text → image R@1, a vector for 4 tokens",
+        "scenes-tokens/hard_word_accuracy": "one word differs (chance 25)",
+        "scenes-tokens/hard_order_accuracy": "two objects swapped (chance 50)",
+    },
     "Captions and questions": {
         claims.LOSS: "caption loss, nats per token ↓",
         claims.OBJECTS: "objects in captions, F1",

@@ -15,6 +15,7 @@ TASK_NAMES = (
     "presence",
     "gap",
     "scenes-retrieval",
+    "scenes-tokens",
     "scenes-match",
     "scenes-mmeb",
     "scenes-pope",

@@ -27,6 +27,14 @@ def command(
         typer.Option("--to", metavar="DIR", help="The index: a folder, or an object store's URI."),
     ],
     caption: CaptionOption = False,
+    multi_vector: Annotated[
+        bool,
+        typer.Option("--multi-vector", help="Also store, and search by, a vector of every token."),
+    ] = False,
+    pool: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="N", help="With --multi-vector: one vector for N tokens."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs embedded, then written.")] = 64,
 ) -> None:
     """Make or update an index for cafe search.
@@ -43,11 +51,21 @@ def command(
             source,
             to,
             caption=caption or None,  # an index that has captions keeps them
+            multi_vector=_vectors_for(multi_vector, pool),
             batch_size=batch_size,
             on_skipped=on_skipped,
             show_progress_bar=True,
         )
     print(_formatted(report))
+
+
+def _vectors_for(multi_vector: bool, pool: float | None) -> float | None:
+    """For how many tokens a vector is stored; None: as the index is."""
+    if pool is not None and not multi_vector:
+        raise typer.BadParameter(
+            "is for token vectors; give --multi-vector, too", param_hint="--pool"
+        )
+    return (pool or 1.0) if multi_vector else None
 
 
 def _formatted(report: IndexReport) -> str:

@@ -54,6 +54,7 @@ class Calls(Protocol):
     """The functions of a model that tasks use (`cafe.evaluation.task` describes them)."""
 
     def encode(self, inputs: Sequence[Image | str | Conversation]) -> np.ndarray: ...
+    def encode_tokens(self, inputs: Sequence[Image | str]) -> list[np.ndarray]: ...
     def generate(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]: ...
     def score_examples(self, examples: Sequence[Example]) -> list[TeacherForcedScores]: ...
     def match_odds(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray: ...
@@ -104,6 +105,12 @@ class ModelCalls:
                 think=CAPTION_TOKENS if self.caption == "think" else 0,
             )
 
+    def encode_tokens(self, inputs: Sequence[Image | str]) -> list[np.ndarray]:
+        with self._autocast():
+            return self.model.encode_tokens(
+                list(inputs), batch_size=self.encode_batch, prompt_name=self.prompt
+            )
+
     def generate(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
         messages: list[Any] = list(conversations)
         with self._autocast():
@@ -152,6 +159,9 @@ class CachedCalls:
         keys = [("encode", self.prompt, content_key(value)) for value in inputs]
         return np.stack(self._all(keys, inputs, self.calls.encode))
 
+    def encode_tokens(self, inputs: Sequence[Image | str]) -> list[np.ndarray]:
+        return self.calls.encode_tokens(inputs)
+
     def generate(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
         keys = [("generate", max_new_tokens, content_key(value)) for value in conversations]
         return self._all(keys, conversations, lambda new: self.calls.generate(new, max_new_tokens))
@@ -188,6 +198,9 @@ class DistributedCalls:
 
     def encode(self, inputs: Sequence[Image | str | Conversation]) -> np.ndarray:
         return np.stack(self.rank.share(inputs, lambda own: list(self.calls.encode(own))))
+
+    def encode_tokens(self, inputs: Sequence[Image | str]) -> list[np.ndarray]:
+        return self.rank.share(inputs, self.calls.encode_tokens)
 
     def generate(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]:
         return self.rank.share(conversations, lambda own: self.calls.generate(own, max_new_tokens))

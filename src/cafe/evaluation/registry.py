@@ -20,6 +20,7 @@ from cafe.evaluation.scenes import hallucination as scenes_hallucination
 from cafe.evaluation.scenes import matching as scenes_matching
 from cafe.evaluation.scenes import mmeb as scenes_mmeb
 from cafe.evaluation.scenes import retrieval as scenes_retrieval
+from cafe.evaluation.scenes import tokens as scenes_tokens
 from cafe.evaluation.scenes.held_out import SceneItem, scene_images, scene_items
 from cafe.evaluation.task import Task, TaskResult, TaskSetup
 from cafe.evaluation.tasks import (
@@ -193,6 +194,9 @@ TASKS: dict[str, Task] = {
     "gap": Task(_gap, _EMBED),
     "scenes-retrieval": Task(
         lambda s: scenes_retrieval.scenes_retrieval(s.calls.encode, _scenes(s)), _EMBED
+    ),
+    "scenes-tokens": Task(
+        lambda s: scenes_tokens.scenes_tokens(s.calls.encode_tokens, _scenes(s)), _EMBED
     ),
     "scenes-match": Task(_scenes_match, {"question": MATCH_QUESTION}),
     "scenes-mmeb": Task(lambda s: scenes_mmeb.scenes_mmeb(s.calls.encode, _scenes(s)), _EMBED),

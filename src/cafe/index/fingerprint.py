@@ -30,6 +30,9 @@ class ModelFacts:
     dimension   of the vectors
     caption     the weight with which an image's vector contains that of the model's own caption
                 (`cafe.model.captions`); None: it does not
+    tokens      fingerprint of the projection of the token vectors; None: the index holds none
+    token_dimension   of these vectors
+    pool        one of them is kept for so many tokens
     """
 
     name: str
@@ -37,13 +40,16 @@ class ModelFacts:
     prompt: str
     dimension: int
     caption: float | None = None
+    tokens: str | None = None
+    token_dimension: int | None = None
+    pool: float | None = None
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
-        """The facts; without captions, those that earlier versions wrote."""
-        return {k: v for k, v in asdict(self).items() if k != "caption" or v is not None}
+        """The facts that there are; the first four are those that earlier versions wrote."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
     @classmethod
     def from_json(cls, text: str) -> ModelFacts:
@@ -56,13 +62,17 @@ class ModelFacts:
     def difference(self, other: ModelFacts) -> str | None:
         """The difference in words; None when vectors of the two models can be compared.
 
-        Vectors with captions can be compared with vectors without.
+        Vectors with captions can be compared with vectors without. The token vectors of an index
+        need those of the other model.
         """
         if self.dimension != other.dimension:
             return f"dimension {other.dimension} instead of {self.dimension}"
         if self.weights != other.weights:
             return "other weights"
-        return None if self.prompt == other.prompt else "another embedding prompt"
+        if self.prompt != other.prompt:
+            return "another embedding prompt"
+        other_tokens = self.tokens is not None and self.tokens != other.tokens
+        return "another projection of token vectors" if other_tokens else None
 
 
 def weights_fingerprint(directories: Iterable[Path]) -> str:

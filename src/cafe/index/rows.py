@@ -9,6 +9,7 @@ record   string   blake2b of everything else: text, path, other columns
 width    int32    of the image, in pixels, after its EXIF rotation
 height   int32
 vector   float32 [dimension], of length one
+tokens   list<float32 [dim]>  vectors of its tokens; only in an index made with them
 generated_caption  string  what the model wrote of the image; only in an index made with captions
 …        the other columns of the data: bool, int64, double or string
 """
@@ -26,12 +27,15 @@ import numpy as np
 import pyarrow as pa
 
 from cafe.errors import DataError
+from cafe.index.fingerprint import ModelFacts
+from cafe.index.tokens import TOKENS, token_array, token_type
+from cafe.types import Hit
 
 ContentKind = Literal["image", "text", "both"]
 
 VECTOR = "vector"
 GENERATED_CAPTION = "generated_caption"
-HIDDEN = frozenset({"id", "hash", "record", VECTOR})
+HIDDEN = frozenset({"id", "hash", "record", VECTOR, TOKENS})
 """Columns that are not part of a hit's metadata."""
 
 _OWN = (
@@ -44,7 +48,7 @@ _OWN = (
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
 )
-_RESERVED = frozenset({*(f.name for f in _OWN), VECTOR})
+_RESERVED = frozenset({*(f.name for f in _OWN), VECTOR, TOKENS})
 _TYPES = {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 
 
@@ -72,13 +76,17 @@ class RowState(NamedTuple):
 
 
 class StoredVector(NamedTuple):
-    """A row's vector, float32 [d], and the hash and size of the content it was made from."""
+    """A row's vector, float32 [d], and the hash and size of the content it was made from.
+
+    Also what only some indexes have: the caption, and the tokens' vectors, float32 [n, dim].
+    """
 
     hash: str
     vector: np.ndarray
     width: int | None
     height: int | None
     generated_caption: str | None = None
+    tokens: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +104,14 @@ class Origin:
 
 
 def schema_of(
-    dimension: int, extra: Mapping[str, pa.DataType], facts: str, notes: Mapping[str, str]
+    model: ModelFacts, extra: Mapping[str, pa.DataType], notes: Mapping[str, str]
 ) -> pa.Schema:
-    """Columns of a new index; `facts` is metadata of the schema, `notes` of the vector column."""
-    vector = pa.field(VECTOR, pa.list_(pa.float32(), dimension), metadata=dict(notes))
+    """Columns of a new index; `notes` is metadata of the vector column."""
+    vectors = [pa.field(VECTOR, pa.list_(pa.float32(), model.dimension), metadata=dict(notes))]
+    if model.token_dimension is not None:
+        vectors.append(pa.field(TOKENS, token_type(model.token_dimension)))
     others = [pa.field(name, type) for name, type in extra.items()]
-    return pa.schema([*_OWN, vector, *others], metadata={"cafe.model": facts})
+    return pa.schema([*_OWN, *vectors, *others], metadata={"cafe.model": model.to_json()})
 
 
 def column_name(name: str) -> str:
@@ -141,8 +151,13 @@ def _common(types: set[type]) -> pa.DataType:
     return pa.float64() if types == {int, float} else pa.string()
 
 
-def to_table(rows: Sequence[IndexRow], vectors: np.ndarray, schema: pa.Schema) -> pa.Table:
-    """Rows and their vectors [n, d] in the columns of `schema`.
+def to_table(
+    rows: Sequence[IndexRow],
+    vectors: np.ndarray,
+    schema: pa.Schema,
+    tokens: Sequence[np.ndarray] | None = None,
+) -> pa.Table:
+    """Rows, their vectors [n, d] and those of their tokens in the columns of `schema`.
 
     Raises:
         DataError: a column cannot hold a value; the message names column and id.
@@ -152,6 +167,8 @@ def to_table(rows: Sequence[IndexRow], vectors: np.ndarray, schema: pa.Schema) -
         if column.name == VECTOR:
             flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
             columns.append(pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
+        elif column.name == TOKENS:
+            columns.append(token_array(tokens, [row.id for row in rows], column.type))
         elif column.name in _RESERVED:
             columns.append(pa.array([getattr(row, column.name) for row in rows], column.type))
         else:
@@ -184,10 +201,33 @@ def _fitting(value: Any, type: pa.DataType) -> Any:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def hits_of(rows: Sequence[dict[str, Any]], shown: Sequence[str], asked: int) -> list[Hit]:
+    """What a search returned; `asked` is the number of vectors that were searched for."""
+    return [
+        Hit(
+            row["id"],
+            1.0 - float(row["_distance"]) / asked,
+            {name: row[name] for name in shown if row[name] is not None},
+        )
+        for row in rows
+    ]
+
+
 def vectors_of(table: pa.Table) -> np.ndarray:
     """The vector column of a table, float32 [n, d]."""
     column = table[VECTOR].combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def stored_in(table: pa.Table) -> dict[str, StoredVector]:
+    """By id, of a table with the columns of `StoredVector`."""
+    found = {}
+    others = table.drop_columns([VECTOR]).to_pylist()
+    for row, vector in zip(others, vectors_of(table), strict=True):
+        id, tokens = row.pop("id"), row.pop(TOKENS, None)
+        tokens = None if tokens is None else np.array(tokens, dtype=np.float32)
+        found[id] = StoredVector(vector=vector, tokens=tokens, **row)
+    return found
 
 
 def unit(vectors: np.ndarray, names: Sequence[str], dimension: int) -> np.ndarray:

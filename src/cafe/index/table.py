@@ -32,12 +32,15 @@ from cafe.index.rows import (
     Origin,
     RowState,
     StoredVector,
+    hits_of,
     schema_of,
+    stored_in,
     to_table,
     unit,
     vectors_of,
 )
 from cafe.index.store import TABLE, clauses, connect, is_local, lance_errors, reason
+from cafe.index.tokens import TOKENS, check_tokens, token_dimension
 from cafe.types import Hit
 
 APPROXIMATE_ROWS = 50_000
@@ -128,7 +131,7 @@ class Index:
         name = str(uri)
         database = connect(name)
         notes = {} if origin is None else {_ORIGIN: json.dumps(asdict(origin))}
-        schema = schema_of(model.dimension, columns or {}, model.to_json(), notes)
+        schema = schema_of(model, columns or {}, notes)
         with lance_errors(name):
             return cls(name, database.create_table(TABLE, schema=schema), encode)
 
@@ -196,12 +199,8 @@ class Index:
         columns = ["id", *(f for f in StoredVector._fields if f in self._table.schema.names)]
         for clause in clauses(ids):
             with lance_errors(self.uri):
-                search = self._table.search().where(clause)
-                table = search.select(columns).to_arrow()
-            rows = table.drop_columns([VECTOR]).to_pylist()
-            for row, vector in zip(rows, vectors_of(table), strict=True):
-                id = row.pop("id")
-                vectors[id] = StoredVector(vector=vector, **row)
+                table = self._table.search().where(clause).select(columns).to_arrow()
+            vectors |= stored_in(table)
         return vectors
 
     def values(self, column: str) -> set[Any]:
@@ -220,22 +219,31 @@ class Index:
             with lance_errors(self.uri):
                 self._table.add_columns(new)
 
-    def add(self, rows: Sequence[IndexRow], vectors: np.ndarray, *, new: bool = False) -> None:
+    def add(
+        self,
+        rows: Sequence[IndexRow],
+        vectors: np.ndarray,
+        *,
+        new: bool = False,
+        tokens: Sequence[np.ndarray] | None = None,
+    ) -> None:
         """Write rows with their vectors: all of them or, on an error, none.
 
         Args:
             rows: a row whose id exists replaces the old one.
             vectors: float [n, d], of any length but zero.
             new: none of the ids exists: rows are appended without a lookup.
+            tokens: unit vectors [n, dim] of each row's tokens, if the index was made with them.
 
         Raises:
             DataError: vectors of another shape, not finite or zero, or an id that occurs twice.
         """
         if not rows:
             return
-        if len({row.id for row in rows}) < len(rows):
+        names = [row.id for row in rows]
+        if len({*names}) < len(names):
             raise DataError(f"index {self.uri}: an id occurs twice among the rows to add")
-        table = to_table(rows, self._unit(vectors, [row.id for row in rows]), self._table.schema)
+        table = to_table(rows, self._unit(vectors, names), self._table.schema, tokens)
         with lance_errors(self.uri):
             if new:
                 self._table.add(table)
@@ -300,7 +308,8 @@ class Index:
         """Find the `top` nearest rows by cosine, the nearest first.
 
         Args:
-            query: a vector, float [d]; or, if the index was opened with `encode`, what that takes.
+            query: a vector, float [d]; unit vectors of tokens, [n, dim], if the index has such
+                (`cafe.index.tokens`); or, if it was opened with `encode`, what that takes.
             top: number of hits.
             where: as `cafe.index.condition.checked` takes it: "width > 640 AND text LIKE '%cat%'".
                 Where it leaves too few rows for an approximate index to pay, the search is exact.
@@ -311,7 +320,7 @@ class Index:
         """
         vector = self._query(query)
         count = None if where is None else self.count(where)
-        exact = exact or (count is not None and count < APPROXIMATE_ROWS)
+        exact = exact or vector.ndim == 2 or (count is not None and count < APPROXIMATE_ROWS)
         condition = None if where is None else checked(where, self.columns)
         return self._nearest(vector, top, condition, None if exact else self.approximate)
 
@@ -329,9 +338,9 @@ class Index:
     ) -> list[Hit]:
         shown = [name for name in self._table.schema.names if name not in HIDDEN]
         with lance_errors(self.uri):
-            search = self._table.search(vector, vector_column_name=VECTOR)
-            search = search.distance_type("cosine").limit(top)
-            search = search.select(["id", *shown, "_distance"])
+            column = VECTOR if vector.ndim == 1 else TOKENS
+            search = self._table.search(vector, vector_column_name=column).limit(top)
+            search = search.distance_type("cosine").select(["id", *shown, "_distance"])
             if where is not None:
                 search = search.where(where, prefilter=True)
             if settings is None:
@@ -341,15 +350,7 @@ class Index:
                 search = search.minimum_nprobes(settings.probes)
                 search = search.maximum_nprobes(settings.probes if where is None else 0)
                 search = search.refine_factor(settings.refine)
-            rows = search.to_list()
-        return [
-            Hit(
-                row["id"],
-                1.0 - float(row["_distance"]),
-                {name: row[name] for name in shown if row[name] is not None},
-            )
-            for row in rows
-        ]
+            return hits_of(search.to_list(), shown, len(np.atleast_2d(vector)))
 
     def _query(self, query: Any) -> np.ndarray:
         if not isinstance(query, np.ndarray):
@@ -359,8 +360,8 @@ class Index:
                     "give a vector, or open the index with encode="
                 )
             query = self._encode([query])[0]
-        if query.ndim != 1:
-            raise DataError(f"index {self.uri}: a query has shape {query.shape}; search one vector")
+        if query.ndim > 1:
+            return check_tokens(query, "the query", token_dimension(self._table.schema))
         return self._unit(query[None], ["the query"])[0]
 
     def _unit(self, vectors: np.ndarray, names: Sequence[str]) -> np.ndarray:
@@ -371,8 +372,8 @@ class Index:
         rows = len(self)
         chosen = np.random.default_rng(0).choice(rows, min(SAMPLED_QUERIES, rows), replace=False)
         with lance_errors(self.uri):
-            take = self._table.take_offsets(sorted(chosen.tolist())).select(["id", VECTOR])
-            table = take.to_arrow()
+            taken = self._table.take_offsets(sorted(chosen.tolist()))
+            table = taken.select(["id", VECTOR]).to_arrow()
         return vectors_of(table), table["id"].to_pylist()
 
     def _blocks(self) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -389,8 +390,7 @@ class Index:
         return without([hit.id for hit in hits], own)
 
     def _note(self, name: str) -> str | None:
-        notes = self._table.schema.field(VECTOR).metadata or {}
-        text = notes.get(name.encode())
+        text = (self._table.schema.field(VECTOR).metadata or {}).get(name.encode())
         return None if text is None else text.decode()
 
     def _set_note(self, name: str, text: str) -> None:

@@ -35,6 +35,9 @@ COMPACT_EVERY = 500
 WriteCaptions = Callable[[Sequence[Any]], Sequence[str | None]]
 """Images (PIL, RGB) and strings -> what the model says of each image, None for a string."""
 
+EncodeItemTokens = Callable[[Sequence[Any]], Sequence[np.ndarray]]
+"""Images (PIL, RGB) and strings -> float32 [tokens, dim] of each (`cafe.index.tokens`)."""
+
 _DIGEST_BYTES = 16
 
 
@@ -111,6 +114,7 @@ def sync(
     compact_every: int = COMPACT_EVERY,
     progress: Callable[[int], None] | None = None,
     write_captions: WriteCaptions | None = None,
+    encode_tokens: EncodeItemTokens | None = None,
 ) -> Report:
     """Make `index` hold exactly `items`.
 
@@ -128,6 +132,7 @@ def sync(
         progress: called with the number of items done.
         write_captions: writes the captions with which images are embedded; None: they are embedded
             alone. `encode` gets them as the keyword `caption`, and the index keeps them.
+        encode_tokens: what `encode` gets -> the vectors of its tokens; for an index that has them.
 
     Returns:
         What was added, changed, moved, unchanged, deleted and skipped.
@@ -138,7 +143,7 @@ def sync(
     """
     with only_writer(index.uri):
         report = progress or (lambda _: None)
-        run = _Run(index, encode, report, compact_every, write_captions)
+        run = _Run(index, encode, report, compact_every, write_captions, encode_tokens)
         return run.run(items, batch_size, max_batch_pixels)
 
 
@@ -150,12 +155,14 @@ class _Run:
         progress: Callable[[int], None],
         compact_every: int,
         write_captions: WriteCaptions | None,
+        encode_tokens: EncodeItemTokens | None,
     ) -> None:
         self._index = index
         self._encode = encode
         self._progress = progress
         self._compact_every = compact_every
         self._write_captions = write_captions
+        self._encode_tokens = encode_tokens
         self._known = index.known()
         self._by_content = {(k.kind, k.hash): id for id, k in self._known.items()}
         self._report = Report()
@@ -215,25 +222,29 @@ class _Run:
     # ------------------------------------------------------------------ writing
 
     def _write(self, batch: list[_Loaded]) -> None:
-        rows, vectors = self._embedded(batch)
+        rows, vectors, tokens = self._embedded(batch)
         if not rows:
             return
         exists = [row.id in self._known for row in rows]
         for new in (True, False):
             chosen = [i for i, old in enumerate(exists) if old is not new]
-            self._index.add([rows[i] for i in chosen], vectors[chosen], new=new)
+            own = None if tokens is None else [tokens[i] for i in chosen]
+            self._index.add([rows[i] for i in chosen], vectors[chosen], new=new, tokens=own)
         self._kept.update(row.id for row in rows)
         self._writes += 1
         if self._writes % self._compact_every == 0:
             self._index.compact()
 
-    def _embedded(self, batch: list[_Loaded]) -> tuple[list[IndexRow], np.ndarray]:
-        """The rows of a batch that can be embedded, and their vectors."""
+    def _embedded(
+        self, batch: list[_Loaded]
+    ) -> tuple[list[IndexRow], np.ndarray, list[np.ndarray] | None]:
+        """The rows of a batch that can be embedded, their vectors, and those of their tokens."""
         stored = self._index.stored(
             one.duplicate_of for one in batch if one.duplicate_of is not None
         )
         rows: list[IndexRow] = []
         vectors: list[np.ndarray] = []
+        tokens: list[np.ndarray] = []
         fresh: list[_Loaded] = []
         for one in batch:
             original = stored.get(one.duplicate_of or "")
@@ -241,6 +252,7 @@ class _Run:
                 row = _sized(one.row, original.width, original.height)
                 rows.append(_captioned(row, original.generated_caption))
                 vectors.append(original.vector)
+                tokens += [] if original.tokens is None else [original.tokens]
                 if one.row.id in self._known:
                     self._report.changed += 1
                 else:
@@ -264,7 +276,11 @@ class _Run:
                 self._report.changed += 1
             else:
                 self._report.added += 1
-        return rows, np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
+        stacked = np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
+        if self._encode_tokens is None:
+            return rows, stacked, None
+        usable = [one.value for i, one in enumerate(fresh) if i not in failures]
+        return rows, stacked, [*tokens, *(self._encode_tokens(usable) if usable else ())]
 
     def _decoded_again(self, item: IndexItem) -> _Loaded | None:
         try:

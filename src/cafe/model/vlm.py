@@ -34,6 +34,7 @@ from cafe.model.rows.inputs import EncodeOptions, Input, Inputs, as_messages, is
 from cafe.model.rows.inspect import embedding_contract
 from cafe.model.rows.prompts import DEFAULT_PROMPT, TrainedPrompts, own_prompt, turn_end
 from cafe.model.rows.rows import Rows
+from cafe.model.token_vectors import TokenEncoder
 from cafe.model.workers import ModelSource
 from cafe.precision import warn_if_emulated
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
-class CAFe(nn.Module):
+class CAFe(TokenEncoder, nn.Module):
     """A vision-language model for retrieval and for answers.
 
     Building one changes the transformers model that it wraps: parameters that no forward reads
@@ -172,8 +173,7 @@ class CAFe(nn.Module):
             vision: the vision tower's inputs, on any device.
             token_indices: flat indices, row * t + token; None: `rows.pooled`.
         """
-        device = self.device
-        rows = rows.to(device)
+        device, rows = self.device, rows.to(self.device)
         token_indices = rows.pooled if token_indices is None else token_indices.to(device)
         with compute_last_layer_at(token_indices, rows.input_ids.shape):
             hidden = self(rows, {name: tensor.to(device) for name, tensor in vision.items()})

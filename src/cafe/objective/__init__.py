@@ -16,6 +16,7 @@ from cafe.objective.contrastive import (
 from cafe.objective.joint import joint_loss
 from cafe.objective.language import IGNORE_LABEL, next_token_nll
 from cafe.objective.matching import hardest_wrong, known_right, log_odds, match_loss
+from cafe.objective.maxsim import TokenVectors, max_sim, max_sim_info_nce
 from cafe.objective.official import Compat, contrastive_share, language_count
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Compat",
     "Directions",
     "Rounding",
+    "TokenVectors",
     "clamped_temperature",
     "contrastive_share",
     "hardest_wrong",
@@ -32,6 +34,8 @@ __all__ = [
     "language_count",
     "log_odds",
     "match_loss",
+    "max_sim",
+    "max_sim_info_nce",
     "next_token_nll",
     "rounded",
     "sigmoid_loss",

@@ -94,6 +94,15 @@ class Objective(Section):
     latent_tokens: Annotated[int, Field(ge=0, le=64)] = 0
     """Learned tokens before the one that is pooled: room to compute an embedding in, without
     decoding. They become tokens of the saved model. 0: as the model is."""
+    multi_vector_weight: NotNegative = 0.0
+    """Weight of a contrastive loss over the vectors of all tokens (MaxSim), which a projection of
+    its own makes; for `encode(multi_vector=True)`. 0 is off, and drops a projection."""
+    multi_vector_dim: Count = 128
+    """Dimension of these vectors."""
+    multi_vector_dims: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Also train these vectors truncated to these numbers of dimensions."""
+    multi_vector_temperature: Positive = 0.02
+    """Divides the MaxSim scores; 0.02 is ColPali's."""
     contrastive: Literal["info_nce", "sigmoid"] = "info_nce"
     """info_nce: softmax over the batch (CAFe). sigmoid: each pair independently (SigLIP)."""
     temperature: Positive = 0.05
@@ -131,10 +140,12 @@ class Objective(Section):
             value = getattr(self, name)
             if value is not None and value is not False and self.contrastive == "sigmoid":
                 raise ValueError(f"{name} is for info_nce; set contrastive: info_nce, or drop it")
-        for name in ("match_weight", "thought_weight", "latent_tokens"):
+        for name in ("match_weight", "thought_weight", "latent_tokens", "multi_vector_weight"):
             if getattr(self, name) and self.compat == "official":
                 raise ValueError(f"compat is official, which has no {name}; set {name}: 0")
-        for name in ("thought_weight", "latent_tokens"):
+        if max(self.multi_vector_dims or [1]) > self.multi_vector_dim:
+            raise ValueError(f"multi_vector_dims exceed multi_vector_dim, {self.multi_vector_dim}")
+        for name in ("thought_weight", "latent_tokens", "multi_vector_weight"):
             if getattr(self, name) and not self.contrastive_weight:
                 raise ValueError(
                     f"{name} is trained by a contrastive loss; set contrastive_weight above 0, or "
@@ -183,6 +194,8 @@ class Optimizer(Section):
     """Peak rate of the vision tower; None: learning_rate."""
     projector_learning_rate: Positive | None = None
     """Peak rate of the projector; None: learning_rate."""
+    multi_vector_learning_rate: Positive | None = None
+    """Peak rate of the projection of objective.multi_vector_weight; None: learning_rate."""
     freeze: list[ModelPart] = Field(default_factory=list)
     """Parts that are not trained."""
     weight_decay: NotNegative = 0.0

@@ -25,6 +25,8 @@ from cafe.errors import CafeError, CheckpointError
 from cafe.model.checkpoint.adapter import is_adapter
 from cafe.model.checkpoint.directory import embedding_template_of, quiet
 from cafe.model.checkpoint.locate import locate
+from cafe.model.checkpoint.multi_vector import MULTI_VECTOR
+from cafe.model.multi_vector import token_projection_of
 from cafe.model.rows.inputs import Input
 from cafe.model.vlm import CAFe
 from cafe.release.card import Agreement
@@ -57,7 +59,8 @@ def verify(
 ) -> VerifyReport:
     """Compare transformers, sentence-transformers and `cafe serve` with `CAFe.encode`.
 
-    All compute in float32, and only one of them is in memory at a time.
+    All compute in float32, and only one of them is in memory at a time. Of a model with token
+    vectors also `MultiVectorEncoder` of sentence-transformers, with `CAFe.encode_tokens`.
 
         >>> from cafe.release.verify import verify
         >>> for agreement in verify("tiny").agreements:
@@ -79,19 +82,23 @@ def verify(
     directory = locate(directory)
     check_readable_by_all(directory)
     probes = probe_inputs()
-    expected = CAFe.from_pretrained(directory, dtype=torch.float32).encode(probes)
+    model = CAFe.from_pretrained(directory, dtype=torch.float32)
+    of_inputs = model.encode(probes)
+    late = token_projection_of(model.model) is not None
+    of_tokens = np.concatenate(model.encode_tokens(probes)) if late else of_inputs
+    del model
     agreements = []
-    for tool, embed in (
-        (f"transformers {metadata.version('transformers')}", _transformers),
-        (
-            f"sentence-transformers {_version('sentence-transformers', 'st')}",
-            _sentence_transformers,
-        ),
-        (f"cafe serve (fastapi {_version('fastapi', 'serve')})", _server),
-    ):
+    st = f"sentence-transformers {_version('sentence-transformers', 'st')}"
+    tools = [
+        (f"transformers {metadata.version('transformers')}", _transformers, of_inputs),
+        (st, _sentence_transformers, of_inputs),
+        (f"cafe serve (fastapi {_version('fastapi', 'serve')})", _server, of_inputs),
+        *([(f"{st}, MultiVectorEncoder", _multi_vector, of_tokens)] if late else ()),
+    ]
+    for tool, embed, expected in tools:
         with quiet():
             embeddings = np.asarray(embed(directory, probes), dtype=np.float32)
-        agreements.append(_compare(directory, tool, embeddings, expected))
+        agreements.append(_compare(directory, tool, embeddings, expected, len(probes)))
         if on_agreement is not None:
             on_agreement(agreements[-1])
     return VerifyReport(directory, len(probes), EXACT, tuple(agreements))
@@ -123,13 +130,20 @@ def probe_inputs() -> list[Input]:
     ]
 
 
-def _compare(directory: Path, tool: str, embeddings: np.ndarray, expected: np.ndarray) -> Agreement:
+def _compare(
+    directory: Path, tool: str, embeddings: np.ndarray, expected: np.ndarray, probes: int
+) -> Agreement:
     """Raises CheckpointError when embeddings are further apart than `EXACT`."""
+    if embeddings.shape != expected.shape:
+        raise CheckpointError(
+            f"{directory}: {tool} gives vectors of shape {embeddings.shape}, and cafe of shape "
+            f"{expected.shape}; do not publish it, and write it again with this version of cafe"
+        )
     cosine = float((embeddings * expected).sum(1).min())
     distance = float(np.linalg.norm(embeddings - expected, axis=1).max())
     if not distance <= EXACT:  # written so that NaN fails too
         raise CheckpointError(
-            f"{directory}: {tool} embeds {len(expected)} probes with a cosine of {cosine:.6f} "
+            f"{directory}: {tool} embeds {probes} probes with a cosine of {cosine:.6f} "
             f"to cafe's, up to {distance:.1e} apart (tolerance {EXACT:.0e}); do not publish "
             "it, and write it again with this version of cafe"
         )
@@ -177,6 +191,15 @@ def _sentence_transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray
 
     model = SentenceTransformer(str(directory), device="cpu", trust_remote_code=False).float()
     return model.encode(list(probes), show_progress_bar=False)
+
+
+def _multi_vector(directory: Path, probes: Sequence[Any]) -> np.ndarray:
+    """The vectors of all tokens of all probes, one after another."""
+    from sentence_transformers import MultiVectorEncoder
+
+    model = MultiVectorEncoder(str(directory / MULTI_VECTOR), device="cpu").float()
+    found = [model.encode([probe], convert_to_numpy=True)[0] for probe in probes]
+    return np.concatenate(found)
 
 
 def _server(directory: Path, probes: Sequence[Any]) -> np.ndarray:

@@ -28,6 +28,7 @@ from cafe.index import (
 from cafe.index.fingerprint import prompt_fingerprint, weights_fingerprint
 from cafe.index.store import one_run
 from cafe.progress import progress_bar
+from cafe.retrieval.multi_vector import checked_pool, token_encoder, with_tokens
 from cafe.retrieval.sources import Listing, list_items
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def build_index(
     to: str | Path,
     *,
     caption: bool | None = None,
+    multi_vector: float | None = None,
     batch_size: int = 64,
     encode: Callable[..., np.ndarray] | None = None,
     load: Callable[[str], CAFe] | None = None,
@@ -84,17 +86,18 @@ def build_index(
         to: the index: a folder, or the URI of an object store.
         caption: embed each image with a caption that the model writes (`CAFe.encode`), which the
             column `generated_caption` keeps; None: as an existing index was made, else without.
+        multi_vector: also store vectors of tokens, one for so many (`CAFe.encode_tokens`; 1: for
+            each), by which the index is then searched; None: as an existing index, else none.
         batch_size: inputs that are embedded together and then written in one step.
         encode: embeds items (PIL images in RGB, and strings) in place of the model's own `encode`,
             as float32 [n, d]: a pool of processes, for example. The index still records the facts
             of `model`, which also writes the captions: the keyword `caption` of `encode`.
         load: loads the model by its name, in place of `CAFe.from_pretrained`.
-        on_skipped: called with one line for each item that cannot be used; None: the line is
-            logged as a warning.
+        on_skipped: called with a line for each item that cannot be used; None: it is logged.
         show_progress_bar: draw one, on stderr.
 
     Returns:
-        The number of rows, what changed, and how good an approximate search is.
+        What changed, and how good an approximate search is.
 
     Raises:
         DataError: there is nothing to index, the index was made by another model, it is of
@@ -114,21 +117,35 @@ def build_index(
     if index is not None:
         _check_origin(index, origin)
         caption = _check_captions(index, caption, origin)
+        multi_vector = checked_pool(index, multi_vector)
     vlm, facts = open_model(model, index, load=load)
     encode = encode or partial(vlm.encode, batch_size=batch_size)
     write = partial(vlm.write_captions, batch_size=batch_size) if caption else None
+    facts = with_tokens(facts, vlm, multi_vector)
+    tokens = token_encoder(vlm, multi_vector, batch_size)
     with one_run(str(to)):
         index = _opened(to, with_caption(facts, bool(caption)), origin)
         with progress_bar("index", len(listing.items), show=show_progress_bar) as bar:
             changes = sync(
                 index, listing.items, encode, batch_size=batch_size, progress=bar.to,
-                write_captions=write,
+                write_captions=write, encode_tokens=tokens,
             )  # fmt: skip
-        index.set_origin(origin)
-        changes.skipped[:0] = listing.skipped
-        _report_skipped(changes, on_skipped or _log_skipped)
-        rows = len(index)
-        approximate = index.optimize(_caption_queries(encode, listing.items, rows))
+        return _reported(index, changes, listing, encode, on_skipped or _log_skipped)
+
+
+def _reported(
+    index: Index,
+    changes: Report,
+    listing: Listing,
+    encode: Callable[..., np.ndarray],
+    on_skipped: Callable[[str], None],
+) -> IndexReport:
+    """What a run did, once the index is compacted, and approximate if it is large."""
+    index.set_origin(_origin(listing))
+    changes.skipped[:0] = listing.skipped
+    _report_skipped(changes, on_skipped)
+    rows = len(index)
+    approximate = index.optimize(_caption_queries(encode, listing.items, rows))
     return IndexReport(index.uri, rows, changes, approximate, listing.left_out)
 
 
@@ -140,6 +157,7 @@ def _opened(to: str | Path, facts: ModelFacts, origin: Origin) -> Index:
     _check_origin(index, origin)
     index.check_model(facts)
     _check_captions(index, facts.caption is not None, origin)
+    checked_pool(index, facts.pool)
     return index
 
 
@@ -172,7 +190,7 @@ def open_model(
     else:
         vlm, facts = model, model_facts(model)
     if index is not None:
-        index.check_model(facts)
+        index.check_model(with_tokens(facts, vlm, index.model.pool))
     return vlm, facts
 
 

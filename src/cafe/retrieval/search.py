@@ -17,6 +17,7 @@ import numpy as np
 from cafe.errors import DataError
 from cafe.files import inside
 from cafe.index import Index
+from cafe.retrieval.multi_vector import searched_by_tokens
 from cafe.types import Hit, Image, Part, user
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class RankedHit:
 
     @property
     def score(self) -> float:
-        """The cosine with the query."""
+        """The cosine with the query; by token vectors, the mean of their best cosines."""
         return self.hit.score
 
 
@@ -151,27 +152,40 @@ class Searcher:
         where: str | None = None,
         *,
         caption: bool = False,
+        multi_vector: bool | None = None,
     ) -> list[RankedHit]:
-        """Find the rows that are nearest to a query by cosine, the nearest first.
+        """Find the rows that are nearest to a query, the nearest first.
+
+        By cosine; an index of token vectors is searched by those (`CAFe.max_sim`).
 
         Args:
             query: what `CAFe.encode` takes for one input (a text, an image, a {"text", "image"}
-                dict), or its embedding, float [d].
+                dict), or its embedding, float [d], or its token vectors, float [n, dim].
             top: number of hits.
             where: SQL over the columns of the index: "width > 640 AND text LIKE '%cat%'".
             caption: embed an image query together with a caption that the model writes of it now
                 (`CAFe.encode`). A query in words is not changed by it.
+            multi_vector: search by token vectors; None: if the index holds them.
 
         Returns:
             Up to `top` hits.
 
         Raises:
             DataError: the query cannot be read or has another dimension, the SQL cannot be used,
-                or the query is not a vector and there is no model.
+                the query is not a vector and there is no model, or token vectors are to be
+                searched and the index holds none.
         """
-        vector = (
-            query if isinstance(query, np.ndarray) else self._model.encode(query, caption=caption)
-        )
+        if isinstance(query, np.ndarray):
+            vector = query
+        elif searched_by_tokens(self.index, multi_vector):
+            if caption:
+                raise DataError(
+                    f"index {self.index.uri} is searched by token vectors, and a caption changes "
+                    "an embedding only; leave caption out"
+                )
+            vector = self._model.encode_tokens(query)[0]
+        else:
+            vector = self._model.encode(query, caption=caption)
         walked: dict[Path, Path] = {}
         return [
             RankedHit(hit, self._file(hit, walked)) for hit in self.index.search(vector, top, where)
@@ -206,7 +220,9 @@ class Searcher:
             )
         if not judged:
             return others
-        cosines = np.array([one.score for one in judged])
+        # Those of token vectors are no cosines of embeddings, which the posterior is about.
+        by_tokens = searched_by_tokens(self.index, None)
+        cosines = None if by_tokens else np.array([one.score for one in judged])
         match, posterior = self._model.rerank(asked, [_part(one) for one in judged], cosines)
         return [
             RankedHit(judged[i].hit, judged[i].file, float(match[i]), float(posterior[i]))

@@ -192,6 +192,8 @@ def trained_settings(recipe: Recipe, vlm: CAFe) -> dict[str, Any]:
         "objective.contrastive": objective.contrastive,
         "objective.learn_temperature": objective.learn_temperature,
     }
+    if objective.multi_vector_weight:
+        settings["objective.multi_vector_dim"] = objective.multi_vector_dim
     if objective.latent_tokens:
         settings["objective.latent_tokens"] = objective.latent_tokens
     if tuning.kind != "full":
@@ -249,6 +251,7 @@ def build_collator(recipe: Recipe, vlm: CAFe) -> Collator:
         dummy_image=world_size() > 1,
         official=recipe.objective.compat == "official",
         matching=recipe.objective.match_weight > 0,
+        every_token=recipe.objective.multi_vector_weight > 0,
         # Every forward of a sharded layer is collective, and ranks may have unequal blocks.
         block_cost=None if is_sharded(recipe) else BLOCK_COST,
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cafe.model.rows.chunk import Chunk
-from cafe.objective import clamped_temperature, info_nce, sigmoid_loss
+from cafe.objective import TokenVectors, clamped_temperature, info_nce, sigmoid_loss
 from cafe.recipes import Objective, Recipe
 from cafe.training.data import TrainingData
 from cafe.training.distributed import gather_around, gather_rows
@@ -39,6 +39,7 @@ class ContrastiveBatch:
     query_ids      of the queries, by their content
     content_ids    of the targets, by their content
     query_after, target_after   both sides as they are embedded after a thought, where there is one
+    tokens   vectors of the tokens of queries, targets and negatives; None: not trained
     """
 
     query: Float[Tensor, "pairs dim"]
@@ -50,6 +51,7 @@ class ContrastiveBatch:
     content_ids: Int64[Tensor, " pairs"]
     query_after: Float[Tensor, "pairs dim"] | None = None
     target_after: Float[Tensor, "pairs dim"] | None = None
+    tokens: tuple[TokenVectors, TokenVectors, TokenVectors] | None = None
 
     def after_thoughts(self) -> ContrastiveBatch:
         """The same pairs, with the embeddings after a thought in place of those without."""

@@ -26,7 +26,7 @@ from cafe.training.build import build_accelerator, build_collator, build_step, s
 from cafe.training.chunks import StepChunks
 from cafe.training.data import TrainingData, load_data
 from cafe.training.loader import StepData, Steps, check_answers_labelled
-from cafe.training.log import further_losses
+from cafe.training.log import FURTHER_LOSSES, further_losses
 from cafe.training.matching import check_matchable
 from cafe.training.optim import Parts, parts_of
 from cafe.training.run import as_recipe, data_warnings, earlier_run
@@ -71,6 +71,7 @@ class MeasuredStep:
     language           nats per labelled token
     thought            contrastive loss of the embeddings after a thought; None: not trained
     match              cross-entropy of the match questions; None: not trained
+    multi_vector       contrastive loss of the tokens' vectors; None: not trained
     host_bytes         most memory that the process has held so far; None: not known here
     device_bytes       most memory of the GPU that tensors have held; None: no GPU
     """
@@ -83,6 +84,7 @@ class MeasuredStep:
     device_bytes: int | None
     thought: float | None = None
     match: float | None = None
+    multi_vector: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +205,8 @@ def _measured(
         metrics = step(chunks)
         state.optimizer.step()
         contrastive, language = float(metrics.contrastive), float(metrics.language)
-        thought, match = (None if x is None else float(x) for x in (metrics.thought, metrics.match))
+        further = (getattr(metrics, name) for name in FURTHER_LOSSES)
+        further = [None if loss is None else float(loss) for loss in further]
         if cuda:
             torch.cuda.synchronize(state.device)
     except torch.OutOfMemoryError as error:
@@ -214,7 +217,7 @@ def _measured(
     seconds = time.perf_counter() - started
     device = torch.cuda.max_memory_allocated(state.device) if cuda else None
     return MeasuredStep(
-        seconds, data_seconds, contrastive, language, peak_host_bytes(), device, thought, match
+        seconds, data_seconds, contrastive, language, peak_host_bytes(), device, *further
     )
 
 
@@ -314,7 +317,7 @@ def _parameters(report: DryRun) -> Iterator[str]:
 
 def _measured(report: DryRun) -> Iterator[str]:
     step = report.measured
-    further = further_losses(step.thought, step.match)
+    further = further_losses(step)
     yield f"first step: contrastive {step.contrastive:.3f}, language {step.language:.3f}{further}"
     memory = [
         f"{size / 2**30:.1f} GiB of {place}"

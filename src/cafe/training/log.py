@@ -45,6 +45,7 @@ class StepRecord:
     language             nats per labelled token of the whole batch
     thought              contrastive loss of the embeddings after a thought; None: not trained
     match                cross-entropy of the match questions; None when they are not trained
+    multi_vector         contrastive loss of the tokens' vectors; None when they are not trained
     temperature          None when it is not learned
     gradient_norm        before clipping
     learning_rate        that of parts without a rate of their own
@@ -69,6 +70,7 @@ class StepRecord:
     padding: float | None = None
     thought: float | None = None
     match: float | None = None
+    multi_vector: float | None = None
     temperature: float | None = None
 
     def known(self) -> dict[str, float]:
@@ -198,14 +200,18 @@ class Reporter:
             self._log.sync()
 
 
-def further_losses(thought: Any, match: Any, digits: str = ".3f") -> str:
-    """The losses that only some runs have, as they follow the others in a message."""
-    losses = (("thought", thought), ("match", match))
+FURTHER_LOSSES = ("thought", "match", "multi_vector")
+"""The losses that only some runs have, by their names in `StepRecord` and `StepMetrics`."""
+
+
+def further_losses(step: Any, digits: str = ".3f") -> str:
+    """Those of a step, as they follow the others in a message."""
+    losses = ((name, getattr(step, name)) for name in FURTHER_LOSSES)
     return "".join(f", {name} {float(loss):{digits}}" for name, loss in losses if loss is not None)
 
 
 def _summary(record: StepRecord) -> str:
-    further = further_losses(record.thought, record.match)
+    further = further_losses(record)
     return (
         f"loss {record.loss:.3f} (contrastive {record.contrastive:.3f}, "
         f"language {record.language:.3f}{further})  {record.examples_per_second:,.1f} examples/s  "

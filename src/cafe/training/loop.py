@@ -20,7 +20,7 @@ from cafe.training.contrastive import StallDetector
 from cafe.training.deepspeed import ZeroOptimizer
 from cafe.training.distributed import any_rank, max_over_ranks, sum_over_ranks
 from cafe.training.loader import StepData
-from cafe.training.log import Reporter, StepRecord, further_losses
+from cafe.training.log import FURTHER_LOSSES, Reporter, StepRecord, further_losses
 from cafe.training.optim import rate_share, set_learning_rates, warmup_steps
 from cafe.training.sharding import clip_sharded_grad_norm
 from cafe.training.state import TrainingState
@@ -163,7 +163,7 @@ class Loop:
         ids = self._non_finite_ids(batch, finite)
         where = f"for the examples {', '.join(ids)}" if ids else "on another process"
         what = "gradient" if all(finite) else "loss"
-        further = further_losses(metrics.thought, metrics.match, ".4g")
+        further = further_losses(metrics, ".4g")
         raise TrainingError(
             f"step {step}: the {what} is not finite (contrastive {float(metrics.contrastive):.4g}, "
             f"language {float(metrics.language):.4g}{further}) {where}; the weights are "
@@ -205,8 +205,10 @@ class Loop:
         """The record of the step that was just done."""
         objective = self.step.objective
         contrastive, language = float(metrics.contrastive), float(metrics.language)
-        thought = None if metrics.thought is None else float(metrics.thought)
-        match = None if metrics.match is None else float(metrics.match)
+        further = {
+            name: None if (loss := getattr(metrics, name)) is None else float(loss)
+            for name in FURTHER_LOSSES
+        }
         row_tokens = sum_over_ranks(metrics.row_tokens, self.state.device)
         padding = sum_over_ranks(metrics.padding, self.state.device)
         with torch.no_grad():
@@ -216,12 +218,9 @@ class Loop:
             step=done + 1,
             loss=objective.contrastive_weight * contrastive
             + objective.language_weight * language
-            + objective.thought_weight * (thought or 0.0)
-            + objective.match_weight * (match or 0.0),
+            + sum(getattr(objective, f"{name}_weight") * (x or 0.0) for name, x in further.items()),
             contrastive=contrastive,
             language=language,
-            thought=thought,
-            match=match,
             gradient_norm=norm,
             learning_rate=self.recipe.optimizer.learning_rate * self._rate_share(done),
             examples_per_second=batch.examples / seconds,
@@ -230,6 +229,7 @@ class Loop:
             seconds=seconds,
             padding=padding / max(row_tokens, 1),
             temperature=temperature if objective.learn_temperature else None,
+            **further,
         )
 
     def _interrupted(self, done: int, number: int | None) -> Interrupted:

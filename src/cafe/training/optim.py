@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from cafe.errors import FamilyError, RecipeError
+from cafe.model.multi_vector import TOKEN_PROJECTION, token_projection_of
 from cafe.model.vlm import CAFe
 from cafe.recipes import Optimizer as OptimizerSettings
 from cafe.training.contrastive import ContrastiveLoss
@@ -23,13 +24,17 @@ Parts = dict[str, dict[str, nn.Parameter]]
 def parts_of(vlm: CAFe) -> Parts:
     """The parameters of each part ("vision", "projector", "language") by name.
 
-    A tied parameter is listed once.
+    A tied parameter is listed once. "multi_vector" is one more part, of models that have it.
 
     Raises:
         FamilyError: A parameter belongs to no part, or to two.
     """
     parts: Parts = {part: {} for part in vlm.family.parts}
+    if (projection := token_projection_of(vlm.model)) is not None:
+        parts["multi_vector"] = dict(projection.named_parameters(TOKEN_PROJECTION))
     for name, parameter in vlm.model.named_parameters():
+        if name in parts.get("multi_vector", ()):
+            continue
         owners = [part for part, prefixes in vlm.family.parts.items() if name.startswith(prefixes)]
         if len(owners) != 1:
             problem = f"belongs to {' and '.join(owners)}" if owners else "belongs to no part"
@@ -77,6 +82,7 @@ def build_optimizer(
         "vision": settings.vision_learning_rate,
         "projector": settings.projector_learning_rate,
         "language": None,
+        "multi_vector": settings.multi_vector_learning_rate,
     }
     groups = []
     for part, parameters in parts.items():

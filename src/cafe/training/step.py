@@ -56,6 +56,7 @@ from cafe.training.distributed import (
     world_size,
 )
 from cafe.training.matching import Matcher
+from cafe.training.multi_vector import ReadEmbeddings, read_embedded, token_loss, with_tokens
 from cafe.training.state import replay, torch_random_state, uses_dropout
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class StepMetrics:
     language      nats per labelled token, over all ranks
     thought       the contrastive loss of the embeddings after a thought; None: none are trained
     match         cross-entropy of the match questions of all ranks, in nats; None: none are trained
+    multi_vector  the contrastive loss of the tokens' vectors; None: none are trained
     tokens        labelled tokens of the batch, over all ranks
     pairs         contrastive pairs of the batch, over all ranks
     row_tokens    tokens that this rank's full rows hold, padding included
@@ -81,6 +83,7 @@ class StepMetrics:
     language: Float[Tensor, ""]
     thought: Float[Tensor, ""] | None
     match: Float[Tensor, ""] | None
+    multi_vector: Float[Tensor, ""] | None
     tokens: int
     pairs: int
     row_tokens: int
@@ -118,12 +121,12 @@ class _Totals:
 class _Read:
     """A chunk's forward with gradient.
 
-    embedding  [e, d]
+    embedded   embeddings, and the vectors of their tokens
     nll        the summed NLL of the labels
     match      the chunk's part of the loss of the match questions; None: it is asked none
     """
 
-    embedding: Tensor
+    embedded: ReadEmbeddings
     nll: Tensor
     match: Tensor | None = None
 
@@ -187,9 +190,9 @@ class TrainingStep:
         with self.autocast():
             read = self._forward(chunk, rows)
         contrasts = self.objective.contrastive_weight > 0 and pairs > 0
-        batch, leaves = self._batch(totals.chunks, [read.embedding.detach()], contrasts)
+        batch, leaves = self._batch(totals.chunks, [read.embedded], contrasts)
         contrast = self._contrast(batch)
-        value = self._backward(read, leaves[0].grad, count)
+        value = self._backward(read, leaves[0], count)
         return self._metrics(totals, contrast, read.nll.detach(), (tokens, pairs), [value])
 
     def _cached(self, chunks: Sequence[Chunk] | StepChunks, most: int) -> StepMetrics:
@@ -201,7 +204,7 @@ class TrainingStep:
         for number, chunk in enumerate(self.padded_chunks(chunks, most)):
             totals.add(chunk, self._rows(chunk), own=number < len(chunks))
             states.append(torch_random_state(device))
-            embeddings.append(self._embed(chunk) if embeds else torch.zeros(0, 0))
+            embeddings.append(self._embed(chunk) if embeds else ReadEmbeddings(torch.zeros(0, 0)))
         pairs, tokens, count = self._counts(totals)
         batch, leaves = self._batch(totals.chunks, embeddings, embeds and pairs > 0)
         contrast = self._contrast(batch)
@@ -214,7 +217,7 @@ class TrainingStep:
             with self._synced(i, most), replay(states[i], device, active=embeds):
                 with self.autocast():
                     read = self._forward(chunk, rows, right, plan.counts if plan else None)
-                values.append(self._backward(read, leaves[i].grad, count))
+                values.append(self._backward(read, leaves[i], count))
             sums.append(read.nll.detach())
             matches += [] if read.match is None else [read.match.detach()]
         nll, values = torch.stack(sums).sum(), values[: len(chunks)]
@@ -240,7 +243,7 @@ class TrainingStep:
     @staticmethod
     def _metrics(
         totals: _Totals,
-        contrast: tuple[Tensor, Tensor | None],
+        contrast: tuple[Tensor, Tensor | None, Tensor | None],
         nll: Tensor,
         counts: tuple[int, int],
         values: list[Tensor],
@@ -251,6 +254,7 @@ class TrainingStep:
         return StepMetrics(
             contrastive=contrast[0],
             thought=contrast[1],
+            multi_vector=contrast[2],
             language=add_over_ranks(nll) / max(tokens, 1),
             match=None if match is None else add_over_ranks(match),
             tokens=tokens,
@@ -265,51 +269,58 @@ class TrainingStep:
         return nullcontext() if i == count - 1 else self.no_sync()
 
     @torch.no_grad()
-    def _embed(self, chunk: Chunk) -> Tensor:
+    def _embed(self, chunk: Chunk) -> ReadEmbeddings:
         """Pass 1. With dropout both passes need the same tokens, so it then reads full rows."""
         chunk = chunk.to(self.unwrapped.device)
         idle = self.sharded and chunk.embedding_rows.input_ids.numel() == 0
         full = idle or uses_dropout(self.unwrapped)
         rows = self._rows(chunk) if full else chunk.embedding_rows
         with self.autocast():
-            return self._pooled(self._hidden(rows, chunk), rows)
+            return self._embedded(self._hidden(rows, chunk), rows)
 
     def _batch(
-        self, chunks: Sequence[Chunk], embeddings: Sequence[Tensor], contrasts: bool
-    ) -> tuple[ContrastiveBatch | None, list[Tensor]]:
+        self, chunks: Sequence[Chunk], embeddings: Sequence[ReadEmbeddings], contrasts: bool
+    ) -> tuple[ContrastiveBatch | None, list[ReadEmbeddings]]:
         """The batch of all ranks (None: nothing contrasts); the leaves that get its gradient."""
-        leaves = [embedding.requires_grad_(contrasts) for embedding in embeddings]
+        leaves = [embedded.leaf(contrasts) for embedded in embeddings]
         if not contrasts:
             return None, leaves
         with torch.enable_grad():
-            return gathered_batch(chunks, leaves), leaves
+            batch = gathered_batch(chunks, [leaf.pooled for leaf in leaves])
+            return with_tokens(batch, chunks, leaves), leaves
 
-    def _contrast(self, batch: ContrastiveBatch | None) -> tuple[Tensor, Tensor | None]:
-        """The contrastive loss, and that of thoughts; the leaves get the weighted sum's gradient.
+    def _contrast(
+        self, batch: ContrastiveBatch | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The contrastive losses, plain, of thoughts, of token vectors (None: not trained).
+
+        The leaves get the gradient of their weighted sum.
 
         Every rank computes the same loss, so its own parameters (temperature, bias) get the same
         gradient everywhere without averaging.
         """
-        weight, nothing = (
-            self.objective.thought_weight,
-            torch.zeros((), device=self.unwrapped.device),
-        )
+        weight, late = self.objective.thought_weight, self.objective.multi_vector_weight
         if batch is None:
-            return nothing, nothing if weight > 0 else None
+            nothing = torch.zeros((), device=self.unwrapped.device)
+            return nothing, nothing if weight > 0 else None, nothing if late > 0 else None
         with torch.enable_grad():
             loss = self.contrast(batch)
             share = contrastive_share(self.objective.compat, world_size())
-            total, thought = self.objective.contrastive_weight * share * loss, None
+            total, thought, token = self.objective.contrastive_weight * share * loss, None, None
             if weight > 0:
                 thought = self.contrast(batch.after_thoughts())
                 total = total + weight * thought
+            if late > 0:
+                token = token_loss(self.objective, batch)
+                total = total + late * token
             total.backward()
-        return loss.detach(), None if thought is None else thought.detach()
+        thought, token = (None if x is None else x.detach() for x in (thought, token))
+        return loss.detach(), thought, token
 
-    def _backward(self, read: _Read, gradient: Tensor | None, tokens: int) -> Tensor:
+    def _backward(self, read: _Read, leaf: ReadEmbeddings, tokens: int) -> Tensor:
         """Backpropagate one chunk: <embedding, gradient> stands in for the contrastive term."""
         loss = joint_loss(
-            None if gradient is None else (read.embedding * gradient).sum(),
+            read.embedded.surrogate(leaf),
             read.nll,
             tokens,
             contrastive_weight=1.0,  # the gradient includes the weight already
@@ -343,7 +354,7 @@ class TrainingStep:
         if self.matcher is not None and counts is not None and right:
             odds = self.matcher.log_odds(states[rows.asked], head)
             match = match_loss(odds, torch.tensor(right, device=odds.device), counts)
-        return _Read(self._pooled(hidden, rows), nll, match)
+        return _Read(self._embedded(hidden, rows), nll, match)
 
     def _hidden(self, rows: Rows, chunk: Chunk) -> Tensor:
         if rows.input_ids.numel() == 0:
@@ -351,7 +362,5 @@ class TrainingStep:
             return torch.zeros(0, 1, size, device=self.unwrapped.device, dtype=head.dtype)
         return self.model(rows, chunk.vision, read_only=True)
 
-    @staticmethod
-    def _pooled(hidden: Tensor, rows: Rows) -> Tensor:
-        pooled = hidden.flatten(0, 1)[rows.pooled]
-        return pooled if pooled.dtype == torch.float64 else pooled.float()
+    def _embedded(self, hidden: Tensor, rows: Rows) -> ReadEmbeddings:
+        return read_embedded(self.unwrapped, self.objective, hidden.flatten(0, 1), rows)

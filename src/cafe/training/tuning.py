@@ -16,6 +16,12 @@ from cafe.model.checkpoint.directory import load_pretrained, read_config
 from cafe.model.checkpoint.locate import lasting_name, locate
 from cafe.model.families import family_of
 from cafe.model.latent import add_latent_tokens, latent_count, latent_text
+from cafe.model.multi_vector import (
+    add_token_projection,
+    new_token_projection,
+    remove_token_projection,
+    token_projection_of,
+)
 from cafe.model.rows.official import TURN_END
 from cafe.model.rows.prompts import OFFICIAL_PROMPT, PROMPT_KEY
 from cafe.model.vlm import CAFe
@@ -56,7 +62,29 @@ def load_model(recipe: Recipe, device: torch.device) -> CAFe:
         latent = latent_text(vlm.model.config, vlm.processor.tokenizer)
         vlm.collator = replace(vlm.collator, latent=latent)
     adapt(vlm, recipe.tuning, recipe.model)
+    prepare_token_projection(vlm, recipe)
     return vlm.to(device)
+
+
+def prepare_token_projection(vlm: CAFe, recipe: Recipe) -> None:
+    """Give the model the token projection that the recipe trains, its own one or a new one.
+
+    A recipe that trains none takes the model's away, which would not fit its new weights.
+
+    Raises:
+        RecipeError: the model's own has another dimension.
+    """
+    if not recipe.objective.multi_vector_weight:
+        remove_token_projection(vlm.model)
+        return
+    dim, own = recipe.objective.multi_vector_dim, token_projection_of(vlm.model)
+    if own is not None and own.out_features != dim:
+        raise RecipeError(
+            f"objective.multi_vector_dim is {dim}, and the token vectors of {recipe.model} have "
+            f"{own.out_features} dimensions; set multi_vector_dim: {own.out_features}"
+        )
+    weight = new_token_projection(vlm.embedding_dimension, dim) if own is None else own.weight
+    add_token_projection(vlm.model, weight)  # anew, as an adapter froze it
 
 
 def take_published_prompts(vlm: CAFe, *, embeds: bool) -> None:

@@ -7,11 +7,13 @@
 
 mteb can load the directory directly, through sentence-transformers, but takes every such model for
 a text-only one and silently skips tasks with images.
+
+With `load_encoder(…, multi_vector=True)` mteb searches by the vectors of all tokens (ViDoRe, say).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ import numpy as np
 from cafe.errors import DataError
 from cafe.evaluation.model_calls import ModelCalls
 from cafe.evaluation.task import Encode
+from cafe.model.token_vectors import TokenEncoder
 from cafe.types import Conversation, Image, Part, user
 
 if TYPE_CHECKING:
@@ -64,13 +67,57 @@ class MtebEncoder:
         return (_units(embeddings1) * _units(embeddings2)).sum(axis=-1)
 
 
-def load_encoder(name_or_dir: str | Path, *, device: str | None = None) -> MtebEncoder:
+class MtebTokenEncoder(MtebEncoder):
+    """The same for late interaction: tokens' vectors, compared by MaxSim."""
+
+    def __init__(
+        self, encode_tokens: Callable[[Sequence[Conversation]], list[np.ndarray]], meta: ModelMeta
+    ) -> None:
+        super().__init__(encode_tokens, meta)  # type: ignore[arg-type]
+        self._encode_tokens = encode_tokens
+
+    def encode(
+        self, inputs: Iterable[Mapping[str, Any]], *, precision: str = "float32", **_: Any
+    ) -> Float[np.ndarray, "n t d"]:
+        """Unit vectors of a loader's batches, with zeros after an item's last (`MtebEncoder`)."""
+        if precision != "float32":
+            raise DataError(f"mteb's precision={precision!r}: vectors are float32; leave it out")
+        items = [v for batch in inputs for v in self._encode_tokens(list(batch_inputs(batch)))]
+        longest = max(len(vectors) for vectors in items)
+        padded = np.zeros((len(items), longest, items[0].shape[1]), dtype=np.float32)
+        for place, vectors in zip(padded, items, strict=True):
+            place[: len(vectors)] = vectors
+        return padded
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Float[np.ndarray, "n m"]:
+        """MaxSim of all pairs; the first ones are the queries."""
+        return TokenEncoder.max_sim(_unpadded(embeddings1), _unpadded(embeddings2))
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Float[np.ndarray, " n"]:
+        """MaxSim of item i of both."""
+        pairs = zip(_unpadded(embeddings1), _unpadded(embeddings2), strict=True)
+        return np.array([TokenEncoder.max_sim([a], [b])[0, 0] for a, b in pairs])
+
+
+def _unpadded(embeddings: Any) -> list[Float[np.ndarray, "_ d"]]:
+    return [item[np.abs(item).sum(axis=-1) > 0] for item in np.asarray(embeddings)]
+
+
+def load_encoder(
+    name_or_dir: str | Path, *, device: str | None = None, multi_vector: bool = False
+) -> MtebEncoder:
     """A directory, a hub id or "tiny", ready for `mteb.evaluate` and `mteb.mock_run`.
+
+    Args:
+        name_or_dir: the model.
+        device: as in `CAFe.from_pretrained`.
+        multi_vector: compare the vectors of tokens (`CAFe.encode_tokens`), not embeddings.
 
     Raises:
         DataError: mteb is not installed.
-        CheckpointError: as in `CAFe.from_pretrained`.
+        CheckpointError: as in `CAFe.from_pretrained`, or the model has no token vectors.
     """
+    from cafe.model.token_vectors import projection_needed
     from cafe.model.vlm import CAFe
 
     name = str(name_or_dir)
@@ -81,6 +128,15 @@ def load_encoder(name_or_dir: str | Path, *, device: str | None = None) -> MtebE
         max_tokens=model.collator.max_tokens,
         n_parameters=sum(p.numel() for p in model.parameters()),
     )
+    if multi_vector:
+        from mteb.models.model_meta import ScoringFunction
+
+        known = {
+            "embed_dim": projection_needed(model.model).out_features,
+            "similarity_fn_name": ScoringFunction.MAX_SIM,
+            "model_type": ["late-interaction"],
+        }
+        return MtebTokenEncoder(model.encode_tokens, meta.model_copy(update=known))
     return MtebEncoder(ModelCalls(model).encode, meta)
 
 

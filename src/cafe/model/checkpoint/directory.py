@@ -9,6 +9,7 @@ format as this library does, without custom code:
     embedding_template.jinja                                    prompts for an embedding
     modules.json  config_sentence_transformers.json             sentence-transformers
     sentence_bert_config.json  1_Pooling/  2_Normalize/
+    multi_vector/     of models with token vectors only (`cafe.model.checkpoint.multi_vector`)
 
 The weights have the names that the hub's checkpoints have, which are the ones vLLM loads. The
 embedding template is no named chat template of the processor: vLLM takes none that has several.
@@ -40,7 +41,19 @@ from cafe.model.checkpoint.adapter import (
     save_adapter,
 )
 from cafe.model.checkpoint.locate import locate
+from cafe.model.checkpoint.multi_vector import (
+    load_projection,
+    remove_projection,
+    save_modules,
+    save_projection,
+)
 from cafe.model.families import family_of
+from cafe.model.multi_vector import (
+    TOKEN_PROJECTION,
+    add_token_projection,
+    remove_token_projection,
+    without_token_projection,
+)
 from cafe.model.rows.collate import Collator
 from cafe.model.rows.prompts import DEFAULT_PROMPT, default_chat_template
 
@@ -89,7 +102,19 @@ def load_pretrained(
     processor_dir = adapter if (adapter / "processor_config.json").is_file() else None
     model, processor = _load_whole(name_or_dir, dtype, attention, quantization, processor_dir)
     load_adapter(model, adapter)
+    _take_projection(model, adapter)
     return model.to(dtype), processor
+
+
+def _take_projection(model: Any, directory: Path) -> None:
+    """Give the model the token projection of its directory, or take that of its base away.
+
+    An adapter changes the states that the base's projection was trained on.
+    """
+    remove_token_projection(model)
+    hidden = int(model.config.get_text_config().hidden_size)
+    if (weight := load_projection(directory, hidden)) is not None:
+        add_token_projection(model, weight)
 
 
 def _load_whole(
@@ -142,6 +167,7 @@ def _load_whole(
             "copy tokenizer and weights again, from one model, or enlarge the embedding "
             "(resize_token_embeddings) and save both"
         )
+    _take_projection(model, path)
     return model, processor
 
 
@@ -248,11 +274,20 @@ def save_checkpoint(
         weights: full parameters by name, if those in the model are sharded.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    remove_projection(directory)
+    name = f"{TOKEN_PROJECTION}.weight"
+    projection = (dict(model.named_parameters()) if weights is None else weights).get(name)
+    if projection is not None:
+        save_projection(projection, directory)
     if adapter_of(model) is not None:
         save_adapter(model, directory, weights)
         save_processor(processor, collator, directory)
         return
-    with quiet(), _hub_names(model if weights is None else _model_around(model, weights)) as whole:
+    with (
+        quiet(),
+        without_token_projection(model),
+        _hub_names(model if weights is None else _model_around(model, weights)) as whole,
+    ):
         whole.save_pretrained(directory)
     save_processor(processor, collator, directory)
     hidden = int(model.config.get_text_config().hidden_size)
@@ -261,6 +296,8 @@ def save_checkpoint(
         file = directory / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=2) + "\n")
+    if projection is not None:
+        save_modules(directory)
 
 
 @contextmanager

@@ -37,6 +37,8 @@ EMBEDDED: tuple[SequenceRole, ...] = (
 )
 """What an embedding is read from, in the order of `Rows.pooled`."""
 
+WITH_THOUGHT: tuple[SequenceRole, ...] = ("query_thought", "target_thought")
+
 
 @dataclass(frozen=True, slots=True)
 class ReadSequence:
@@ -57,6 +59,7 @@ class RowLayout:
     """How sequences become rows; the fields are those of `cafe.model.rows.collate.Collator`.
 
     looks_ahead   the tokens of an image see each other
+    every_token   every token of what is embedded is read (`Rows.embedded`)
     """
 
     pad_id: int
@@ -64,6 +67,7 @@ class RowLayout:
     row_tokens: int | None
     block_cost: int | None
     looks_ahead: bool
+    every_token: bool = False
 
     def merged(self, group: Sequence[TokenSequence]) -> list[Row]:
         """The rows of a group: one, or one for each sequence."""
@@ -101,7 +105,10 @@ class RowLayout:
         asked_at = np.array(asked, dtype=np.int64)
         label_source = concatenated([at[s.label_at - 1] for at, s in labelled])
         label_ids = concatenated([s.tokens.tokens[s.label_at] for _, s in labelled])
-        read = np.unique(np.concatenate([pooled_at, label_source, asked_at]))
+        whole = [flat[i] for i in pooled if sequences[i].role not in WITH_THOUGHT]
+        embedded = whole if self.every_token else []
+        embedded_at = concatenated(embedded)
+        read = np.unique(np.concatenate([pooled_at, label_source, asked_at, embedded_at]))
         return Rows(
             input_ids=batch.input_ids,
             positions=batch.positions,
@@ -116,6 +123,8 @@ class RowLayout:
             plain=all(len(row.token_indices) == 1 for row in rows),
             tokens=sum(len(row) for row in rows),
             read=torch.from_numpy(read),
+            embedded=torch.from_numpy(embedded_at),
+            embedded_counts=torch.tensor([len(at) for at in embedded], dtype=torch.long),
             blocks=()
             if self.block_cost is None
             else blocks_of(batch.keys, sorted(lengths), self.block_cost, orders, read),

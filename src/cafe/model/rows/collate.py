@@ -65,6 +65,7 @@ class Collator:
     block_cost          the rows of a chunk are sorted by length and computed in blocks of similar
                         length, which saves padding; what each further block costs, in tokens
                         (`cafe.model.rows.blocks`). None: all rows are one block
+    every_token         rows name every token of what is embedded (`cafe.model.multi_vector`)
     matching            chunks know what match questions can be asked (`cafe.model.rows.matching`)
     """
 
@@ -81,6 +82,7 @@ class Collator:
     latent: str = ""
     block_cost: int | None = None
     matching: bool = False
+    every_token: bool = False
 
     @cached_property
     def render(self) -> Renderer:
@@ -103,6 +105,7 @@ class Collator:
             self.row_tokens,
             self.block_cost,
             self.family.bidirectional_image_attention,
+            self.every_token,
         )
 
     @property

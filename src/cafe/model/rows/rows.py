@@ -37,7 +37,10 @@ class Rows:
     plain          every row holds one sequence, so causal attention is the whole rule
     tokens         number of tokens, padding not included
     asked          int64 [q]  flat index of the last token of each match question
-    read           int64 [r]  the distinct indices of `pooled`, `label_source` and `asked`, in order
+    read           int64 [r]  the distinct indices of all that is read, in order
+    embedded       int64 [n]  flat index of every token of the sequences of `pooled`, but for those
+                              with a thought, one sequence after another; empty: they are not read
+    embedded_counts   int64 [s]  the number of tokens of each of these sequences
     blocks         rows of similar length (`cafe.model.rows.blocks`); empty: all are one block
     """
 
@@ -54,6 +57,8 @@ class Rows:
     tokens: int = 0
     asked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     read: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    embedded: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    embedded_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     blocks: tuple[LengthBlock, ...] = ()
 
     @property
@@ -108,7 +113,15 @@ class Rows:
     def without_outputs(self) -> Self:
         """The same tokens, without embeddings, labels and match questions."""
         nothing = torch.zeros(0, dtype=torch.long)
-        return replace(self, pooled=nothing, label_source=nothing, label_ids=nothing, asked=nothing)
+        return replace(
+            self,
+            pooled=nothing,
+            label_source=nothing,
+            label_ids=nothing,
+            asked=nothing,
+            embedded=nothing,
+            embedded_counts=nothing,
+        )
 
 
 def each_tensor(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
