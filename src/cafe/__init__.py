@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cafe.model.checkpoint.convert import convert
     from cafe.model.vlm import CAFe
     from cafe.recipes import Recipe, load_recipe
+    from cafe.release.cross_encoder import export_cross_encoder
     from cafe.release.release import export, merge_adapter
     from cafe.release.verify import verify
     from cafe.retrieval.embed import embed_dataset
@@ -56,6 +57,7 @@ __all__ = [
     "embed_dataset",
     "evaluate",
     "export",
+    "export_cross_encoder",
     "keep_memory",
     "load_recipe",
     "merge_adapter",
@@ -84,6 +86,7 @@ _HOMES = {
     "embed_dataset": "cafe.retrieval.embed",
     "evaluate": "cafe.evaluation.run",
     "export": "cafe.release.release",
+    "export_cross_encoder": "cafe.release.cross_encoder",
     "keep_memory": "cafe.memory",
     "load_recipe": "cafe.recipes",
     "merge_adapter": "cafe.release.release",

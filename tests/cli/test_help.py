@@ -74,7 +74,7 @@ SURFACE = {
         "--batch-size",
     ],
     "convert": ["DIR", "--to"],
-    "export": ["MODEL", "--to", "--merge", "--verify", "--results"],
+    "export": ["MODEL", "--to", "--merge", "--verify", "--cross-encoder", "--results"],
     "serve": [
         "MODEL",
         "--index",

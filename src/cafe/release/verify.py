@@ -23,7 +23,7 @@ import torch
 
 from cafe.errors import CafeError, CheckpointError
 from cafe.model.checkpoint.adapter import is_adapter
-from cafe.model.checkpoint.directory import embedding_template_of, quiet
+from cafe.model.checkpoint.directory import embedding_template_of, is_cross_encoder, quiet
 from cafe.model.checkpoint.locate import locate
 from cafe.model.rows.inputs import Input
 from cafe.model.vlm import CAFe
@@ -78,6 +78,11 @@ def verify(
     """
     directory = locate(directory)
     check_readable_by_all(directory)
+    if is_cross_encoder(directory):
+        raise CheckpointError(
+            f"{directory}: is a cross-encoder, which sentence-transformers does not embed with; "
+            "call verify_cross_encoder"
+        )
     probes = probe_inputs()
     expected = CAFe.from_pretrained(directory, dtype=torch.float32).encode(probes)
     agreements = []

@@ -318,6 +318,15 @@ def embedding_template_of(directory: Path) -> str:
     )
 
 
+def is_cross_encoder(directory: Path) -> bool:
+    """Whether sentence-transformers' own file says so (`cafe.release.cross_encoder`)."""
+    try:
+        file = directory / "config_sentence_transformers.json"
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == "CrossEncoder"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def _sentence_transformers_files(hidden_size: int, template: str) -> dict[str, Any]:
     """Contents by file name. The old type strings load in vLLM and in ST 3 to 6."""
     module = "sentence_transformers.models."
