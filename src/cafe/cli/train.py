@@ -145,7 +145,7 @@ def _measured(report: DryRun) -> Iterator[str]:
     step = report.measured
     from cafe.training.log import further_losses
 
-    further = further_losses(step.thought, step.match)
+    further = further_losses(step)
     yield f"first step: contrastive {step.contrastive:.3f}, language {step.language:.3f}{further}"
     memory = [
         f"{size / 2**30:.1f} GiB of {place}"

@@ -17,6 +17,7 @@ from cafe.objective.joint import joint_loss
 from cafe.objective.language import IGNORE_LABEL, next_token_nll
 from cafe.objective.matching import hardest_wrong, known_right, log_odds, match_loss
 from cafe.objective.official import Compat, contrastive_share, language_count
+from cafe.objective.soft_labels import soft_label_loss
 
 __all__ = [
     "IGNORE_LABEL",
@@ -35,4 +36,5 @@ __all__ = [
     "next_token_nll",
     "rounded",
     "sigmoid_loss",
+    "soft_label_loss",
 ]

@@ -96,6 +96,8 @@ def load_source(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) 
         _apply(tree, override)
     if "thoughts" in tree["data"][0]:  # whether they are trained is not this source's affair
         tree["objective"] = {"thought_weight": 1.0}
+    if "scores" in tree["data"][0]:
+        tree.setdefault("objective", {})["soft_label_weight"] = 1.0
     _anchor_data_paths(tree, Path())
     try:
         return Recipe.model_validate(tree).data[0]

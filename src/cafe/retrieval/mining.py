@@ -235,9 +235,20 @@ def _embed(
 
 
 def _with_negatives(pairs: Pairs, found: HardNegatives) -> list[Example]:
+    """The pairs with what was found, and the cosines of target and negatives as scores."""
     return [
-        replace(example, negatives=tuple(pairs.targets[i] for i in indices if i >= 0))
-        for example, indices in zip(pairs.examples, found.indices, strict=True)
+        replace(
+            example,
+            negatives=tuple(pairs.targets[i] for i in indices if i >= 0),
+            scores=(own, *scores[indices >= 0].round(6).tolist()),
+        )
+        for example, indices, scores, own in zip(
+            pairs.examples,
+            found.indices,
+            found.scores.astype(float),
+            found.own_scores.astype(float).round(6).tolist(),
+            strict=True,
+        )
     ]
 
 

@@ -69,6 +69,13 @@ def load_data(recipe: Recipe, quarantine: Quarantine, *, index: Path | None = No
             "objective.latent_tokens: none of the examples is a pair, so the tokens would not be "
             "learned, and every embedding would be read after them; set it to 0"
         )
+    scored = (e.scores for s in sources for e in s.examples)
+    stored = recipe.objective.soft_labels == "scores" and recipe.objective.soft_label_weight > 0
+    if stored and not any(scores is not None and len(scores) > 1 for scores in scored):
+        raise DataError(
+            "objective.soft_label_weight: no pair has scores of two candidates or more; give hard "
+            "negatives and their scores (data.*.scores names the column), or set it to 0"
+        )
     examples = ExampleSet.build(sources, merge_by_image=recipe.merge_by_image)
     plan = examples.plan(recipe.batch.examples, recipe.seed)
     schedule = recipe.schedule
@@ -107,7 +114,7 @@ def trained_part(example: Example, objective: Objective) -> Example | None:
     if objective.contrastive_weight == 0 and example.query is not None:
         if not example.dialogues:
             return None
-        example = replace(example, query=None, target=None, negatives=())
+        example = replace(example, query=None, target=None, negatives=(), scores=None)
     if objective.language_weight == 0:
         if example.query is None:
             return None

@@ -66,6 +66,7 @@ class MeasuredStep:
     contrastive        the contrastive loss of the batch
     language           nats per labelled token
     thought            contrastive loss of the embeddings after a thought; None: not trained
+    soft               divergence from the soft labels; None: there are none
     match              cross-entropy of the match questions; None: not trained
     host_bytes         most memory that the process has held so far; None: not known here
     device_bytes       most memory of the GPU that tensors have held; None: no GPU
@@ -78,6 +79,7 @@ class MeasuredStep:
     host_bytes: int | None
     device_bytes: int | None
     thought: float | None = None
+    soft: float | None = None
     match: float | None = None
 
 
@@ -184,7 +186,8 @@ def _measured(
         metrics = step(chunks)
         state.optimizer.step()
         contrastive, language = float(metrics.contrastive), float(metrics.language)
-        thought, match = (None if x is None else float(x) for x in (metrics.thought, metrics.match))
+        further = (metrics.thought, metrics.soft, metrics.match)
+        thought, soft, match = (None if loss is None else float(loss) for loss in further)
         if cuda:
             torch.cuda.synchronize(state.device)
     except torch.OutOfMemoryError as error:
@@ -195,7 +198,15 @@ def _measured(
     seconds = time.perf_counter() - started
     device = torch.cuda.max_memory_allocated(state.device) if cuda else None
     return MeasuredStep(
-        seconds, data_seconds, contrastive, language, peak_host_bytes(), device, thought, match
+        seconds,
+        data_seconds,
+        contrastive,
+        language,
+        peak_host_bytes(),
+        device,
+        thought,
+        soft,
+        match,
     )
 
 

@@ -44,6 +44,7 @@ class StepRecord:
     contrastive          contrastive loss of the whole batch
     language             nats per labelled token of the whole batch
     thought              contrastive loss of the embeddings after a thought; None: not trained
+    soft                 divergence from the soft labels; None when there are none
     match                cross-entropy of the match questions; None when they are not trained
     temperature          None when it is not learned
     gradient_norm        before clipping
@@ -68,6 +69,7 @@ class StepRecord:
     seconds: float
     padding: float | None = None
     thought: float | None = None
+    soft: float | None = None
     match: float | None = None
     temperature: float | None = None
 
@@ -198,14 +200,14 @@ class Reporter:
             self._log.sync()
 
 
-def further_losses(thought: Any, match: Any, digits: str = ".3f") -> str:
+def further_losses(step: Any, digits: str = ".3f") -> str:
     """The losses that only some runs have, as they follow the others in a message."""
-    losses = (("thought", thought), ("match", match))
+    losses = (("thought", step.thought), ("soft", step.soft), ("match", step.match))
     return "".join(f", {name} {float(loss):{digits}}" for name, loss in losses if loss is not None)
 
 
 def _summary(record: StepRecord) -> str:
-    further = further_losses(record.thought, record.match)
+    further = further_losses(record)
     return (
         f"loss {record.loss:.3f} (contrastive {record.contrastive:.3f}, "
         f"language {record.language:.3f}{further})  {record.examples_per_second:,.1f} examples/s  "

@@ -163,7 +163,7 @@ class Loop:
         ids = self._non_finite_ids(batch, finite)
         where = f"for the examples {', '.join(ids)}" if ids else "on another process"
         what = "gradient" if all(finite) else "loss"
-        further = further_losses(metrics.thought, metrics.match, ".4g")
+        further = further_losses(metrics, ".4g")
         raise TrainingError(
             f"step {step}: the {what} is not finite (contrastive {float(metrics.contrastive):.4g}, "
             f"language {float(metrics.language):.4g}{further}) {where}; the weights are "
@@ -205,8 +205,10 @@ class Loop:
         """The record of the step that was just done."""
         objective = self.step.objective
         contrastive, language = float(metrics.contrastive), float(metrics.language)
-        thought = None if metrics.thought is None else float(metrics.thought)
-        match = None if metrics.match is None else float(metrics.match)
+        thought, soft, match = (
+            None if loss is None else float(loss)
+            for loss in (metrics.thought, metrics.soft, metrics.match)
+        )
         row_tokens = sum_over_ranks(metrics.row_tokens, self.state.device)
         padding = sum_over_ranks(metrics.padding, self.state.device)
         with torch.no_grad():
@@ -217,10 +219,12 @@ class Loop:
             loss=objective.contrastive_weight * contrastive
             + objective.language_weight * language
             + objective.thought_weight * (thought or 0.0)
+            + objective.soft_label_weight * (soft or 0.0)
             + objective.match_weight * (match or 0.0),
             contrastive=contrastive,
             language=language,
             thought=thought,
+            soft=soft,
             match=match,
             gradient_norm=norm,
             learning_rate=self.recipe.optimizer.learning_rate * self._rate_share(done),

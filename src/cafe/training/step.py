@@ -56,6 +56,7 @@ from cafe.training.distributed import (
     world_size,
 )
 from cafe.training.matching import Matcher
+from cafe.training.soft_labels import SoftLabels, embeddings_of, soft_labels
 from cafe.training.state import replay, torch_random_state, uses_dropout
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class StepMetrics:
     contrastive   the contrastive loss of the whole batch (all ranks); 0 without pairs
     language      nats per labelled token, over all ranks
     thought       the contrastive loss of the embeddings after a thought; None: none are trained
+    soft          divergence from a teacher's soft labels, of the whole batch; None: there is none
     match         cross-entropy of the match questions of all ranks, in nats; None: none are trained
     tokens        labelled tokens of the batch, over all ranks
     pairs         contrastive pairs of the batch, over all ranks
@@ -80,6 +82,7 @@ class StepMetrics:
     contrastive: Float[Tensor, ""]
     language: Float[Tensor, ""]
     thought: Float[Tensor, ""] | None
+    soft: Float[Tensor, ""] | None
     match: Float[Tensor, ""] | None
     tokens: int
     pairs: int
@@ -188,7 +191,7 @@ class TrainingStep:
             read = self._forward(chunk, rows)
         contrasts = self.objective.contrastive_weight > 0 and pairs > 0
         batch, leaves = self._batch(totals.chunks, [read.embedding.detach()], contrasts)
-        contrast = self._contrast(batch)
+        contrast = self._contrast(batch, soft_labels(self.objective, batch, totals.chunks))
         value = self._backward(read, leaves[0].grad, count)
         return self._metrics(totals, contrast, read.nll.detach(), (tokens, pairs), [value])
 
@@ -204,8 +207,9 @@ class TrainingStep:
             embeddings.append(self._embed(chunk) if embeds else torch.zeros(0, 0))
         pairs, tokens, count = self._counts(totals)
         batch, leaves = self._batch(totals.chunks, embeddings, embeds and pairs > 0)
-        contrast = self._contrast(batch)
         plan = self.matcher.plan(totals.chunks, batch) if self.matcher and batch else None
+        judged = None if plan is None else (self.padded_chunks(chunks, most), plan, self._odds)
+        contrast = self._contrast(batch, soft_labels(self.objective, batch, totals.chunks, judged))
         sums, matches, values = [], [], []
         for i, chunk in enumerate(self.padded_chunks(chunks, most)):
             rows, right = self._asked_rows(chunk, plan.questions[i] if plan else ())
@@ -240,7 +244,7 @@ class TrainingStep:
     @staticmethod
     def _metrics(
         totals: _Totals,
-        contrast: tuple[Tensor, Tensor | None],
+        contrast: tuple[Tensor, Tensor | None, Tensor | None],
         nll: Tensor,
         counts: tuple[int, int],
         values: list[Tensor],
@@ -251,6 +255,7 @@ class TrainingStep:
         return StepMetrics(
             contrastive=contrast[0],
             thought=contrast[1],
+            soft=contrast[2],
             language=add_over_ranks(nll) / max(tokens, 1),
             match=None if match is None else add_over_ranks(match),
             tokens=tokens,
@@ -284,27 +289,47 @@ class TrainingStep:
         with torch.enable_grad():
             return gathered_batch(chunks, leaves), leaves
 
-    def _contrast(self, batch: ContrastiveBatch | None) -> tuple[Tensor, Tensor | None]:
-        """The contrastive loss, and that of thoughts; the leaves get the weighted sum's gradient.
+    def _odds(self, chunk: Chunk, questions: Sequence[MatchQuestion]) -> Tensor:
+        """The log-odds of the chunk's match questions, in the order of `Rows.asked`."""
+        assert self.matcher is not None
+        chunk = chunk.to(self.unwrapped.device)
+        rows = chunk.embedding_rows  # read for nothing, where forwards are collective
+        if chunk.match is not None and questions:
+            rows = chunk.match.rows(questions, answers=False)[0].to(self.unwrapped.device)
+        elif not self.sharded:
+            return torch.zeros(0, device=self.unwrapped.device)
+        with self.autocast():
+            states = self._hidden(rows, chunk).flatten(0, 1)
+            return self.matcher.log_odds(states[rows.asked], self.unwrapped.lm_head)
+
+    def _contrast(
+        self, batch: ContrastiveBatch | None, labels: SoftLabels | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The contrastive loss, that of thoughts, and that of soft labels, if there are any.
+
+        The leaves get the gradient of the weighted sum.
 
         Every rank computes the same loss, so its own parameters (temperature, bias) get the same
         gradient everywhere without averaging.
         """
-        weight, nothing = (
-            self.objective.thought_weight,
-            torch.zeros((), device=self.unwrapped.device),
-        )
+        weight, soft_weight = self.objective.thought_weight, self.objective.soft_label_weight
         if batch is None:
-            return nothing, nothing if weight > 0 else None
+            nothing = torch.zeros((), device=self.unwrapped.device)
+            return nothing, nothing if weight > 0 else None, nothing if soft_weight > 0 else None
         with torch.enable_grad():
             loss = self.contrast(batch)
             share = contrastive_share(self.objective.compat, world_size())
-            total, thought = self.objective.contrastive_weight * share * loss, None
+            total = self.objective.contrastive_weight * share * loss
+            thought = soft = None
             if weight > 0:
                 thought = self.contrast(batch.after_thoughts())
                 total = total + weight * thought
+            if labels is not None:
+                soft = self.contrast.soft_labels(embeddings_of(batch), labels.cells, labels.scores)
+                total = total + soft_weight * soft
             total.backward()
-        return loss.detach(), None if thought is None else thought.detach()
+        further = [None if part is None else part.detach() for part in (thought, soft)]
+        return loss.detach(), further[0], further[1]
 
     def _backward(self, read: _Read, gradient: Tensor | None, tokens: int) -> Tensor:
         """Backpropagate one chunk: <embedding, gradient> stands in for the contrastive term."""

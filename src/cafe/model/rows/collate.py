@@ -24,7 +24,7 @@ from cafe.model.rows.assembly import (
     concatenated,
     embedding_order,
 )
-from cafe.model.rows.chunk import Chunk
+from cafe.model.rows.chunk import Chunk, teacher_scores
 from cafe.model.rows.cutting import kept_tokens
 from cafe.model.rows.images import ImageInputs, named
 from cafe.model.rows.lengths import PlaceholderLengths
@@ -139,6 +139,7 @@ class Collator:
         whole = [[s.read() for s in group] for group in groups]
         embedded = [[s for s in group if s.role != "answer"] for group in whole]
         pairs = [e for e in examples if e.query is not None]
+        scored, scores = teacher_scores(pairs)
         return Chunk(
             ids=tuple(example.id for example in examples),
             rows=self.layout.rows(whole, embedding_order(whole), images.orders),
@@ -151,6 +152,8 @@ class Collator:
             negative_ids=hashes([identity(n) for e in pairs for n in e.negatives]),
             query_thoughts=_numbers([e.query_thought for e in pairs]),
             target_thoughts=_numbers([e.target_thought for e in pairs]),
+            scored=scored,
+            scores=scores,
             match=MatchSides.of(
                 examples,
                 [[None if s is None else s.tokens for s in own] for own in questions],
