@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cafe.release.cross_encoder import export_cross_encoder
     from cafe.release.release import export, merge_adapter
     from cafe.release.verify import verify
+    from cafe.retrieval.batch_mining import mine_batches
     from cafe.retrieval.embed import embed_dataset
     from cafe.retrieval.indexing import build_index
     from cafe.retrieval.mining import mine_hard_negatives
@@ -61,6 +62,7 @@ __all__ = [
     "keep_memory",
     "load_recipe",
     "merge_adapter",
+    "mine_batches",
     "mine_hard_negatives",
     "serve",
     "train",
@@ -90,6 +92,7 @@ _HOMES = {
     "keep_memory": "cafe.memory",
     "load_recipe": "cafe.recipes",
     "merge_adapter": "cafe.release.release",
+    "mine_batches": "cafe.retrieval.batch_mining",
     "mine_hard_negatives": "cafe.retrieval.mining",
     "serve": "cafe.serving.run",
     "train": "cafe.training.run",

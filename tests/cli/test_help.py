@@ -70,6 +70,7 @@ SURFACE = {
         "--margin",
         "--max-share",
         "--count",
+        "--batches",
         "--image-root",
         "--batch-size",
     ],

@@ -140,7 +140,7 @@ def _anchor_data_paths(tree: dict[str, Any], folder: Path) -> None:
     """Make data paths relative to `folder` absolute. Wrong types are left to validation."""
     sources = tree.get("data")
     for source in sources if isinstance(sources, list) else []:
-        for key in ("path", "image_root", "thoughts"):
+        for key in ("path", "image_root", "thoughts", "groups"):
             value = source.get(key) if isinstance(source, dict) else None
             if not isinstance(value, str) or not value or value.startswith("hub:"):
                 continue

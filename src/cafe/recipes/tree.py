@@ -54,6 +54,9 @@ class DataSource(Section):
     scores: Name | None = None
     """Column of a teacher's scores, for objective.soft_labels: one number for the positive, then
     one for each negative. None: there are none."""
+    groups: Name | None = None
+    """File of ids that `cafe mine --batches` wrote, relative to the recipe's folder: examples of a
+    group are alike, and share a batch. None: batches are random."""
     columns: dict[Name, Name] | None = None
     """Column names of the format -> those of this data set, e.g. {image: photo, text: title}."""
     split: Name | None = None

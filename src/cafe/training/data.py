@@ -10,6 +10,7 @@ from pathlib import Path
 from cafe.data.batches import BatchPlan
 from cafe.data.dataset import ExampleSet, ExampleSource
 from cafe.data.fingerprint import fingerprint
+from cafe.data.groups import check_groups, digest_of, read_groups
 from cafe.data.quarantine import Quarantine
 from cafe.data.read import read_examples
 from cafe.data.records import ReadOptions, Records
@@ -63,7 +64,13 @@ def load_data(recipe: Recipe, quarantine: Quarantine, *, index: Path | None = No
             thoughtful = with_thoughts(records.examples, source.thoughts, records.changes)
             records = replace(records, examples=thoughtful)
         origin[f"the data of data.{number}"] = fingerprint(records.examples)
-        sources.append(_trained(source, records, recipe.objective))
+        trained = _trained(source, records, recipe.objective)
+        if source.groups is not None:
+            groups = read_groups(Path(source.groups))
+            check_groups(trained.examples, groups, Path(source.groups))
+            origin[f"the grouping of data.{number}"] = digest_of(groups)
+            trained = replace(trained, groups=groups)
+        sources.append(trained)
     if recipe.objective.latent_tokens and not any(e.query for s in sources for e in s.examples):
         raise DataError(
             "objective.latent_tokens: none of the examples is a pair, so the tokens would not be "
