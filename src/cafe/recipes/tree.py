@@ -106,6 +106,9 @@ class Objective(Section):
     latent_tokens: Annotated[int, Field(ge=0, le=64)] = 0
     """Learned tokens before the one that is pooled: room to compute an embedding in, without
     decoding. They become tokens of the saved model. 0: as the model is."""
+    latent_pooling: Literal["last", "mean"] = "last"
+    """last: an embedding is the state at the token after the latent ones. mean: the mean of their
+    own states, which sentence-transformers reads as well, and vLLM does not."""
     contrastive: Literal["info_nce", "sigmoid"] = "info_nce"
     """info_nce: softmax over the batch (CAFe). sigmoid: each pair independently (SigLIP)."""
     temperature: Positive = 0.05
@@ -147,6 +150,10 @@ class Objective(Section):
             raise ValueError(
                 "soft_labels: matcher needs match questions, which the matcher learns from; set "
                 "match_weight above 0, or soft_labels: scores"
+            )
+        if self.latent_pooling == "mean" and not self.latent_tokens:
+            raise ValueError(
+                "latent_pooling: mean is of the latent tokens; set latent_tokens, or drop it"
             )
         for name in ("match_weight", "thought_weight", "soft_label_weight", "latent_tokens"):
             if getattr(self, name) and self.compat == "official":

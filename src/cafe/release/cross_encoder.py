@@ -245,8 +245,8 @@ def _write(source: str | Path, directory: Path) -> CrossEncoderReport:
     template = match_template(default_chat_template(model.processor))
     del model
     (directory / MATCH_TEMPLATE).write_text(template, encoding="utf-8")
-    for module in ("1_Pooling", "2_Normalize"):
-        shutil.rmtree(directory / module)
+    for module in ("1_Pooling", "2_Normalize", "3_WordWeights"):
+        shutil.rmtree(directory / module, ignore_errors=True)
     for name, content in _files(template, ids).items():
         file = directory / name
         file.parent.mkdir(exist_ok=True)

@@ -25,6 +25,7 @@ from cafe.errors import CafeError, CheckpointError
 from cafe.model.checkpoint.adapter import is_adapter
 from cafe.model.checkpoint.directory import embedding_template_of, is_cross_encoder, quiet
 from cafe.model.checkpoint.locate import locate
+from cafe.model.latent import averaged_tokens
 from cafe.model.rows.inputs import Input
 from cafe.model.vlm import CAFe
 from cafe.release.card import Agreement
@@ -163,7 +164,7 @@ def _transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray:
         directory, dtype=torch.float32, trust_remote_code=False
     ).eval()
     template = embedding_template_of(directory)
-    states = []
+    states, averages = [], averaged_tokens(model.config)
     with torch.inference_mode():
         for probe in probes:
             inputs = processor.apply_chat_template(
@@ -173,7 +174,8 @@ def _transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray:
                 return_dict=True,
                 return_tensors="pt",
             )
-            states.append(model.model(**inputs).last_hidden_state[0, -1])
+            hidden = model.model(**inputs).last_hidden_state[0]
+            states.append(hidden[-1 - averages : -1].mean(0) if averages else hidden[-1])
     return torch.nn.functional.normalize(torch.stack(states), dim=-1).numpy()
 
 

@@ -378,5 +378,5 @@ class TrainingStep:
 
     @staticmethod
     def _pooled(hidden: Tensor, rows: Rows) -> Tensor:
-        pooled = hidden.flatten(0, 1)[rows.pooled]
-        return pooled if pooled.dtype == torch.float64 else pooled.float()
+        states = hidden.flatten(0, 1)[rows.embedded_at]
+        return (states if states.dtype == torch.float64 else states.float()).mean(dim=1)

@@ -41,6 +41,7 @@ from cafe.model.checkpoint.adapter import (
 )
 from cafe.model.checkpoint.locate import locate
 from cafe.model.families import family_of
+from cafe.model.latent import latent_mean_files, latent_names
 from cafe.model.rows.collate import Collator
 from cafe.model.rows.prompts import DEFAULT_PROMPT, default_chat_template
 
@@ -257,7 +258,11 @@ def save_checkpoint(
     save_processor(processor, collator, directory)
     hidden = int(model.config.get_text_config().hidden_size)
     template = collator.render.template(DEFAULT_PROMPT)
-    for name, content in _sentence_transformers_files(hidden, template).items():
+    files = _sentence_transformers_files(hidden, template)
+    if collator.averages:
+        tokenizer = processor.tokenizer
+        files |= latent_mean_files(files, latent_names(collator.averages), tokenizer.get_vocab())
+    for name, content in files.items():
         file = directory / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=2) + "\n")

@@ -64,6 +64,7 @@ class RowLayout:
     row_tokens: int | None
     block_cost: int | None
     looks_ahead: bool
+    averages: int = 0
 
     def merged(self, group: Sequence[TokenSequence]) -> list[Row]:
         """The rows of a group: one, or one for each sequence."""
@@ -97,11 +98,14 @@ class RowLayout:
         labelled = [(at, s) for at, s in zip(flat, sequences, strict=True) if len(s.label_at)]
         image_order, video_order = orders(batch.keys)
         pooled_at = np.array([flat[i][-1] for i in pooled], dtype=np.int64)
+        before = np.arange(-1 - self.averages, -1)  # the latent tokens stand before the last one
+        averaged_at = np.array([flat[i][before] for i in pooled], dtype=np.int64)
+        averaged_at = averaged_at.reshape(len(pooled), self.averages)
         asked = [at[-1] for at, s in zip(flat, sequences, strict=True) if s.role == "question"]
         asked_at = np.array(asked, dtype=np.int64)
         label_source = concatenated([at[s.label_at - 1] for at, s in labelled])
         label_ids = concatenated([s.tokens.tokens[s.label_at] for _, s in labelled])
-        read = np.unique(np.concatenate([pooled_at, label_source, asked_at]))
+        read = np.unique(np.concatenate([pooled_at, averaged_at.ravel(), label_source, asked_at]))
         return Rows(
             input_ids=batch.input_ids,
             positions=batch.positions,
@@ -109,6 +113,7 @@ class RowLayout:
             image_order=torch.tensor(image_order, dtype=torch.long),
             video_order=torch.tensor(video_order, dtype=torch.long),
             pooled=torch.from_numpy(pooled_at),
+            averaged=torch.from_numpy(averaged_at),
             label_source=torch.from_numpy(label_source),
             label_ids=torch.from_numpy(label_ids),
             asked=torch.from_numpy(asked_at),

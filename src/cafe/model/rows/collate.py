@@ -7,7 +7,7 @@ workers. `cafe.model.rows.render` turns conversations into text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,6 +61,8 @@ class Collator:
                         images
     official            system turn and labels as in the published code
     latent              the learned tokens before the pooled one, as text (`cafe.model.latent`)
+    averages            how many latent tokens' states are averaged for an embedding; 0: it is the
+                        state at the pooled token
     own_prompt          what the embedding prompt "compress" means for this model
     block_cost          the rows of a chunk are sorted by length and computed in blocks of similar
                         length, which saves padding; what each further block costs, in tokens
@@ -79,6 +81,7 @@ class Collator:
     official: bool = False
     own_prompt: str = DEFAULT_PROMPT
     latent: str = ""
+    averages: int = 0
     block_cost: int | None = None
     matching: bool = False
 
@@ -103,6 +106,7 @@ class Collator:
             self.row_tokens,
             self.block_cost,
             self.family.bidirectional_image_attention,
+            self.averages,
         )
 
     @property
@@ -240,7 +244,7 @@ class Collator:
             DataError: a conversation that cannot be used; the message gives its number.
         """
         return self._inference_rows(
-            conversations, lambda c: self.render.embedding(c, prompt), numbers, token_cost
+            conversations, lambda c: self.render.embedding(c, prompt), numbers, token_cost, True
         )[:2]
 
     def prompt_rows(
@@ -276,6 +280,7 @@ class Collator:
         render: Callable[[Conversation], RenderedSequence],
         numbers: Sequence[int] | None,
         token_cost: float | None,
+        embeds: bool = False,
     ) -> tuple[Rows, dict[str, Tensor], Int[Tensor, " l"]]:
         names = [f"input {n}" for n in (range(len(conversations)) if numbers is None else numbers)]
         sequences = [
@@ -291,7 +296,8 @@ class Collator:
         # Sequence order[j] comes j-th; argsort inverts the permutation.
         pooled = np.argsort(order).tolist()
         read = [[sequences[i].read() for i in group] for group in groups]
-        rows = self.layout.rows(read, pooled, images.orders)
+        layout = self.layout if embeds else replace(self.layout, averages=0)
+        rows = layout.rows(read, pooled, images.orders)
         owners = [np.full(len(sequences[i].label_at), i) for i in order]
         return rows, images.inputs, torch.from_numpy(concatenated(owners))
 

@@ -30,6 +30,8 @@ class Rows:
     image_order    int64 [k]  which image of the chunk each run of placeholders stands for
     pooled         int64 [e]  flat index (row * t + token) of each embedding: queries, targets,
                               then negatives
+    averaged       int64 [e, k]  flat indices of the latent tokens whose mean is each embedding;
+                              k = 0: it is the state at `pooled`
     label_source   int64 [l]  flat index of the token that predicts each labelled token
     label_ids      int64 [l]  the labelled tokens
     visible_until  int64 [rows, t] where the tokens of an image see each other; else None
@@ -37,7 +39,7 @@ class Rows:
     plain          every row holds one sequence, so causal attention is the whole rule
     tokens         number of tokens, padding not included
     asked          int64 [q]  flat index of the last token of each match question
-    read           int64 [r]  the distinct indices of `pooled`, `label_source` and `asked`, in order
+    read           int64 [r]  the distinct indices of all of these, in order
     blocks         rows of similar length (`cafe.model.rows.blocks`); empty: all are one block
     """
 
@@ -53,8 +55,14 @@ class Rows:
     plain: bool = False
     tokens: int = 0
     asked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    averaged: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     read: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     blocks: tuple[LengthBlock, ...] = ()
+
+    @property
+    def embedded_at(self) -> Tensor:
+        """The tokens whose mean state is each embedding, int64 [e, 1] or [e, k]."""
+        return self.averaged if self.averaged.shape[1] else self.pooled[:, None]
 
     @property
     def computed_tokens(self) -> int:
@@ -108,7 +116,14 @@ class Rows:
     def without_outputs(self) -> Self:
         """The same tokens, without embeddings, labels and match questions."""
         nothing = torch.zeros(0, dtype=torch.long)
-        return replace(self, pooled=nothing, label_source=nothing, label_ids=nothing, asked=nothing)
+        return replace(
+            self,
+            pooled=nothing,
+            averaged=nothing.view(0, 0),
+            label_source=nothing,
+            label_ids=nothing,
+            asked=nothing,
+        )
 
 
 def each_tensor(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
