@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from cafe.model.checkpoint.convert import convert
     from cafe.model.vlm import CAFe
     from cafe.recipes import Recipe, load_recipe
+    from cafe.release.cross_encoder import export_cross_encoder
     from cafe.release.release import export, merge_adapter
     from cafe.release.verify import verify
+    from cafe.retrieval.batch_mining import mine_batches
     from cafe.retrieval.embed import embed_dataset
     from cafe.retrieval.indexing import build_index
     from cafe.retrieval.mining import mine_hard_negatives
@@ -56,9 +58,11 @@ __all__ = [
     "embed_dataset",
     "evaluate",
     "export",
+    "export_cross_encoder",
     "keep_memory",
     "load_recipe",
     "merge_adapter",
+    "mine_batches",
     "mine_hard_negatives",
     "serve",
     "train",
@@ -84,9 +88,11 @@ _HOMES = {
     "embed_dataset": "cafe.retrieval.embed",
     "evaluate": "cafe.evaluation.run",
     "export": "cafe.release.release",
+    "export_cross_encoder": "cafe.release.cross_encoder",
     "keep_memory": "cafe.memory",
     "load_recipe": "cafe.recipes",
     "merge_adapter": "cafe.release.release",
+    "mine_batches": "cafe.retrieval.batch_mining",
     "mine_hard_negatives": "cafe.retrieval.mining",
     "serve": "cafe.serving.run",
     "train": "cafe.training.run",

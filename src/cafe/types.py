@@ -125,6 +125,7 @@ class Example:
     negatives       explicit hard negatives of this query
     query_thought, target_thought   that side, and what the model says of it before it is embedded
                     (think-then-embed): a conversation that ends with an assistant turn; None: no
+    scores          a teacher's, of the target and then of each negative, for this query; None: no
     dialogues       conversations whose assistant turns carry the language loss; several
                     dialogues about one image are branches of one row
     target_id       examples with equal target ids are not negatives of one another; nor are those
@@ -143,6 +144,7 @@ class Example:
     embedding_prompt: str = "compress"
     query_thought: Conversation | None = None
     target_thought: Conversation | None = None
+    scores: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if (self.query is None) != (self.target is None):
@@ -151,6 +153,8 @@ class Example:
             raise ValueError(f"example {self.id!r}: negatives need a query")
         if (self.query_thought or self.target_thought) and self.query is None:
             raise ValueError(f"example {self.id!r}: a thought needs a pair")
+        if self.scores is not None and len(self.scores) != 1 + len(self.negatives):
+            raise ValueError(f"example {self.id!r}: one score for the target, one per negative")
         if self.query is None and not self.dialogues:
             raise ValueError(f"example {self.id!r}: neither a contrastive pair nor a dialogue")
 

@@ -78,11 +78,12 @@ SURFACE = {
         "--margin",
         "--max-share",
         "--count",
+        "--batches",
         "--image-root",
         "--batch-size",
     ],
     "convert": ["DIR", "--to"],
-    "export": ["MODEL", "--to", "--merge", "--verify", "--results"],
+    "export": ["MODEL", "--to", "--merge", "--verify", "--cross-encoder", "--results"],
     "serve": [
         "MODEL",
         "--index",

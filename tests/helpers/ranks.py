@@ -14,7 +14,7 @@ from cafe.recipes import Objective
 from cafe.training.contrastive import ContrastiveLoss
 from cafe.training.matching import Matcher
 from cafe.training.step import TrainingStep
-from cafe.types import thought_about
+from cafe.types import thought_about, user
 from helpers.models import build_small_model, in_float64
 from helpers.twin import gradients, make_examples
 
@@ -39,6 +39,14 @@ def examples_of(rank: int) -> list[Any]:
     return {0: everything[:4], 1: everything[4:], -1: everything}[rank]
 
 
+def scored(example: Any) -> Any:
+    """With hard negatives and a teacher's scores, each third pair without."""
+    number = int(example.id.rpartition("-")[2])
+    wrong = [user(f"no cat {number}{letter}") for letter in "ab"[: number % 3]]
+    scores = (1.0, *(0.7 - i - number / 5 for i in range(len(wrong))))
+    return dataclasses.replace(example, negatives=tuple(wrong), scores=scores if wrong else None)
+
+
 def step_of(
     rank: int,
     chunk: int,
@@ -46,6 +54,7 @@ def step_of(
     match_weight: float = 0.0,
     thought_weight: float = 0.0,
     multi_vector_weight: float = 0.0,
+    teacher: str | None = None,
 ) -> tuple[Any, Any, Any]:
     model = in_float64(build_small_model()).train()
     if multi_vector_weight:
@@ -54,11 +63,13 @@ def step_of(
     collator = dataclasses.replace(
         model.collator, dummy_image=True, matching=matching, every_token=multi_vector_weight > 0
     )
-    weights = {
+    weights: dict[str, Any] = {
         "match_weight": match_weight,
         "thought_weight": thought_weight,
         "multi_vector_weight": multi_vector_weight,
     }
+    if teacher is not None:
+        weights |= {"soft_label_weight": 0.8, "soft_labels": teacher}
     objective = JOINT.model_copy(update=weights)
     contrast = ContrastiveLoss(objective).double()
     outer: Any = torch.nn.parallel.DistributedDataParallel(model) if wrapped else model
@@ -71,6 +82,8 @@ def step_of(
         **({"no_sync": outer.no_sync} if wrapped else {}),
     )
     examples = examples_of(rank)
+    if teacher == "scores":
+        examples = [scored(e) for e in examples]
     if thought_weight:
         examples = [
             e
@@ -92,12 +105,13 @@ def worker(
     match: float = 0.0,
     thought: float = 0.0,
     multi_vector: float = 0.0,
+    teacher: str | None = None,
 ) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
-    model, contrast, numbers = step_of(rank, chunk, True, match, thought, multi_vector)
+    model, contrast, numbers = step_of(rank, chunk, True, match, thought, multi_vector, teacher)
     torch.save(
         {
             "gradients": gradients(model),
@@ -105,6 +119,7 @@ def worker(
             "match": numbers.match,
             "thought": numbers.thought,
             "multi_vector": numbers.multi_vector,
+            "soft_label": numbers.soft_label,
             "numbers": (numbers.contrastive, numbers.language, numbers.tokens, numbers.pairs),
         },
         f"{out}/rank{rank}.pt",

@@ -124,6 +124,7 @@ def test_what_the_package_exports_is_there_and_complete() -> None:
         objective.language,
         objective.matching,
         objective.official,
+        objective.soft_labels,
     )
     public = {name for module in modules for name in module.__all__}
     assert set(cafe.objective.__all__) == public

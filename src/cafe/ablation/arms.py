@@ -129,7 +129,8 @@ def run_recipe(common: Recipe, run: Run, scenes: Path, output_dir: Path) -> Reci
     }
     if run.arm.contrastive_weight == 0:  # nothing would train what embeddings are read after
         weights |= {"latent_tokens": 0, "thought_weight": 0.0, "match_weight": 0.0}
-        weights |= {"multi_vector_weight": 0.0}
+        weights |= {"multi_vector_weight": 0.0, "soft_label_weight": 0.0}
+        weights["latent_pooling"] = "last"
     return common.model_copy(
         update={
             "data": data,

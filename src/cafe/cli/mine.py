@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,6 +40,14 @@ def command(
         ),
     ] = 0.95,
     count: Annotated[int, typer.Option(min=1, help="Maximum number of negatives per query.")] = 7,
+    batches: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="SIZE",
+            help="Instead of negatives: groups of SIZE alike pairs, to share a batch (B3).",
+        ),
+    ] = None,
     image_root: Annotated[
         Path | None,
         typer.Option(help="Where image paths start, in DATA and FILE; default: DATA's folder."),
@@ -49,10 +57,24 @@ def command(
     """Find hard negatives for a training file.
 
     Writes ms-swift's embedding JSONL. A pair's own target, targets with the same id, and other
-    targets of the same query are never its negatives.
+    targets of the same query are never its negatives. With --batches it writes groups of ids, which
+    a recipe's data.*.groups names: each pair of a group is a hard negative of the others.
     """
-    ranks = _ranks(window, count)
+    options: dict[str, Any] = {
+        "out": out,
+        "rank_range": _ranks(window, 1 if batches else count),
+        "margin": margin,
+        "max_share": max_share or None,
+        "image_root": image_root,
+        "batch_size": batch_size,
+    }
+    if batches:
+        _mine_batches(model, data, size=batches, **options)
+    else:
+        _mine_negatives(model, data, count=count, **options)
 
+
+def _mine_negatives(model: str, data: str, *, out: Path, count: int, **options: Any) -> None:
     from cafe.retrieval.mining import mine_hard_negatives
 
     with skipped_lines() as on_skipped:
@@ -60,18 +82,40 @@ def command(
             model,
             data,
             out=out,
-            rank_range=ranks,
-            margin=margin,
-            max_share=max_share or None,
             count=count,
-            image_root=image_root,
-            batch_size=batch_size,
             on_skipped=on_skipped,
             show_progress_bar=True,
+            **options,
         )
     print(_formatted(report.found, count))
     print(f"{len(report.examples)} records in {out}; in a recipe:")
     print(_recipe_entry(out, report.image_root))
+
+
+def _mine_batches(model: str, data: str, *, out: Path, size: int, **options: Any) -> None:
+    from cafe.recipes.base import to_yaml
+    from cafe.retrieval.batch_mining import mine_batches
+
+    with skipped_lines() as on_skipped:
+        report = mine_batches(
+            model,
+            data,
+            out=out,
+            size=size,
+            on_skipped=on_skipped,
+            show_progress_bar=True,
+            **options,
+        )
+    pairs = sum(map(len, report.groups))
+    print(f"{pairs:,} pairs in {len(report.groups):,} groups of {size}")
+    print("of {:.1f} neighbours of a pair {:.1f} are in its group".format(*report.neighbours))
+    print(
+        "mean score of a pair's best wrong target in its group {:.3f}, in random groups {:.3f}; in "
+        "a recipe:".format(*report.hardest)
+    )
+    path = str(Path(data).absolute()) if Path(data).exists() else data
+    source = {"path": path, "groups": str(out.absolute())}
+    print(to_yaml({"data": [source], "batch": {"examples": size}}).rstrip())
 
 
 def _ranks(window: str, count: int) -> tuple[int, int]:

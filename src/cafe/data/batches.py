@@ -29,11 +29,13 @@ class BatchPlan:
     names    names of the sources, for messages
     targets  int64 [size] for each source, equal where examples have the same target; None where
              all are different
+    groups   int64 [size] for each source, equal where examples belong together; None where none do
 
     Every batch is drawn from one source. A source is reshuffled for each of its epochs, in which no
     example occurs twice; those that do not fill a last batch are omitted, different ones each time.
     A source that is smaller than one batch is used as one batch of its size.
     A target occurs once in a batch, unless it has more examples than there are batches (`spread`).
+    In a source with groups, a batch is as many whole groups as it has room for (`together`).
     Raises DataError when a source has too few examples for a contrastive batch (2), or none.
     """
 
@@ -43,6 +45,7 @@ class BatchPlan:
     seed: int
     names: Sequence[str] = ()
     targets: Sequence[np.ndarray | None] = ()
+    groups: Sequence[np.ndarray | None] = ()
     _orders: dict[int, tuple[int, np.ndarray]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -117,10 +120,31 @@ class BatchPlan:
             stream = np.random.default_rng([self.seed & (2**64 - 1), source, epoch])
             order = stream.permutation(self.sizes[source])
             targets = self.targets[source] if self.targets else None
-            if targets is not None:
+            groups = self.groups[source] if self.groups else None
+            if groups is not None:
+                order = together(order, groups, stream)
+            elif targets is not None:
                 order = spread(order, targets, self.batch, stream)
             known = self._orders[source] = (epoch, order)
         return known[1]
+
+
+def together(order: np.ndarray, groups: np.ndarray, stream: np.random.Generator) -> np.ndarray:
+    """`order` rearranged so that the examples of a group are neighbours; groups in random order.
+
+    Groups of one size, of which a batch is a multiple, are whole in a batch. After a smaller one
+    they are cut by its size, which is better than the same few examples left out in each epoch.
+
+    Args:
+        order: int64 [n], a random permutation of the examples.
+        groups: int64 [n], the group of each example (by its number, not its position in `order`).
+        stream: Random numbers for the order of the groups.
+
+    Returns:
+        int64 [n], the new order.
+    """
+    turn = stream.permutation(int(groups.max()) + 1)[groups]
+    return order[np.argsort(turn[order], kind="stable")]
 
 
 def spread(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Self
 
 import numpy as np
 
 from cafe.data.batches import BatchPlan
+from cafe.data.groups import group_numbers
 from cafe.data.merge import merge_with_origin
 from cafe.errors import DataError
 from cafe.types import Example
@@ -18,11 +19,15 @@ from cafe.types import Example
 
 @dataclass(frozen=True, slots=True)
 class ExampleSource:
-    """Examples of one task, and how often they are drawn relative to other sources."""
+    """Examples of one task, and how often they are drawn relative to other sources.
+
+    groups   id -> number of its group, of examples that share batches (`cafe.data.groups`)
+    """
 
     name: str
     examples: Sequence[Example]
     weight: float = 1.0
+    groups: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ class ExampleSet:
             seed=seed,
             names=[source.name for source in self.sources],
             targets=[_targets(source.examples) for source in self.sources],
+            groups=[group_numbers(source.examples, source.groups) for source in self.sources],
         )
 
     def _number(self, index: int) -> int:

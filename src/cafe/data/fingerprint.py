@@ -33,6 +33,7 @@ def _parts(example: Example, *, sizes: bool) -> list[bytes]:
     """All texts and images of the example. Its id does not count, as it is not trained on."""
     sides: list[Conversation] = [s for s in (example.query, example.target) if s is not None]
     parts = [str((len(sides), len(example.negatives), len(example.dialogues))).encode()]
+    parts += [] if example.scores is None else [str(example.scores).encode()]
     for conversation in example.conversations:
         for message in conversation:
             parts.append(message.role.encode())

@@ -4,8 +4,11 @@ One record, in ms-swift's embedding format (its data loader, and this package's,
 
     {"messages": [{"role": "user", "content": "<image>"}], "images": ["1.jpg"],
      "positive_messages": [[{"role": "user", "content": "a red mug"}]], "positive_images": [[]],
-     "negative_messages": [[{"role": "user", "content": "a blue mug"}]], "negative_images": [[]]}
+     "negative_messages": [[{"role": "user", "content": "a blue mug"}]], "negative_images": [[]],
+     "scores": [0.81, 0.74]}
 
+`scores` are the cosines of the positive and of each negative, which `data.*.scores` of a recipe
+reads; others leave the column out.
 Format: https://swift.readthedocs.io, "Embedding training". Each `<image>` is the position of an
 image. The format cannot contain answers (dialogues): keep the first file as a second source of the
 recipe, in `mode: chat`, and set `merge_by_image: true`.
@@ -106,6 +109,7 @@ def swift_record(
         "positive_images": [positive[1]],
         "negative_messages": [side[0] for side in others],
         "negative_images": [side[1] for side in others],
+        **({} if example.scores is None else {"scores": list(example.scores)}),
     }
 
 

@@ -18,6 +18,7 @@ from cafe.data.formats import (
     detect_format,
     renamed,
 )
+from cafe.data.formats.base import scored
 from cafe.data.formats.mixture import chosen, is_mixture, read_mixture
 from cafe.data.media_paths import MediaResolver
 from cafe.data.quarantine import Skipped
@@ -90,6 +91,8 @@ def _read(table: Table, raws: Iterable[RawRecord], options: ReadOptions) -> Reco
             if isinstance(own, str | int) and str(own) != identity:
                 location, identity = f"{location}, id {quoted(own)}", str(own)
             examples = format.read(identity, renamed(record, mapping), media, options)
+            if options.scores is not None:
+                examples = scored(examples, record, options.scores, media.changes)
             for text in _texts(examples):
                 check_unicode(text)
             records.examples.extend(examples)

@@ -102,6 +102,7 @@ class ReadOptions:
     language_loss     False: pairs only, no dialogues
     embedding_prompt  a name in `cafe.model.rows.prompts.PROMPTS`; None: the format's default
     task              task of all examples
+    scores            column of a teacher's scores of the positive and of each negative
     columns           column names that formats know -> columns of this data set
     split             split to read, where there are several
     image_root        where image paths start; none may leave this folder, but the links in it
@@ -116,6 +117,7 @@ class ReadOptions:
     language_loss: bool = True
     embedding_prompt: str | None = None
     task: str = "default"
+    scores: str | None = None
     columns: Mapping[str, str] | None = None
     split: str | None = None
     image_root: Path | None = None

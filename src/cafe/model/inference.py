@@ -12,6 +12,7 @@ from torch import Tensor
 from cafe.batching import prefetch_map
 from cafe.model.families import Family
 from cafe.model.head import LanguageHead, token_log_probs, token_logits
+from cafe.model.rerank import named_answer_tokens
 from cafe.model.rows.collate import Collator
 from cafe.model.rows.inputs import Input, Inputs, as_conversation, as_messages
 from cafe.model.rows.matching import match_question
@@ -372,7 +373,10 @@ def length_buckets(conversations: Sequence[Conversation], batch_size: int) -> li
 
 
 def yes_no_tokens(model: InferenceModel) -> tuple[list[int], list[int]]:
-    """The tokens that begin a "yes", and those that begin a "no"."""
+    """The tokens that begin a "yes", and those that begin a "no"; or the two that are named."""
+    named = named_answer_tokens(model.model.config, model.processor.tokenizer)
+    if named is not None:
+        return [named[1]], [named[0]]
     return _answer_ids(model, "yes"), _answer_ids(model, "no")
 
 

@@ -6,10 +6,16 @@ They give the model k further positions to compute an embedding in, at a constan
 decoding (the chorus tokens of CREM, TTE-Flash). They are tokens of the vocabulary like others, and
 part of the saved embedding template: so sentence-transformers and vLLM read the same embedding. No
 input can contain them, as it can contain no control token, and no answer is trained to.
+
+An embedding is the state at the pooled token, or the mean of those at the latent tokens
+(`latent_pooling: mean`). sentence-transformers reads the mean with modules of its own:
+`WordWeights` weighs the latent tokens 1 and all others 0, and its mean divides by the sum of the
+weights. vLLM has no such module, and would average all tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +24,9 @@ from cafe.errors import CheckpointError
 
 LATENT_KEY = "latent_tokens"
 """In config.json: how many latent tokens the model's embeddings are read after."""
+
+POOLING_KEY = "latent_pooling"
+"""In config.json: "mean" if an embedding is the mean of the latent tokens' states."""
 
 MOST = 64
 
@@ -44,6 +53,21 @@ def latent_count(config: Any) -> int:
     return count
 
 
+def averaged_tokens(config: Any) -> int:
+    """How many latent tokens' states are averaged for an embedding; 0: it is the last token's.
+
+    Raises:
+        CheckpointError: the configuration names another pooling, or a mean of no tokens.
+    """
+    pooling, count = getattr(config, POOLING_KEY, "last"), latent_count(config)
+    if pooling not in ("last", "mean") or (pooling == "mean" and count == 0):
+        raise CheckpointError(
+            f"config.json: {POOLING_KEY} is {pooling!r} with {count} latent tokens; use the "
+            "pooling that the embeddings were trained with, last or mean, or remove the key"
+        )
+    return count if pooling == "mean" else 0
+
+
 def latent_text(config: Any, tokenizer: Any) -> str:
     """What stands before the pooled token in the embedding template.
 
@@ -67,16 +91,22 @@ def latent_text(config: Any, tokenizer: Any) -> str:
 
 
 @torch.no_grad()
-def add_latent_tokens(model: Any, processor: Any, count: int) -> None:
+def add_latent_tokens(model: Any, processor: Any, count: int, pooling: str = "last") -> None:
     """Give a model `count` latent tokens, with random embeddings near the mean of all others.
 
     The model, its configuration and its tokenizer are changed. A model that has as many already
     keeps its own.
 
     Raises:
-        CheckpointError: it has another number of them.
+        CheckpointError: it has another number of them, or another pooling.
     """
-    own = latent_count(model.config)
+    own, own_pooling = latent_count(model.config), getattr(model.config, POOLING_KEY, "last")
+    if own and own_pooling != pooling:
+        raise CheckpointError(
+            f"the model's embeddings were trained with {POOLING_KEY}: {own_pooling}, and the "
+            f"recipe asks for {pooling}; set objective.{POOLING_KEY}: {own_pooling}, or start from "
+            "the model's base"
+        )
     if own == count:
         return
     if own:
@@ -98,8 +128,37 @@ def add_latent_tokens(model: Any, processor: Any, count: int) -> None:
         fresh = known.mean(0) + _SPREAD * known.std(0) * noise
         layer.weight[ids.to(layer.weight.device)] = fresh.to(layer.weight.dtype)
     setattr(model.config, LATENT_KEY, count)
+    if pooling != "last":
+        setattr(model.config, POOLING_KEY, pooling)
 
 
 def _embeddings(model: Any) -> list[Any]:
     head = model.get_output_embeddings()
     return [model.get_input_embeddings(), *([] if head is None else [head])]
+
+
+def latent_mean_files(
+    files: Mapping[str, Any], names: Sequence[str], vocabulary: Mapping[str, int]
+) -> dict[str, Any]:
+    """sentence-transformers' files that read the mean of the latent tokens; content by name.
+
+    Args:
+        files: those of an embedding that is read at its last token, which these replace.
+        names: the latent tokens.
+        vocabulary: token -> id.
+    """
+    before, pooling, after = files["modules.json"]
+    weights = {"path": "3_WordWeights", "type": "sentence_transformers.models.WordWeights"}
+    modules = [before, weights, pooling, after]
+    words = [""] * (1 + max(vocabulary.values()))  # only the weighted ones are looked up by name
+    for name in names:
+        words[vocabulary[name]] = name
+    return {
+        "modules.json": [{**module, "idx": i, "name": str(i)} for i, module in enumerate(modules)],
+        "3_WordWeights/config.json": {
+            "vocab": words,
+            "word_weights": dict.fromkeys(names, 1.0),
+            "unknown_word_weight": 0.0,
+        },
+        "1_Pooling/config.json": {**files["1_Pooling/config.json"], "pooling_mode": "mean"},
+    }

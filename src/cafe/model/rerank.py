@@ -29,6 +29,10 @@ DEFAULT_TEMPERATURE = 0.05
 TEMPERATURE_KEY = "contrastive_temperature"
 """In config.json. (transformers takes "temperature" for a generation setting.)"""
 
+ANSWER_TOKENS_KEY = "classifier_from_token"
+"""In config.json, vLLM's name: the two tokens, for no and for yes, that a score is read from.
+Without it every spelling counts (`cafe.model.inference.yes_no_tokens`)."""
+
 
 class Reranked(NamedTuple):
     """Scores of each candidate, in the candidates' order.
@@ -94,3 +98,22 @@ def as_temperature(value: Any, file: str) -> float:
             f"were trained with, or remove the key (then it is {DEFAULT_TEMPERATURE})"
         )
     return number
+
+
+def named_answer_tokens(config: Any, tokenizer: Any) -> tuple[int, int] | None:
+    """The ids of the tokens for no and for yes that the configuration names; None: it names none.
+
+    Raises:
+        CheckpointError: they are not two different tokens of the vocabulary.
+    """
+    names = getattr(config, ANSWER_TOKENS_KEY, None)
+    if names is None:
+        return None
+    vocabulary = tokenizer.get_vocab()
+    two = isinstance(names, list) and len(names) == 2 and names[0] != names[1]
+    if not two or any(not isinstance(name, str) or name not in vocabulary for name in names):
+        raise CheckpointError(
+            f"config.json: {ANSWER_TOKENS_KEY} is {names!r}; use two tokens of the vocabulary, for "
+            'no and for yes (["no", "yes"]), or remove the key'
+        )
+    return vocabulary[names[0]], vocabulary[names[1]]

@@ -78,7 +78,7 @@ def _score_chunk(
     model: InferenceModel, examples: Sequence[Example], chunk: Chunk
 ) -> list[TeacherForcedScores]:
     states = model(chunk.rows, chunk.vision, read_only=True).flatten(0, 1)
-    embeddings = states[chunk.rows.pooled].float().cpu().numpy()
+    embeddings = states[chunk.rows.embedded_at].float().mean(dim=1).cpu().numpy()
     labels = chunk.rows.label_ids
     log_p, is_argmax = token_log_probs(
         model, states[chunk.rows.label_source], labels, _CHUNK_TOKENS

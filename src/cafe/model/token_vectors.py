@@ -130,8 +130,8 @@ def token_states(
     for batch in length_buckets(conversations, batch_size):
         chosen = [conversations[i] for i in batch]
         rows, vision = collator.embedding_rows(chosen, prompt, batch, model.token_cost)
-        states = model.hidden_at(rows, vision, rows.embedded)
-        yield batch, states.split(rows.embedded_counts.tolist())
+        states = model.hidden_at(rows, vision, rows.token_vectors_at)
+        yield batch, states.split(rows.token_vector_counts.tolist())
 
 
 def pooled(vectors: Float[np.ndarray, "n d"], factor: float) -> Float[np.ndarray, "m d"]:

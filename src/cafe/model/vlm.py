@@ -26,7 +26,7 @@ from cafe.model.families.base import distinct_features
 from cafe.model.hidden import features_of_rows, hidden_states
 from cafe.model.inference import Vision
 from cafe.model.last_layer import compute_last_layer_at, prepare
-from cafe.model.latent import latent_text
+from cafe.model.latent import averaged_tokens, latent_text
 from cafe.model.quantization import EmbeddingPrecision
 from cafe.model.rerank import Reranked, reranked, trained_temperature
 from cafe.model.rows.collate import Collator
@@ -83,6 +83,7 @@ class CAFe(TokenEncoder, nn.Module):
             sharing=row_sharing(model.config, self.family),
             own_prompt=own_prompt(model.config),
             latent=latent_text(model.config, processor.tokenizer),
+            averages=averaged_tokens(model.config),
         )
 
     @classmethod
@@ -161,23 +162,20 @@ class CAFe(TokenEncoder, nn.Module):
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     def hidden_at(
-        self,
-        rows: Rows,
-        vision: Vision,
-        token_indices: Int[Tensor, " n"] | None = None,
+        self, rows: Rows, vision: Vision, token_indices: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n hidden"]:
         """Final hidden states at some tokens; the last layer computes no others.
 
         Args:
             rows: on any device.
             vision: the vision tower's inputs, on any device.
-            token_indices: flat indices, row * t + token; None: `rows.pooled`.
+            token_indices: flat indices, row * t + token; None: the rows' embeddings.
         """
         device, rows = self.device, rows.to(self.device)
-        token_indices = rows.pooled if token_indices is None else token_indices.to(device)
-        with compute_last_layer_at(token_indices, rows.input_ids.shape):
+        at = rows.embedded_at if token_indices is None else token_indices.to(device)[:, None]
+        with compute_last_layer_at(at.flatten(), rows.input_ids.shape):
             hidden = self(rows, {name: tensor.to(device) for name, tensor in vision.items()})
-        return hidden.flatten(0, 1)[token_indices]
+        return hidden.flatten(0, 1)[at].mean(dim=1)
 
     def forward(
         self, rows: Rows, vision: Vision, *, read_only: bool = False

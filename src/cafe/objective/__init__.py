@@ -18,6 +18,7 @@ from cafe.objective.language import IGNORE_LABEL, next_token_nll
 from cafe.objective.matching import hardest_wrong, known_right, log_odds, match_loss
 from cafe.objective.maxsim import TokenVectors, max_sim, max_sim_info_nce
 from cafe.objective.official import Compat, contrastive_share, language_count
+from cafe.objective.soft_labels import soft_label_loss
 
 __all__ = [
     "IGNORE_LABEL",
@@ -39,4 +40,5 @@ __all__ = [
     "next_token_nll",
     "rounded",
     "sigmoid_loss",
+    "soft_label_loss",
 ]

@@ -5,17 +5,8 @@ Pure data: nothing here imports torch, and nothing here knows who runs a recipe.
 
 from cafe.recipes.ablation import Ablation, load_ablation
 from cafe.recipes.load import is_recipe, load_recipe, load_source
-from cafe.recipes.tree import (
-    Batch,
-    Checkpoint,
-    DataSource,
-    Log,
-    Objective,
-    Optimizer,
-    Recipe,
-    Schedule,
-    Tuning,
-)
+from cafe.recipes.optimization import Optimizer, Schedule, Tuning
+from cafe.recipes.tree import Batch, Checkpoint, DataSource, Log, Objective, Recipe
 
 __all__ = [
     "Ablation",

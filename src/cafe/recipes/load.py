@@ -96,6 +96,8 @@ def load_source(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) 
         _apply(tree, override)
     if "thoughts" in tree["data"][0]:  # whether they are trained is not this source's affair
         tree["objective"] = {"thought_weight": 1.0}
+    if "scores" in tree["data"][0]:
+        tree.setdefault("objective", {})["soft_label_weight"] = 1.0
     _anchor_data_paths(tree, Path())
     try:
         return Recipe.model_validate(tree).data[0]
@@ -138,7 +140,7 @@ def _anchor_data_paths(tree: dict[str, Any], folder: Path) -> None:
     """Make data paths relative to `folder` absolute. Wrong types are left to validation."""
     sources = tree.get("data")
     for source in sources if isinstance(sources, list) else []:
-        for key in ("path", "image_root", "thoughts"):
+        for key in ("path", "image_root", "thoughts", "groups"):
             value = source.get(key) if isinstance(source, dict) else None
             if not isinstance(value, str) or not value or value.startswith("hub:"):
                 continue

@@ -7,19 +7,16 @@ new recipe (`load_recipe` with overrides).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
     Field,
-    Strict,
     model_validator,
 )
 
 from cafe.recipes.base import (
     Count,
-    Fraction,
-    ModelPart,
     Name,
     NotNegative,
     Positive,
@@ -30,6 +27,7 @@ from cafe.recipes.base import (
     share_of,
     to_yaml,
 )
+from cafe.recipes.optimization import Optimizer, Schedule, Tuning
 
 
 class DataSource(Section):
@@ -53,6 +51,12 @@ class DataSource(Section):
     """What the model says of an image before its embedding is read, for objective.thought_weight:
     "answers" (the first answer about it), or a file that `cafe think` wrote, relative to the
     recipe's folder. None: nothing."""
+    scores: Name | None = None
+    """Column of a teacher's scores, for objective.soft_labels: one number for the positive, then
+    one for each negative. None: there are none."""
+    groups: Name | None = None
+    """File of ids that `cafe mine --batches` wrote, relative to the recipe's folder: examples of a
+    group are alike, and share a batch. None: batches are random."""
     columns: dict[Name, Name] | None = None
     """Column names of the format -> those of this data set, e.g. {image: photo, text: title}."""
     split: Name | None = None
@@ -91,9 +95,20 @@ class Objective(Section):
     thought_weight: NotNegative = 0.0
     """Weight of a second contrastive loss, of embeddings that are read after the model has said
     something about the input (`data.*.thoughts`); for `encode(think=…)`. 0 is off."""
+    soft_label_weight: NotNegative = 0.0
+    """Weight of the divergence (KL) of the similarities from a teacher's scores of the same
+    candidates. 0 is off."""
+    soft_labels: Literal["scores", "matcher"] = "scores"
+    """The teacher. scores: stored in the data (`data.*.scores`). matcher: this model's own answers
+    to the match questions of the step, for one more pass without gradient."""
+    soft_label_temperature: Positive = 1.0
+    """Divides the teacher's scores: 1 for log-odds or logits, about `temperature` for cosines."""
     latent_tokens: Annotated[int, Field(ge=0, le=64)] = 0
     """Learned tokens before the one that is pooled: room to compute an embedding in, without
     decoding. They become tokens of the saved model. 0: as the model is."""
+    latent_pooling: Literal["last", "mean"] = "last"
+    """last: an embedding is the state at the token after the latent ones. mean: the mean of their
+    own states, which sentence-transformers reads as well, and vLLM does not."""
     multi_vector_weight: NotNegative = 0.0
     """Weight of a contrastive loss over the vectors of all tokens (MaxSim), which a projection of
     its own makes; for `encode(multi_vector=True)`. 0 is off, and drops a projection."""
@@ -140,12 +155,23 @@ class Objective(Section):
             value = getattr(self, name)
             if value is not None and value is not False and self.contrastive == "sigmoid":
                 raise ValueError(f"{name} is for info_nce; set contrastive: info_nce, or drop it")
-        for name in ("match_weight", "thought_weight", "latent_tokens", "multi_vector_weight"):
-            if getattr(self, name) and self.compat == "official":
-                raise ValueError(f"compat is official, which has no {name}; set {name}: 0")
         if max(self.multi_vector_dims or [1]) > self.multi_vector_dim:
             raise ValueError(f"multi_vector_dims exceed multi_vector_dim, {self.multi_vector_dim}")
-        for name in ("thought_weight", "latent_tokens", "multi_vector_weight"):
+        if self.soft_label_weight and self.soft_labels == "matcher" and not self.match_weight:
+            raise ValueError(
+                "soft_labels: matcher needs match questions, which the matcher learns from; set "
+                "match_weight above 0, or soft_labels: scores"
+            )
+        if self.latent_pooling == "mean" and not self.latent_tokens:
+            raise ValueError(
+                "latent_pooling: mean is of the latent tokens; set latent_tokens, or drop it"
+            )
+        contrastive = ("thought_weight", "soft_label_weight", "latent_tokens")
+        contrastive += ("multi_vector_weight",)
+        for name in ("match_weight", *contrastive):
+            if getattr(self, name) and self.compat == "official":
+                raise ValueError(f"compat is official, which has no {name}; set {name}: 0")
+        for name in contrastive:
             if getattr(self, name) and not self.contrastive_weight:
                 raise ValueError(
                     f"{name} is trained by a contrastive loss; set contrastive_weight above 0, or "
@@ -182,87 +208,6 @@ class Batch(Section):
     def _check_chunk(self) -> Self:
         if self.chunk is not None and self.chunk_tokens is not None:
             raise ValueError("chunk and chunk_tokens are both set; set one of them (null unsets)")
-        return self
-
-
-class Optimizer(Section):
-    """AdamW, one learning rate per part of the model."""
-
-    learning_rate: Positive
-    """Peak rate of the language model, and of the parts without a rate of their own."""
-    vision_learning_rate: Positive | None = None
-    """Peak rate of the vision tower; None: learning_rate."""
-    projector_learning_rate: Positive | None = None
-    """Peak rate of the projector; None: learning_rate."""
-    multi_vector_learning_rate: Positive | None = None
-    """Peak rate of the projection of objective.multi_vector_weight; None: learning_rate."""
-    freeze: list[ModelPart] = Field(default_factory=list)
-    """Parts that are not trained."""
-    weight_decay: NotNegative = 0.0
-    """Decoupled weight decay, of matrices only."""
-    betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
-    """Decay rates of the running means of the gradient and of its square."""
-    epsilon: Positive = 1e-8
-    """Added to the denominator of AdamW's update."""
-    max_grad_norm: Positive | None = 1.0
-    """Gradients are clipped to this global norm; None: never."""
-
-
-def _default(section: type[Section], name: str) -> Any:
-    return section.model_fields[name].get_default(call_default_factory=True)
-
-
-class Tuning(Section):
-    """Which weights are trained: the model's own, or an adapter's (LoRA and its variants)."""
-
-    kind: Literal["full", "lora", "dora", "qlora"] = "full"
-    """full: the model's own weights. qlora: LoRA on a 4-bit base (needs bitsandbytes)."""
-    rank: Count = 16
-    """Rank of each adapted matrix's update."""
-    alpha: Count = 32
-    """The update is scaled by alpha / rank."""
-    dropout: Fraction = 0.0
-    """Dropout on the adapter's input."""
-    parts: list[ModelPart] = Field(default_factory=lambda: ["language"], min_length=1)
-    """Parts whose linear layers are adapted. Other parts are frozen."""
-    targets: Annotated[list[Name], Field(min_length=1)] | None = None
-    """Adapt only these layers of the parts, e.g. [q_proj, v_proj]; None: every linear layer."""
-    full_parts: list[Literal["vision", "projector"]] = Field(default_factory=list)
-    """Parts that are fully trained next to the adapter, which then stores their weights too."""
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> Self:
-        if self.kind == "full":
-            changed = [name for name in self.model_fields_set if name != "kind"]
-            changed = [n for n in changed if getattr(self, n) != _default(type(self), n)]
-            if changed:
-                raise ValueError(
-                    f"kind is full, so there is no adapter that takes {sorted(changed)[0]}; set "
-                    "kind to lora"
-                )
-        both = [part for part in self.full_parts if part in self.parts]
-        if both:
-            raise ValueError(f"{both[0]} is in parts and in full_parts; name it in one of them")
-        return self
-
-
-class Schedule(Section):
-    """Length of the run, and the learning rate schedule."""
-
-    steps: Count | None = None
-    """Number of optimizer steps. Set this or epochs."""
-    epochs: Positive | None = None
-    """Number of passes over the data, which may be fractional. Set this or steps."""
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay from the peak to zero along a cosine or a line, or none."""
-    warmup: Annotated[float | int, share_of("steps", 0.03)] = 0.03
-    """Linear warmup: a float below 1 is a fraction of all steps, a whole number counts steps."""
-
-    @model_validator(mode="after")
-    def _check_length(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            state = "neither is" if self.steps is None else "both are"
-            raise ValueError(f"set exactly one of steps and epochs (null unsets); {state} set")
         return self
 
 
@@ -339,6 +284,17 @@ class Recipe(Section):
             raise ValueError(
                 "data.*.thoughts and objective.thought_weight go together; set "
                 + ("thought_weight above 0" if thinks else "thoughts of a source, e.g. answers")
+            )
+        scored = any(source.scores is not None for source in self.data)
+        stored = self.objective.soft_labels == "scores" and self.objective.soft_label_weight > 0
+        if scored != stored:
+            raise ValueError(
+                "data.*.scores and objective.soft_label_weight go together; set "
+                + (
+                    "soft_label_weight above 0, with soft_labels: scores"
+                    if scored
+                    else "scores of a source, the name of a column (or soft_labels: matcher)"
+                )
             )
         return self
 

@@ -20,8 +20,8 @@ HEAD = {
 USE = """\
 ## Use
 
-One directory, two roles: it embeds and it answers. An embedding is the hidden state at the last
-token of the chat template `embedding`, scaled to unit length.
+One directory, two roles: it embeds and it answers. An embedding is {read}
+of the chat template `embedding`, scaled to unit length.
 
 ```python
 from pathlib import Path
@@ -48,13 +48,15 @@ processor = AutoProcessor.from_pretrained("{name}")
 template = Path("{name}/embedding_template.jinja").read_text()
 inputs = processor.apply_chat_template(messages, chat_template=template, tokenize=True,
                                        return_dict=True, return_tensors="pt")
-embedding = model.model(**inputs).last_hidden_state[:, -1]  # then divide by its length
+embedding = model.model(**inputs).last_hidden_state{states}  # then divide by its length
 ```
 
 ```bash
 cafe serve {name}  # OpenAI's embeddings and chat, and rerank, from one copy of the weights
 ```
+"""
 
+VLLM = """\
 ### vLLM
 
 vLLM runs one role per process:
@@ -69,6 +71,12 @@ Without `--runner` it embeds, because of `modules.json`, which is also where it 
 normalization; the embedding prompt it does not read there. So without `--chat-template` embeddings
 differ. Send texts as `messages` too, because vLLM applies no template to a plain `input`.
 """
+
+VLLM_MEAN = """\
+### vLLM
+
+vLLM serves chat (`--runner generate`). It has no pooling over some of the tokens, so its embeddings
+would differ."""
 
 NO_RESULTS = """\
 No results were provided. To add them, run `cafe evaluate {name} --json results`, then
@@ -112,6 +120,7 @@ def model_card(
     facts: Mapping[str, str],
     agreements: Sequence[Agreement],
     tasks: Sequence[CardTask],
+    averages: int = 0,
 ) -> str:
     """The model card as Markdown.
 
@@ -121,14 +130,22 @@ def model_card(
         facts: What else is known about the model: family, parameters, …
         agreements: How close other tools' embeddings are to cafe's.
         tasks: Measured results.
+        averages: How many latent tokens' states an embedding is the mean of; 0: it is the last
+            token's state.
     """
+    if averages:
+        read = f"the mean state of the {averages} tokens before the last"
+        states = f"[:, {-1 - averages}:-1].mean(1)"
+    else:
+        read, states = "the hidden state at the last token", "[:, -1]"
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     parts = [
         f"---\n{yaml.safe_dump(HEAD, sort_keys=False)}---",
         f"# {name}",
         "A vision-language model that retrieves, reranks and answers, written by `cafe export`.",
         f"| | |\n|---|---|\n{rows}",
-        USE.format(name=name, dimension=dimension).rstrip(),
+        USE.format(name=name, dimension=dimension, read=read, states=states).rstrip(),
+        VLLM_MEAN if averages else VLLM.format(name=name).rstrip(),
         "## Measured",
         _agreement_table(agreements),
         *([_task_table(task) for task in tasks] or [NO_RESULTS.format(name=name).rstrip()]),

@@ -44,6 +44,7 @@ class ExportReport:
     family      transformers' model type
     parameters  of the whole model, including an adapter's
     dimension   of an embedding
+    averages    how many latent tokens' states an embedding is the mean of; 0: the last token's
     agreements  of the other tools, when they were asked
     """
 
@@ -56,6 +57,7 @@ class ExportReport:
     family: str
     parameters: int
     dimension: int
+    averages: int = 0
     agreements: tuple[Agreement, ...] = ()
 
 
@@ -144,6 +146,7 @@ def _write_model(source: str | Path, directory: Path, merge: bool) -> ExportRepo
     model.model.to(dtype)
     model.save_pretrained(directory)
     family, dimension = str(model.model.config.model_type), model.embedding_dimension
+    averages = model.collator.averages
     parameters = sum(p.numel() for p in model.model.parameters())
     del model  # so that two large models are never in memory together
     after = CAFe.from_pretrained(directory, dtype=torch.float32).encode(probes)
@@ -157,7 +160,16 @@ def _write_model(source: str | Path, directory: Path, merge: bool) -> ExportRepo
             "or train it again on a base in float32"
         )
     return ExportReport(
-        directory, merge, dtype, distance, tolerance, len(probes), family, parameters, dimension
+        directory,
+        merge,
+        dtype,
+        distance,
+        tolerance,
+        len(probes),
+        family,
+        parameters,
+        dimension,
+        averages,
     )
 
 
@@ -186,4 +198,4 @@ def _card(report: ExportReport, tasks: Sequence[CardTask]) -> str:
         "written by": f"cafe-vlm {metadata.version('cafe-vlm')}",
     }
     name = report.directory.name
-    return model_card(name, report.dimension, facts, report.agreements, tasks)
+    return model_card(name, report.dimension, facts, report.agreements, tasks, report.averages)

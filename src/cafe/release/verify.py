@@ -23,9 +23,14 @@ import torch
 
 from cafe.errors import CafeError, CheckpointError
 from cafe.model.checkpoint.adapter import is_adapter
-from cafe.model.checkpoint.directory import embedding_template_of, quiet
+from cafe.model.checkpoint.directory import quiet
 from cafe.model.checkpoint.locate import locate
 from cafe.model.checkpoint.multi_vector import MULTI_VECTOR
+from cafe.model.checkpoint.sentence_transformers_files import (
+    embedding_template_of,
+    is_cross_encoder,
+)
+from cafe.model.latent import averaged_tokens
 from cafe.model.multi_vector import token_projection_of
 from cafe.model.rows.inputs import Input
 from cafe.model.vlm import CAFe
@@ -81,6 +86,11 @@ def verify(
     """
     directory = locate(directory)
     check_readable_by_all(directory)
+    if is_cross_encoder(directory):
+        raise CheckpointError(
+            f"{directory}: is a cross-encoder, which sentence-transformers does not embed with; "
+            "call verify_cross_encoder"
+        )
     probes = probe_inputs()
     model = CAFe.from_pretrained(directory, dtype=torch.float32)
     of_inputs = model.encode(probes)
@@ -172,7 +182,7 @@ def _transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray:
         directory, dtype=torch.float32, trust_remote_code=False
     ).eval()
     template = embedding_template_of(directory)
-    states = []
+    states, averages = [], averaged_tokens(model.config)
     with torch.inference_mode():
         for probe in probes:
             inputs = processor.apply_chat_template(
@@ -182,7 +192,8 @@ def _transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray:
                 return_dict=True,
                 return_tensors="pt",
             )
-            states.append(model.model(**inputs).last_hidden_state[0, -1])
+            hidden = model.model(**inputs).last_hidden_state[0]
+            states.append(hidden[-1 - averages : -1].mean(0) if averages else hidden[-1])
     return torch.nn.functional.normalize(torch.stack(states), dim=-1).numpy()
 
 

@@ -115,11 +115,11 @@ def mine_hard_negatives(
     check_limits(rank_range, count, margin, max_share)
     root = _folder(data) if image_root is None else Path(image_root)
     skipped: list[str] = []
-    skip = partial(_skip, skipped, on_skipped or _log_skipped)
-    pairs = _read_pairs(data, None if image_root is None else root, skip)
+    skip = partial(add_skipped, skipped, on_skipped or log_skipped)
+    pairs = read_pairs(data, None if image_root is None else root, skip)
     with nullcontext() if out is None else replacing(Path(out)) as unfinished:
-        encode = encode or _encoder(model, batch_size, load)
-        pairs, queries, targets = _embedded(encode, pairs, skip, show_progress_bar)
+        encode = encode or side_encoder(model, batch_size, load)
+        pairs, queries, targets = embedded_pairs(encode, pairs, skip, show_progress_bar)
         limits: dict[str, Any] = {"window": rank_range, "margin": margin, "share": max_share}
         rows = queries[pairs.query_of]
         found = hard_negatives(rows, targets, pairs.relevant, count=count, **limits)
@@ -129,16 +129,18 @@ def mine_hard_negatives(
     return MiningReport(examples, found, skipped, root)
 
 
-def _skip(skipped: list[str], report: Callable[[str], None], line: str) -> None:
+def add_skipped(skipped: list[str], report: Callable[[str], None], line: str) -> None:
+    """Keep one line about something that is left out, and report it."""
     skipped.append(line)
     report(line)
 
 
-def _log_skipped(line: str) -> None:
+def log_skipped(line: str) -> None:
+    """The default report."""
     logger.warning("skipped %s", line)
 
 
-def _read_pairs(data: str | Path, image_root: Path | None, skip: Callable[[str], None]) -> Pairs:
+def read_pairs(data: str | Path, image_root: Path | None, skip: Callable[[str], None]) -> Pairs:
     """The pairs of `data`. No torch yet: a wrong path is reported immediately."""
     records = read_examples(data, ReadOptions(language_loss=False, image_root=image_root))
     for skipped in records.skipped:
@@ -152,9 +154,10 @@ def _folder(data: str | Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _encoder(
+def side_encoder(
     model: CAFe | str | Path, batch_size: int, load: Callable[[str], CAFe] | None
 ) -> EncodeSide:
+    """What embeds the sides of pairs; the model is loaded now."""
     if isinstance(model, str | Path):
         from cafe.model.vlm import CAFe
 
@@ -167,7 +170,7 @@ def _encoder(
     return encode
 
 
-def _embedded(
+def embedded_pairs(
     encode: EncodeSide, pairs: Pairs, skip: Callable[[str], None], show: bool
 ) -> tuple[Pairs, np.ndarray, np.ndarray]:
     """Unit embeddings of queries and targets; pairs with an input that fails are left out."""
@@ -235,9 +238,20 @@ def _embed(
 
 
 def _with_negatives(pairs: Pairs, found: HardNegatives) -> list[Example]:
+    """The pairs with what was found, and the cosines of target and negatives as scores."""
     return [
-        replace(example, negatives=tuple(pairs.targets[i] for i in indices if i >= 0))
-        for example, indices in zip(pairs.examples, found.indices, strict=True)
+        replace(
+            example,
+            negatives=tuple(pairs.targets[i] for i in indices if i >= 0),
+            scores=(own, *scores[indices >= 0].round(6).tolist()),
+        )
+        for example, indices, scores, own in zip(
+            pairs.examples,
+            found.indices,
+            found.scores.astype(float),
+            found.own_scores.astype(float).round(6).tolist(),
+            strict=True,
+        )
     ]
 
 

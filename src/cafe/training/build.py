@@ -196,6 +196,9 @@ def trained_settings(recipe: Recipe, vlm: CAFe) -> dict[str, Any]:
         settings["objective.multi_vector_dim"] = objective.multi_vector_dim
     if objective.latent_tokens:
         settings["objective.latent_tokens"] = objective.latent_tokens
+        pooling = objective.latent_pooling
+        # Runs of earlier versions have no such setting, and read the last token.
+        settings["objective.latent_pooling"] = None if pooling == "last" else pooling
     if tuning.kind != "full":
         return settings | {
             "tuning.rank": tuning.rank,

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from cafe.model.rows.chunk import Chunk
-from cafe.objective import TokenVectors, clamped_temperature, info_nce, sigmoid_loss
+from cafe.objective import (
+    TokenVectors,
+    clamped_temperature,
+    info_nce,
+    sigmoid_loss,
+    soft_label_loss,
+)
 from cafe.recipes import Objective, Recipe
 from cafe.training.data import TrainingData
 from cafe.training.distributed import gather_around, gather_rows
@@ -154,6 +160,19 @@ class ContrastiveLoss(nn.Module):
             same_side=self.objective.same_side_negatives,
             roundings=("float32", *(self.objective.quantization_aware or ())),
             **shared,
+        )
+
+    def soft_labels(
+        self, embeddings: Float[Tensor, "e dim"], cells: Int64[Tensor, "l 2"], scores: Tensor
+    ) -> Float[Tensor, ""]:
+        """How far the embeddings' similarities are from a teacher's distribution."""
+        return soft_label_loss(
+            embeddings,
+            cells,
+            scores,
+            temperature=self.temperature(),
+            teacher_temperature=self.objective.soft_label_temperature,
+            dims=self.objective.matryoshka_dims,
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from cafe.data.batches import BatchPlan
 from cafe.data.dataset import ExampleSet, ExampleSource
 from cafe.data.fingerprint import fingerprint
+from cafe.data.groups import check_groups, digest_of, read_groups
 from cafe.data.quarantine import Quarantine
 from cafe.data.read import read_examples
 from cafe.data.records import ReadOptions, Records
@@ -63,11 +64,24 @@ def load_data(recipe: Recipe, quarantine: Quarantine, *, index: Path | None = No
             thoughtful = with_thoughts(records.examples, source.thoughts, records.changes)
             records = replace(records, examples=thoughtful)
         origin[f"the data of data.{number}"] = fingerprint(records.examples)
-        sources.append(_trained(source, records, recipe.objective))
+        trained = _trained(source, records, recipe.objective)
+        if source.groups is not None:
+            groups = read_groups(Path(source.groups))
+            check_groups(trained.examples, groups, Path(source.groups))
+            origin[f"the grouping of data.{number}"] = digest_of(groups)
+            trained = replace(trained, groups=groups)
+        sources.append(trained)
     if recipe.objective.latent_tokens and not any(e.query for s in sources for e in s.examples):
         raise DataError(
             "objective.latent_tokens: none of the examples is a pair, so the tokens would not be "
             "learned, and every embedding would be read after them; set it to 0"
+        )
+    scored = (e.scores for s in sources for e in s.examples)
+    stored = recipe.objective.soft_labels == "scores" and recipe.objective.soft_label_weight > 0
+    if stored and not any(scores is not None and len(scores) > 1 for scores in scored):
+        raise DataError(
+            "objective.soft_label_weight: no pair has scores of two candidates or more; give hard "
+            "negatives and their scores (data.*.scores names the column), or set it to 0"
         )
     examples = ExampleSet.build(sources, merge_by_image=recipe.merge_by_image)
     plan = examples.plan(recipe.batch.examples, recipe.seed)
@@ -107,7 +121,7 @@ def trained_part(example: Example, objective: Objective) -> Example | None:
     if objective.contrastive_weight == 0 and example.query is not None:
         if not example.dialogues:
             return None
-        example = replace(example, query=None, target=None, negatives=())
+        example = replace(example, query=None, target=None, negatives=(), scores=None)
     if objective.language_weight == 0:
         if example.query is None:
             return None

@@ -70,6 +70,7 @@ class MeasuredStep:
     contrastive        the contrastive loss of the batch
     language           nats per labelled token
     thought            contrastive loss of the embeddings after a thought; None: not trained
+    soft_label         divergence from the soft labels; None: there are none
     match              cross-entropy of the match questions; None: not trained
     multi_vector       contrastive loss of the tokens' vectors; None: not trained
     host_bytes         most memory that the process has held so far; None: not known here
@@ -83,6 +84,7 @@ class MeasuredStep:
     host_bytes: int | None
     device_bytes: int | None
     thought: float | None = None
+    soft_label: float | None = None
     match: float | None = None
     multi_vector: float | None = None
 

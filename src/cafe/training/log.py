@@ -44,6 +44,7 @@ class StepRecord:
     contrastive          contrastive loss of the whole batch
     language             nats per labelled token of the whole batch
     thought              contrastive loss of the embeddings after a thought; None: not trained
+    soft_label                divergence from the soft labels; None when there are none
     match                cross-entropy of the match questions; None when they are not trained
     multi_vector         contrastive loss of the tokens' vectors; None when they are not trained
     temperature          None when it is not learned
@@ -69,6 +70,7 @@ class StepRecord:
     seconds: float
     padding: float | None = None
     thought: float | None = None
+    soft_label: float | None = None
     match: float | None = None
     multi_vector: float | None = None
     temperature: float | None = None
@@ -200,8 +202,9 @@ class Reporter:
             self._log.sync()
 
 
-FURTHER_LOSSES = ("thought", "match", "multi_vector")
-"""The losses that only some runs have, by their names in `StepRecord` and `StepMetrics`."""
+FURTHER_LOSSES = ("thought", "soft_label", "match", "multi_vector")
+"""The losses that only some runs have, by their names in `StepRecord` and `StepMetrics`, and, with
+`_weight`, in a recipe's `objective`."""
 
 
 def further_losses(step: Any, digits: str = ".3f") -> str:

@@ -48,10 +48,13 @@ class MatchPlan:
     """The match questions of a step.
 
     questions   of each chunk of this rank
+    about       for each of these the numbers of its image's and its text's embedding in the batch:
+                queries, targets, hard negatives
     counts      number of right and of wrong questions, over all ranks
     """
 
     questions: list[list[MatchQuestion]]
+    about: list[list[tuple[int, int]]]
     counts: tuple[int, int]
 
 
@@ -110,6 +113,7 @@ class Matcher:
         homes = dict(zip(of_pairs.own, pairs, strict=True))
         homes |= dict(zip([of_pairs.count + i for i in of_negatives.own], negatives, strict=True))
         questions: list[list[MatchQuestion]] = [[] for _ in chunks]
+        about: list[list[tuple[int, int]]] = [[] for _ in chunks]
         for image, text, right in items.questions():
             if image not in homes:
                 continue
@@ -117,9 +121,12 @@ class Matcher:
             sides, tail = chunks[chunk].match, items.tail(text)
             if sides is not None and sides.fits(head, tail):
                 questions[chunk].append(MatchQuestion(head, tail, right))
+                shown = of_pairs.embedding(image, TEXT_TARGET)
+                about[chunk].append((shown, of_pairs.embedding(text, IMAGE_TARGET)))
         right = sum(q.right for asked in questions for q in asked)
         wrong = sum(not q.right for asked in questions for q in asked)
-        return MatchPlan(questions, (sum_over_ranks(right, device), sum_over_ranks(wrong, device)))
+        counts = sum_over_ranks(right, device), sum_over_ranks(wrong, device)
+        return MatchPlan(questions, about, counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +145,16 @@ class _Gathered:
     @property
     def count(self) -> int:
         return len(self.kinds)
+
+    def embedding(self, number: int, if_query: int) -> int:
+        """The number of an item's embedding, where all queries come first, then all targets.
+
+        Args:
+            number: of its pair, or behind all pairs that of its hard negative.
+            if_query: the kind of a pair whose query, and not its target, is the item.
+        """
+        is_query = number < self.count and int(self.kinds[number]) == if_query
+        return number if is_query else self.count + number
 
 
 def _gathered(own: Sequence[MatchSide], device: torch.device) -> _Gathered:

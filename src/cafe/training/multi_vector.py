@@ -33,7 +33,7 @@ class ReadEmbeddings:
     """What the contrastive losses need of a chunk, in the order of `Rows.pooled`.
 
     pooled   its embeddings
-    tokens   the vectors of their sequences' tokens (`Rows.embedded`); None: not trained
+    tokens   the vectors of their sequences' tokens (`Rows.token_vectors_at`); None: not trained
     """
 
     pooled: Float[Tensor, "e dim"]
@@ -69,11 +69,11 @@ def read_embedded(
         states: final hidden states of all tokens of the rows.
         rows: the chunk's.
     """
-    pooled, projection = _wide(states[rows.pooled]), token_projection_of(vlm.model)
+    pooled, projection = _wide(states[rows.embedded_at]).mean(dim=1), token_projection_of(vlm.model)
     if not objective.multi_vector_weight or projection is None:
         return ReadEmbeddings(pooled)
-    vectors = projected(projection, states[rows.embedded])
-    return ReadEmbeddings(pooled, TokenVectors(_wide(vectors), rows.embedded_counts))
+    vectors = projected(projection, states[rows.token_vectors_at])
+    return ReadEmbeddings(pooled, TokenVectors(_wide(vectors), rows.token_vector_counts))
 
 
 def _wide(values: Tensor) -> Tensor:

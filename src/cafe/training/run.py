@@ -314,6 +314,9 @@ def _data_order(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
         "seed": recipe.seed,
         "the number of examples": list(data.plan.sizes),
         "the weight of the sources": list(data.plan.weights),
+        "data.*.groups": [groups is not None for groups in data.plan.groups]
+        if any(groups is not None for groups in data.plan.groups)
+        else None,  # as in checkpoints of earlier versions
     }
 
 

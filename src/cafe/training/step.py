@@ -27,7 +27,7 @@ step, and run it the same number of times: a rank with fewer chunks repeats its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -57,6 +57,7 @@ from cafe.training.distributed import (
 )
 from cafe.training.matching import Matcher
 from cafe.training.multi_vector import ReadEmbeddings, read_embedded, token_loss, with_tokens
+from cafe.training.soft_labels import SoftLabels, embeddings_of, soft_labels
 from cafe.training.state import replay, torch_random_state, uses_dropout
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class StepMetrics:
     contrastive   the contrastive loss of the whole batch (all ranks); 0 without pairs
     language      nats per labelled token, over all ranks
     thought       the contrastive loss of the embeddings after a thought; None: none are trained
+    soft_label    divergence from a teacher's soft labels, of the whole batch; None: there is none
     match         cross-entropy of the match questions of all ranks, in nats; None: none are trained
     multi_vector  the contrastive loss of the tokens' vectors; None: none are trained
     tokens        labelled tokens of the batch, over all ranks
@@ -82,6 +84,7 @@ class StepMetrics:
     contrastive: Float[Tensor, ""]
     language: Float[Tensor, ""]
     thought: Float[Tensor, ""] | None
+    soft_label: Float[Tensor, ""] | None
     match: Float[Tensor, ""] | None
     multi_vector: Float[Tensor, ""] | None
     tokens: int
@@ -191,9 +194,9 @@ class TrainingStep:
             read = self._forward(chunk, rows)
         contrasts = self.objective.contrastive_weight > 0 and pairs > 0
         batch, leaves = self._batch(totals.chunks, [read.embedded], contrasts)
-        contrast = self._contrast(batch)
+        losses = self._contrast(batch, soft_labels(self.objective, batch, totals.chunks))
         value = self._backward(read, leaves[0], count)
-        return self._metrics(totals, contrast, read.nll.detach(), (tokens, pairs), [value])
+        return self._metrics(totals, losses, read.nll.detach(), (tokens, pairs), [value])
 
     def _cached(self, chunks: Sequence[Chunk] | StepChunks, most: int) -> StepMetrics:
         """Several chunks: embed all, contrast, then a second pass with gradient, chunk by chunk."""
@@ -207,8 +210,9 @@ class TrainingStep:
             embeddings.append(self._embed(chunk) if embeds else ReadEmbeddings(torch.zeros(0, 0)))
         pairs, tokens, count = self._counts(totals)
         batch, leaves = self._batch(totals.chunks, embeddings, embeds and pairs > 0)
-        contrast = self._contrast(batch)
         plan = self.matcher.plan(totals.chunks, batch) if self.matcher and batch else None
+        judged = None if plan is None else (self.padded_chunks(chunks, most), plan, self._odds)
+        losses = self._contrast(batch, soft_labels(self.objective, batch, totals.chunks, judged))
         sums, matches, values = [], [], []
         for i, chunk in enumerate(self.padded_chunks(chunks, most)):
             rows, right = self._asked_rows(chunk, plan.questions[i] if plan else ())
@@ -222,7 +226,7 @@ class TrainingStep:
             matches += [] if read.match is None else [read.match.detach()]
         nll, values = torch.stack(sums).sum(), values[: len(chunks)]
         match = torch.stack([*matches, nll.new_zeros(())]).sum() if self.matcher else None
-        return self._metrics(totals, contrast, nll, (tokens, pairs), values, match)
+        return self._metrics(totals, losses, nll, (tokens, pairs), values, match)
 
     def _asked_rows(
         self, chunk: Chunk, questions: Sequence[MatchQuestion]
@@ -243,7 +247,7 @@ class TrainingStep:
     @staticmethod
     def _metrics(
         totals: _Totals,
-        contrast: tuple[Tensor, Tensor | None, Tensor | None],
+        losses: Mapping[str, Tensor],
         nll: Tensor,
         counts: tuple[int, int],
         values: list[Tensor],
@@ -252,9 +256,10 @@ class TrainingStep:
         """`nll`, `match` are this rank's; `counts` are labelled tokens and pairs of all ranks."""
         tokens, pairs = counts
         return StepMetrics(
-            contrastive=contrast[0],
-            thought=contrast[1],
-            multi_vector=contrast[2],
+            contrastive=losses["contrastive"],
+            thought=losses.get("thought"),
+            soft_label=losses.get("soft_label"),
+            multi_vector=losses.get("multi_vector"),
             language=add_over_ranks(nll) / max(tokens, 1),
             match=None if match is None else add_over_ranks(match),
             tokens=tokens,
@@ -289,33 +294,51 @@ class TrainingStep:
             batch = gathered_batch(chunks, [leaf.pooled for leaf in leaves])
             return with_tokens(batch, chunks, leaves), leaves
 
+    def _odds(self, chunk: Chunk, questions: Sequence[MatchQuestion]) -> Tensor:
+        """The log-odds of the chunk's match questions, in the order of `Rows.asked`."""
+        assert self.matcher is not None
+        chunk = chunk.to(self.unwrapped.device)
+        rows = chunk.embedding_rows  # read for nothing, where forwards are collective
+        if chunk.match is not None and questions:
+            rows = chunk.match.rows(questions, answers=False)[0].to(self.unwrapped.device)
+        elif not self.sharded:
+            return torch.zeros(0, device=self.unwrapped.device)
+        with self.autocast():
+            states = self._hidden(rows, chunk).flatten(0, 1)
+            return self.matcher.log_odds(states[rows.asked], self.unwrapped.lm_head)
+
     def _contrast(
-        self, batch: ContrastiveBatch | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The contrastive losses, plain, of thoughts, of token vectors (None: not trained).
+        self, batch: ContrastiveBatch | None, labels: SoftLabels | None
+    ) -> dict[str, Tensor]:
+        """The losses of the whole batch, by their names in `StepMetrics`, detached.
 
-        The leaves get the gradient of their weighted sum.
-
-        Every rank computes the same loss, so its own parameters (temperature, bias) get the same
-        gradient everywhere without averaging.
+        The leaves get the gradient of the weighted sum. Every rank computes the same losses, so
+        its own parameters (temperature, bias) get the same gradient everywhere without averaging.
         """
-        weight, late = self.objective.thought_weight, self.objective.multi_vector_weight
+        objective = self.objective
+        weights = {
+            "contrastive": objective.contrastive_weight
+            * contrastive_share(objective.compat, world_size()),
+            "thought": objective.thought_weight,
+            "soft_label": objective.soft_label_weight,
+            "multi_vector": objective.multi_vector_weight,
+        }
         if batch is None:
             nothing = torch.zeros((), device=self.unwrapped.device)
-            return nothing, nothing if weight > 0 else None, nothing if late > 0 else None
+            trained = (name for name, weight in weights.items() if weight > 0)
+            return dict.fromkeys(("contrastive", *trained), nothing)
         with torch.enable_grad():
-            loss = self.contrast(batch)
-            share = contrastive_share(self.objective.compat, world_size())
-            total, thought, token = self.objective.contrastive_weight * share * loss, None, None
-            if weight > 0:
-                thought = self.contrast(batch.after_thoughts())
-                total = total + weight * thought
-            if late > 0:
-                token = token_loss(self.objective, batch)
-                total = total + late * token
-            total.backward()
-        thought, token = (None if x is None else x.detach() for x in (thought, token))
-        return loss.detach(), thought, token
+            losses = {"contrastive": self.contrast(batch)}
+            if objective.thought_weight > 0:
+                losses["thought"] = self.contrast(batch.after_thoughts())
+            if labels is not None:
+                losses["soft_label"] = self.contrast.soft_labels(
+                    embeddings_of(batch), labels.cells, labels.scores
+                )
+            if objective.multi_vector_weight > 0:
+                losses["multi_vector"] = token_loss(objective, batch)
+            torch.stack([weights[name] * loss for name, loss in losses.items()]).sum().backward()
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def _backward(self, read: _Read, leaf: ReadEmbeddings, tokens: int) -> Tensor:
         """Backpropagate one chunk: <embedding, gradient> stands in for the contrastive term."""

@@ -15,7 +15,7 @@ from cafe.model.checkpoint.adapter import adapter_of, add_adapter, linear_layers
 from cafe.model.checkpoint.directory import load_pretrained, read_config
 from cafe.model.checkpoint.locate import lasting_name, locate
 from cafe.model.families import family_of
-from cafe.model.latent import add_latent_tokens, latent_count, latent_text
+from cafe.model.latent import add_latent_tokens, averaged_tokens, latent_count, latent_text
 from cafe.model.multi_vector import (
     add_token_projection,
     new_token_projection,
@@ -58,9 +58,12 @@ def load_model(recipe: Recipe, device: torch.device) -> CAFe:
             )
         take_published_prompts(vlm, embeds=recipe.objective.contrastive_weight > 0)
     if recipe.objective.latent_tokens:
-        add_latent_tokens(vlm.model, vlm.processor, recipe.objective.latent_tokens)
+        objective = recipe.objective
+        pooling = objective.latent_pooling
+        add_latent_tokens(vlm.model, vlm.processor, objective.latent_tokens, pooling)
         latent = latent_text(vlm.model.config, vlm.processor.tokenizer)
-        vlm.collator = replace(vlm.collator, latent=latent)
+        averages = averaged_tokens(vlm.model.config)
+        vlm.collator = replace(vlm.collator, latent=latent, averages=averages)
     adapt(vlm, recipe.tuning, recipe.model)
     prepare_token_projection(vlm, recipe)
     return vlm.to(device)

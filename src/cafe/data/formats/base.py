@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 from cafe.data.media_paths import MediaResolver
@@ -57,6 +58,39 @@ def negative_captions(record: Record) -> tuple[Conversation, ...]:
         if filled := [text.strip() for text in texts if text and text.strip()]:
             return tuple(user(text) for text in dict.fromkeys(filled))
     return ()
+
+
+def scored(
+    examples: tuple[Example, ...], record: Record, column: str, changes: Counter[str]
+) -> tuple[Example, ...]:
+    """The examples of a record with a teacher's scores, as sentence-transformers stores them.
+
+    A record without scores is contrasted only, and counted.
+
+    Raises:
+        DataError: the column does not hold one number for the positive and one per negative, or
+            the record has several positives.
+    """
+    if not any(example.query for example in examples):
+        return examples
+    value = _from_json(record.get(column))
+    if value is None:
+        changes[f"no scores in {column!r}, contrasted only"] += 1
+        return examples
+    example, *others = examples
+    if others:
+        raise DataError(f"{column!r} scores one positive, and the record has {1 + len(others)}")
+    values: list[Any] = value if isinstance(value, list) else [value]
+    for number in values:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not isfinite(number):
+            raise DataError(f"{column!r} holds {kind(number)}, expected a list of finite numbers")
+    count = len(example.negatives)
+    if len(values) != 1 + count:
+        raise DataError(
+            f"{column!r} holds {len(values)} numbers, expected {1 + count}: one for the positive, "
+            f"and {count} for its negatives (empty and equal ones do not count)"
+        )
+    return (replace(example, scores=tuple(map(float, values))),)
 
 
 def _from_json(value: object) -> object:

@@ -26,7 +26,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,13 @@ from cafe.model.checkpoint.multi_vector import (
     save_modules,
     save_projection,
 )
+from cafe.model.checkpoint.sentence_transformers_files import (
+    EMBEDDING_TEMPLATE,
+    NAMED_TEMPLATES,
+    sentence_transformers_files,
+)
 from cafe.model.families import family_of
+from cafe.model.latent import latent_mean_files, latent_names
 from cafe.model.multi_vector import (
     TOKEN_PROJECTION,
     add_token_projection,
@@ -56,11 +61,6 @@ from cafe.model.multi_vector import (
 )
 from cafe.model.rows.collate import Collator
 from cafe.model.rows.prompts import DEFAULT_PROMPT, default_chat_template
-
-EMBEDDING_TEMPLATE = "embedding_template.jinja"
-
-# Where versions before wrote it, as a named chat template.
-_NAMED_TEMPLATES = "additional_chat_templates"
 
 
 def load_pretrained(
@@ -292,7 +292,11 @@ def save_checkpoint(
     save_processor(processor, collator, directory)
     hidden = int(model.config.get_text_config().hidden_size)
     template = collator.render.template(DEFAULT_PROMPT)
-    for name, content in _sentence_transformers_files(hidden, template).items():
+    files = sentence_transformers_files(hidden, template)
+    if collator.averages:
+        tokenizer = processor.tokenizer
+        files |= latent_mean_files(files, latent_names(collator.averages), tokenizer.get_vocab())
+    for name, content in files.items():
         file = directory / name
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=2) + "\n")
@@ -338,58 +342,4 @@ def save_processor(processor: Any, collator: Collator, directory: Path) -> None:
     template = collator.render.template(DEFAULT_PROMPT)
     (directory / EMBEDDING_TEMPLATE).write_text(template, encoding="utf-8")
     # Left there by a version before, it would be read as a second chat template.
-    shutil.rmtree(directory / _NAMED_TEMPLATES, ignore_errors=True)
-
-
-def embedding_template_of(directory: Path) -> str:
-    """The Jinja text of a saved directory's embedding template.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    for name in (EMBEDDING_TEMPLATE, f"{_NAMED_TEMPLATES}/embedding.jinja"):
-        if (directory / name).is_file():
-            return (directory / name).read_text(encoding="utf-8")
-    raise CheckpointError(
-        f"{directory}: no {EMBEDDING_TEMPLATE}; write the directory with cafe export"
-    )
-
-
-def _sentence_transformers_files(hidden_size: int, template: str) -> dict[str, Any]:
-    """Contents by file name. The old type strings load in vLLM and in ST 3 to 6."""
-    module = "sentence_transformers.models."
-    forward = {"method": "forward", "method_output_name": "last_hidden_state"}
-    return {
-        "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": module + "Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Pooling", "type": module + "Pooling"},
-            {"idx": 2, "name": "2", "path": "2_Normalize", "type": module + "Normalize"},
-        ],
-        "config_sentence_transformers.json": {
-            "__version__": {
-                "pytorch": torch.__version__,
-                "sentence_transformers": "6.2.0",
-                "transformers": metadata.version("transformers"),
-            },
-            "default_prompt_name": None,
-            "model_type": "SentenceTransformer",
-            "prompts": {"query": "", "document": ""},
-            "similarity_fn_name": "cosine",
-        },
-        "sentence_bert_config.json": {
-            "transformer_task": "feature-extraction",
-            "modality_config": {
-                "text": forward,
-                "image": forward,
-                "message": {**forward, "format": "structured"},
-            },
-            "module_output_name": "token_embeddings",
-            "processing_kwargs": {"chat_template": {"chat_template": template}},
-        },
-        "1_Pooling/config.json": {
-            "embedding_dimension": hidden_size,
-            "pooling_mode": "lasttoken",
-            "include_prompt": True,
-        },
-        "2_Normalize/config.json": {},
-    }
+    shutil.rmtree(directory / NAMED_TEMPLATES, ignore_errors=True)

@@ -59,7 +59,7 @@ class RowLayout:
     """How sequences become rows; the fields are those of `cafe.model.rows.collate.Collator`.
 
     looks_ahead   the tokens of an image see each other
-    every_token   every token of what is embedded is read (`Rows.embedded`)
+    every_token   every token of what is embedded is read (`Rows.token_vectors_at`)
     """
 
     pad_id: int
@@ -67,6 +67,7 @@ class RowLayout:
     row_tokens: int | None
     block_cost: int | None
     looks_ahead: bool
+    averages: int = 0
     every_token: bool = False
 
     def merged(self, group: Sequence[TokenSequence]) -> list[Row]:
@@ -101,14 +102,18 @@ class RowLayout:
         labelled = [(at, s) for at, s in zip(flat, sequences, strict=True) if len(s.label_at)]
         image_order, video_order = orders(batch.keys)
         pooled_at = np.array([flat[i][-1] for i in pooled], dtype=np.int64)
+        before = np.arange(-1 - self.averages, -1)  # the latent tokens stand before the last one
+        averaged_at = np.array([flat[i][before] for i in pooled], dtype=np.int64)
+        averaged_at = averaged_at.reshape(len(pooled), self.averages)
         asked = [at[-1] for at, s in zip(flat, sequences, strict=True) if s.role == "question"]
         asked_at = np.array(asked, dtype=np.int64)
         label_source = concatenated([at[s.label_at - 1] for at, s in labelled])
         label_ids = concatenated([s.tokens.tokens[s.label_at] for _, s in labelled])
         whole = [flat[i] for i in pooled if sequences[i].role not in WITH_THOUGHT]
         embedded = whole if self.every_token else []
-        embedded_at = concatenated(embedded)
-        read = np.unique(np.concatenate([pooled_at, label_source, asked_at, embedded_at]))
+        token_vectors_at = concatenated(embedded)
+        parts = [pooled_at, averaged_at.ravel(), label_source, asked_at, token_vectors_at]
+        read = np.unique(np.concatenate(parts))
         return Rows(
             input_ids=batch.input_ids,
             positions=batch.positions,
@@ -116,6 +121,7 @@ class RowLayout:
             image_order=torch.tensor(image_order, dtype=torch.long),
             video_order=torch.tensor(video_order, dtype=torch.long),
             pooled=torch.from_numpy(pooled_at),
+            averaged=torch.from_numpy(averaged_at),
             label_source=torch.from_numpy(label_source),
             label_ids=torch.from_numpy(label_ids),
             asked=torch.from_numpy(asked_at),
@@ -123,8 +129,8 @@ class RowLayout:
             plain=all(len(row.token_indices) == 1 for row in rows),
             tokens=sum(len(row) for row in rows),
             read=torch.from_numpy(read),
-            embedded=torch.from_numpy(embedded_at),
-            embedded_counts=torch.tensor([len(at) for at in embedded], dtype=torch.long),
+            token_vectors_at=torch.from_numpy(token_vectors_at),
+            token_vector_counts=torch.tensor([len(at) for at in embedded], dtype=torch.long),
             blocks=()
             if self.block_cost is None
             else blocks_of(batch.keys, sorted(lengths), self.block_cost, orders, read),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cafe.model.rows.matching import MatchSides
 from cafe.model.rows.rows import Rows, each_tensor
+from cafe.types import Example
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,9 @@ class Chunk:
     content_ids     int64 [pairs]; the same, of targets
     query_thoughts  int64 [q], the pairs whose query has a thought; `Rows.pooled` ends with them
     target_thoughts  int64 [t], the same, of targets, which come last
+    scored          int64 [l, 2], pair and candidate that a teacher scored; candidates are numbered
+                    targets, then negatives
+    scores          float64 [l], the teacher's
     match           what match questions can be asked; None: they are not trained
     """
 
@@ -41,6 +46,8 @@ class Chunk:
     content_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     query_thoughts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     target_thoughts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    scored: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.long))
+    scores: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     match: MatchSides | None = None
 
     def to(self, device: torch.device | str) -> Self:
@@ -76,9 +83,34 @@ class Chunk:
             content_ids=nothing,
             query_thoughts=nothing,
             target_thoughts=nothing,
+            scored=nothing.view(0, 2),
+            scores=nothing.double(),
             match=None,
         )
 
     @property
     def label_count(self) -> int:
         return self.rows.label_ids.numel()
+
+
+def teacher_scores(pairs: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """`Chunk.scored` and `Chunk.scores` of a chunk's pairs."""
+    cells: list[tuple[int, int]] = []
+    scores: list[float] = []
+    negatives = len(pairs)
+    for pair, example in enumerate(pairs):
+        if example.scores is not None:
+            candidates = [pair, *range(negatives, negatives + len(example.negatives))]
+            cells += [(pair, candidate) for candidate in candidates]
+            scores += example.scores
+        negatives += len(example.negatives)
+    return (
+        torch.tensor(cells, dtype=torch.long).view(-1, 2),
+        torch.tensor(scores, dtype=torch.float64),
+    )
+
+
+def numbers_of(values: Sequence[object | None]) -> Tensor:
+    """The indices of the values that are there, int64 [n]."""
+    there = [i for i, value in enumerate(values) if value is not None]
+    return torch.tensor(there, dtype=torch.long)

@@ -7,7 +7,7 @@ workers. `cafe.model.rows.render` turns conversations into text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,7 @@ from cafe.model.rows.assembly import (
     concatenated,
     embedding_order,
 )
-from cafe.model.rows.chunk import Chunk
+from cafe.model.rows.chunk import Chunk, numbers_of, teacher_scores
 from cafe.model.rows.cutting import kept_tokens
 from cafe.model.rows.images import ImageInputs, named
 from cafe.model.rows.lengths import PlaceholderLengths
@@ -61,6 +61,8 @@ class Collator:
                         images
     official            system turn and labels as in the published code
     latent              the learned tokens before the pooled one, as text (`cafe.model.latent`)
+    averages            how many latent tokens' states are averaged for an embedding; 0: it is the
+                        state at the pooled token
     own_prompt          what the embedding prompt "compress" means for this model
     block_cost          the rows of a chunk are sorted by length and computed in blocks of similar
                         length, which saves padding; what each further block costs, in tokens
@@ -80,6 +82,7 @@ class Collator:
     official: bool = False
     own_prompt: str = DEFAULT_PROMPT
     latent: str = ""
+    averages: int = 0
     block_cost: int | None = None
     matching: bool = False
     every_token: bool = False
@@ -105,6 +108,7 @@ class Collator:
             self.row_tokens,
             self.block_cost,
             self.family.bidirectional_image_attention,
+            self.averages,
             self.every_token,
         )
 
@@ -142,6 +146,7 @@ class Collator:
         whole = [[s.read() for s in group] for group in groups]
         embedded = [[s for s in group if s.role != "answer"] for group in whole]
         pairs = [e for e in examples if e.query is not None]
+        scored, scores = teacher_scores(pairs)
         return Chunk(
             ids=tuple(example.id for example in examples),
             rows=self.layout.rows(whole, embedding_order(whole), images.orders),
@@ -152,8 +157,10 @@ class Collator:
             query_ids=hashes([identity(e.query) for e in pairs]),
             content_ids=hashes([identity(e.target) for e in pairs]),
             negative_ids=hashes([identity(n) for e in pairs for n in e.negatives]),
-            query_thoughts=_numbers([e.query_thought for e in pairs]),
-            target_thoughts=_numbers([e.target_thought for e in pairs]),
+            query_thoughts=numbers_of([e.query_thought for e in pairs]),
+            target_thoughts=numbers_of([e.target_thought for e in pairs]),
+            scored=scored,
+            scores=scores,
             match=MatchSides.of(
                 examples,
                 [[None if s is None else s.tokens for s in own] for own in questions],
@@ -240,7 +247,7 @@ class Collator:
             DataError: a conversation that cannot be used; the message gives its number.
         """
         return self._inference_rows(
-            conversations, lambda c: self.render.embedding(c, prompt), numbers, token_cost
+            conversations, lambda c: self.render.embedding(c, prompt), numbers, token_cost, True
         )[:2]
 
     def prompt_rows(
@@ -276,6 +283,7 @@ class Collator:
         render: Callable[[Conversation], RenderedSequence],
         numbers: Sequence[int] | None,
         token_cost: float | None,
+        embeds: bool = False,
     ) -> tuple[Rows, dict[str, Tensor], Int[Tensor, " l"]]:
         names = [f"input {n}" for n in (range(len(conversations)) if numbers is None else numbers)]
         sequences = [
@@ -291,7 +299,8 @@ class Collator:
         # Sequence order[j] comes j-th; argsort inverts the permutation.
         pooled = np.argsort(order).tolist()
         read = [[sequences[i].read() for i in group] for group in groups]
-        rows = self.layout.rows(read, pooled, images.orders)
+        layout = self.layout if embeds else replace(self.layout, averages=0)
+        rows = layout.rows(read, pooled, images.orders)
         owners = [np.full(len(sequences[i].label_at), i) for i in order]
         return rows, images.inputs, torch.from_numpy(concatenated(owners))
 
@@ -385,9 +394,3 @@ class _Sequence:
 
     def read(self) -> ReadSequence:
         return ReadSequence(self.tokens, self.role, self.label_at)
-
-
-def _numbers(values: Sequence[object | None]) -> Tensor:
-    """Where there is something, int64 [n]."""
-    there = [i for i, value in enumerate(values) if value is not None]
-    return torch.tensor(there, dtype=torch.long)

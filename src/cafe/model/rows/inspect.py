@@ -141,6 +141,11 @@ def embedding_contract(collator: Collator, dimension: int) -> dict[str, str]:
             f"embedding prompt ({kind})": rendered.text,
             f"tokens ({kind})": str(rows.input_ids.shape[1]),
             f"pooled token ({kind})": collator.processor.tokenizer.decode(pooled),
+            **(
+                {f"averaged ({kind})": f"the {collator.averages} tokens before it"}
+                if collator.averages
+                else {}
+            ),
         }
     return {
         **contract,

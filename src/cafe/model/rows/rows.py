@@ -30,6 +30,8 @@ class Rows:
     image_order    int64 [k]  which image of the chunk each run of placeholders stands for
     pooled         int64 [e]  flat index (row * t + token) of each embedding: queries, targets,
                               then negatives
+    averaged       int64 [e, k]  flat indices of the latent tokens whose mean is each embedding;
+                              k = 0: it is the state at `pooled`
     label_source   int64 [l]  flat index of the token that predicts each labelled token
     label_ids      int64 [l]  the labelled tokens
     visible_until  int64 [rows, t] where the tokens of an image see each other; else None
@@ -38,9 +40,9 @@ class Rows:
     tokens         number of tokens, padding not included
     asked          int64 [q]  flat index of the last token of each match question
     read           int64 [r]  the distinct indices of all that is read, in order
-    embedded       int64 [n]  flat index of every token of the sequences of `pooled`, but for those
-                              with a thought, one sequence after another; empty: they are not read
-    embedded_counts   int64 [s]  the number of tokens of each of these sequences
+    token_vectors_at   int64 [n]  flat index of every token of the sequences of `pooled`, except
+                              those with a thought, one sequence after another; empty: not read
+    token_vector_counts   int64 [s]  the number of tokens of each of these sequences
     blocks         rows of similar length (`cafe.model.rows.blocks`); empty: all are one block
     """
 
@@ -56,10 +58,16 @@ class Rows:
     plain: bool = False
     tokens: int = 0
     asked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    averaged: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     read: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    embedded: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    embedded_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    token_vectors_at: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    token_vector_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     blocks: tuple[LengthBlock, ...] = ()
+
+    @property
+    def embedded_at(self) -> Tensor:
+        """The tokens whose mean state is each embedding, int64 [e, 1] or [e, k]."""
+        return self.averaged if self.averaged.shape[1] else self.pooled[:, None]
 
     @property
     def computed_tokens(self) -> int:
@@ -116,11 +124,12 @@ class Rows:
         return replace(
             self,
             pooled=nothing,
+            averaged=nothing.view(0, 0),
             label_source=nothing,
             label_ids=nothing,
             asked=nothing,
-            embedded=nothing,
-            embedded_counts=nothing,
+            token_vectors_at=nothing,
+            token_vector_counts=nothing,
         )
 
 
