@@ -123,6 +123,7 @@ def test_what_the_package_exports_is_there_and_complete() -> None:
         objective.joint,
         objective.language,
         objective.matching,
+        objective.maxsim,
         objective.official,
         objective.soft_labels,
     )

@@ -123,7 +123,7 @@ def run_recipe(common: Recipe, run: Run, scenes: Path, output_dir: Path) -> Reci
     data = [_on_scenes(source, scenes) for source in common.data]
     if run.arm.language_weight == 0:
         data = [source for source in data if source.mode != "chat"]
-    weights = {
+    weights: dict[str, float | str] = {
         "contrastive_weight": run.arm.contrastive_weight,
         "language_weight": run.arm.language_weight,
     }

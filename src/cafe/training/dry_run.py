@@ -286,7 +286,7 @@ def _device_name(device: torch.device) -> str:
 def _lines(report: DryRun) -> Iterator[str]:
     recipe, batch = report.recipe, report.batch
     yield f"model {recipe.model}, {recipe.precision} on {report.device}, {recipe.attention}"
-    yield from (f"  {line}" for line in _parameters(report))
+    yield from (f"  {line}" for line in _parameter_lines(report))
     yield f"{recipe.tuning.kind} tuning, learning rate {recipe.optimizer.learning_rate:g}"
     for path, count in report.examples.items():
         yield f"{path}: {count:,} examples"
@@ -309,15 +309,15 @@ def _lines(report: DryRun) -> Iterator[str]:
         f"sequence {batch.longest:,}, padding {batch.padding_share:.0%}); {batch.vision_tokens:,} "
         f"vision tokens; {batch.labelled / batch.examples:.1f} learned tokens per example"
     )
-    yield from _measured(report)
+    yield from _step_lines(report)
 
 
-def _parameters(report: DryRun) -> Iterator[str]:
+def _parameter_lines(report: DryRun) -> Iterator[str]:
     for part, (trained, every) in report.parameters.items():
         yield f"{part}: {trained:,} of {every:,} parameters trained"
 
 
-def _measured(report: DryRun) -> Iterator[str]:
+def _step_lines(report: DryRun) -> Iterator[str]:
     step = report.measured
     further = further_losses(step)
     yield f"first step: contrastive {step.contrastive:.3f}, language {step.language:.3f}{further}"
