@@ -46,8 +46,9 @@ SURFACE = {
         "--engine",
         "--workers",
         "--caption",
+        "--think",
     ],
-    "index": ["MODEL", "FOLDER_OR_DATA", "--to", "--caption", "--batch-size"],
+    "index": ["MODEL", "FOLDER_OR_DATA", "--to", "--caption", "--think", "--batch-size"],
     "search": [
         "DIR",
         "[TEXT]",
@@ -56,6 +57,7 @@ SURFACE = {
         "--rerank",
         "--where",
         "--caption",
+        "--think",
         "--answer",
         "--model",
         "--json",

@@ -53,6 +53,30 @@ def hits_of(*arguments: object) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- cafe index
 
 
+def test_thoughts_are_counted_kept_and_asked_for_again(small_dir: Path, tmp_path: Path) -> None:
+    photos, to = tmp_path / "photos", tmp_path / "i"
+    for i in range(2):
+        save_noise(photos / f"{i}.png", i)
+    done = run("index", "tiny", photos, "--to", to, "--think", 5)
+    assert done.exit_code == 0, done.output
+    image = photos / "1.png"
+    hits = hits_of(to, "--image", image)
+    assert hits[0]["score"] == pytest.approx(1, abs=1e-5)
+    model = CAFe.from_pretrained("tiny", device="cpu")
+    assert [hit["generated_caption"] for hit in hits] == model.write_captions(
+        [photos / hit["id"] for hit in hits], max_new_tokens=5
+    )
+    assert hits_of(to, "--image", image, "--think", 0)[0]["score"] < 0.9999
+    assert run("index", "tiny", photos, "--to", to).stdout.startswith(f"{to}: 2 rows (2 unchanged)")
+    done = run("index", "tiny", photos, "--to", to, "--think", 6)
+    assert "was made with thoughts of at most 5 tokens" in str(done.exception)
+
+    silent = run("index", small_dir, photos, "--to", tmp_path / "silent", "--think", 5)
+    assert "2 images embedded alone: the model says nothing of them" in silent.stdout
+    silent = run("embed", small_dir, photos, "--out", tmp_path / "s.parquet", "--think", 5)
+    assert "2 images embedded alone" in silent.stdout
+
+
 def test_index_prints_what_changed_and_names_what_was_skipped(
     small_dir: Path, tmp_path: Path
 ) -> None:

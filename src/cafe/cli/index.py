@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cafe.cli.arguments import CaptionOption, Model, left_out_line, skipped_lines
+from cafe.cli.arguments import (
+    CaptionOption,
+    Model,
+    ThinkOption,
+    left_out_line,
+    silent_note,
+    skipped_lines,
+)
 
 if TYPE_CHECKING:
     from cafe.retrieval.indexing import IndexReport
@@ -27,6 +34,7 @@ def command(
         typer.Option("--to", metavar="DIR", help="The index: a folder, or an object store's URI."),
     ],
     caption: CaptionOption = False,
+    think: ThinkOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs embedded, then written.")] = 64,
 ) -> None:
     """Make or update an index for cafe search.
@@ -43,6 +51,7 @@ def command(
             source,
             to,
             caption=caption or None,  # an index that has captions keeps them
+            think=think,
             batch_size=batch_size,
             on_skipped=on_skipped,
             show_progress_bar=True,
@@ -68,6 +77,8 @@ def _formatted(report: IndexReport) -> str:
         if count
     ]
     lines = [f"{report.uri}: {report.rows:,} rows ({', '.join(counts)})"]
+    if changes.silent:
+        lines.append(silent_note(changes.silent))
     if report.left_out:
         lines.append(left_out_line(report.left_out))
     if approximate is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cafe.cli.arguments import CaptionOption
+from cafe.cli.arguments import CaptionOption, ThinkOption
 from cafe.errors import printable
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def command(
         str | None, typer.Option(metavar="SQL", help='Only rows like "width > 640".')
     ] = None,
     caption: CaptionOption = False,
+    think: ThinkOption = None,
     answer: Annotated[
         bool, typer.Option("--answer", help="Answer TEXT from the hits, with numbered sources.")
     ] = False,
@@ -62,7 +63,7 @@ def command(
     query: Any = (
         {"text": text, "image": query_image} if text and query_image else text or query_image
     )
-    hits = searcher.search(query, max(top, rerank or 0), where, caption=caption)
+    hits = searcher.search(query, max(top, rerank or 0), where, caption=caption, think=think)
     if rerank is not None:
         hits = searcher.rerank(query, hits, rerank)
     hits = hits[:top]

@@ -30,6 +30,10 @@ class ModelFacts:
     dimension   of the vectors
     caption     the weight with which an image's vector contains that of the model's own caption
                 (`cafe.model.captions`); None: it does not
+    think       the most tokens of the thought after which an image's vector was read
+                (`cafe.model.thoughts`); None: it was read after none
+    writer      the name of another model, which wrote the captions or thoughts; None: this one did
+    writer_weights   `weights_fingerprint` of that model
     """
 
     name: str
@@ -37,13 +41,21 @@ class ModelFacts:
     prompt: str
     dimension: int
     caption: float | None = None
+    think: int | None = None
+    writer: str | None = None
+    writer_weights: str | None = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether an image's vector contains words that a model wrote of it."""
+        return self.caption is not None or self.think is not None
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
-        """The facts; without captions, those that earlier versions wrote."""
-        return {k: v for k, v in asdict(self).items() if k != "caption" or v is not None}
+        """The facts; without generated words, those that earlier versions wrote."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
     @classmethod
     def from_json(cls, text: str) -> ModelFacts:
@@ -56,7 +68,7 @@ class ModelFacts:
     def difference(self, other: ModelFacts) -> str | None:
         """The difference in words; None when vectors of the two models can be compared.
 
-        Vectors with captions can be compared with vectors without.
+        Vectors with captions or thoughts can be compared with vectors without.
         """
         if self.dimension != other.dimension:
             return f"dimension {other.dimension} instead of {self.dimension}"
@@ -97,9 +109,10 @@ def prompt_fingerprint(contract: Mapping[str, str]) -> str:
     """Hash what an embedding is read from: the rendered prompts, tokens and pooled tokens.
 
     Args:
-        contract: `CAFe.embedding_contract()`. The length limit and the dimension do not count.
+        contract: `CAFe.embedding_contract()`. The length limits and the dimension do not count.
     """
-    asked = {k: v for k, v in contract.items() if k not in {"max tokens", "dimension"}}
+    others = {"max tokens", "dimension", "thought tokens"}
+    asked = {k: v for k, v in contract.items() if k not in others}
     text = json.dumps(asked, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 

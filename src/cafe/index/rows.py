@@ -9,7 +9,8 @@ record   string   blake2b of everything else: text, path, other columns
 width    int32    of the image, in pixels, after its EXIF rotation
 height   int32
 vector   float32 [dimension], of length one
-generated_caption  string  what the model wrote of the image; only in an index made with captions
+generated_caption  string  what a model wrote of the image, as a caption or a thought; only in an
+         index made with them
 …        the other columns of the data: bool, int64, double or string
 """
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cafe.model import inference
 from cafe.model.captions import (
-    CAPTION_TOKENS,
     check_captions,
     inputs_and_captions,
     mixed,
@@ -20,9 +19,10 @@ from cafe.model.captions import (
 from cafe.model.inference import InferenceModel
 from cafe.model.quantization import PRECISIONS, EmbeddingPrecision, quantized
 from cafe.model.rows.inputs import Inputs, as_messages, is_many
+from cafe.model.thoughts import after_thoughts, checked_think, warn_if_untrained
 from cafe.model.workers import ModelSource, encode_on
 from cafe.progress import progress_bar
-from cafe.types import Conversation, thought_about
+from cafe.types import Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +92,16 @@ def _thoughtful(
     model: InferenceModel, conversations: list[Conversation], options: Encoding
 ) -> list[Conversation]:
     """Each input followed by the thought about it, as given, or as the model writes it."""
-    think = CAPTION_TOKENS if options.think is True else options.think
-    whole = isinstance(think, int) and think >= 0
-    if isinstance(think, str) or not (whole or isinstance(think, Sequence)):
-        raise ValueError(
-            f"think={think!r}: use the largest number of tokens of a thought, or one thought (or "
-            "None) for each input"
-        )
-    if isinstance(think, int):
-        if not think:
-            return conversations
-        think = write_captions(model, conversations, options.batch_size, think)
+    think = checked_think(model, options.think)
+    if think == 0:
+        return conversations
     if options.caption is not False:
         raise ValueError("caption and think are two ways to use the same text; choose one")
-    if len(think) != len(conversations):
-        raise ValueError(f"think: {len(think)} thoughts for {len(conversations)} inputs")
-    return [
-        thought_about(conversation, thought) if thought and thought.strip() else conversation
-        for conversation, thought in zip(conversations, think, strict=True)
-    ]
+    if isinstance(think, int):
+        think = write_captions(model, conversations, options.batch_size, think)
+    if any(think):
+        warn_if_untrained(model)
+    return after_thoughts(conversations, think)
 
 
 def _captions(

@@ -6,6 +6,8 @@ embeds queries in its own batches.
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from cafe.types import Hit, Image, Part, user
 if TYPE_CHECKING:
     from cafe.model.rows.inputs import Input
     from cafe.model.vlm import CAFe
+
+logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"\[(\d+)\]")
 
@@ -151,6 +155,7 @@ class Searcher:
         where: str | None = None,
         *,
         caption: bool = False,
+        think: int | None = None,
     ) -> list[RankedHit]:
         """Find the rows that are nearest to a query by cosine, the nearest first.
 
@@ -161,6 +166,8 @@ class Searcher:
             where: SQL over the columns of the index: "width > 640 AND text LIKE '%cat%'".
             caption: embed an image query together with a caption that the model writes of it now
                 (`CAFe.encode`). A query in words is not changed by it.
+            think: read the embedding of an image query after what the model says of it now, in at
+                most this many tokens; None: as those of the index were read, or 0 with `caption`.
 
         Returns:
             Up to `top` hits.
@@ -169,9 +176,7 @@ class Searcher:
             DataError: the query cannot be read or has another dimension, the SQL cannot be used,
                 or the query is not a vector and there is no model.
         """
-        vector = (
-            query if isinstance(query, np.ndarray) else self._model.encode(query, caption=caption)
-        )
+        vector = query if isinstance(query, np.ndarray) else self._embedded(query, caption, think)
         walked: dict[Path, Path] = {}
         return [
             RankedHit(hit, self._file(hit, walked)) for hit in self.index.search(vector, top, where)
@@ -254,6 +259,28 @@ class Searcher:
             )
         return self.model
 
+    def _embedded(self, query: Input, caption: bool, think: int | None) -> np.ndarray:
+        """A query as a vector, read as the images of the index were."""
+        if think is None:
+            think = 0 if caption else self.think
+        if (caption or think) and not isinstance(query, str):
+            self.say_writer()
+        return self._model.encode(query, caption=caption, think=think)
+
+    @property
+    def think(self) -> int:
+        """The most tokens of the thoughts after which the index's images were read; 0: none."""
+        return self.index.model.think or 0
+
+    def say_writer(self) -> None:
+        """Say once if another model wrote the captions or thoughts of the index's images."""
+        writer = self.index.model.writer
+        if writer is not None:
+            _say_once(
+                f"index {self.index.uri}: {writer} wrote the captions or thoughts of its images, "
+                "and the model that searches writes those of queries"
+            )
+
     def _file(self, hit: Hit, walked: dict[Path, Path]) -> str | None:
         """Path of the hit's image; None when it is not a file of the index's own folder.
 
@@ -266,6 +293,11 @@ class Searcher:
             return None if inside(self.root, path, walked) is None else str(self.root / path)
         except ValueError:
             return None
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.warning(text)
 
 
 def knows_one_image(vlm: CAFe) -> bool:

@@ -30,11 +30,17 @@ class IndexSearch:
 
     def __init__(self, index: Index) -> None:
         self._searcher = Searcher(index)
+        self._searcher.say_writer()
 
     @property
     def root(self) -> Path | None:
         """The folder that the paths of its images are relative to; None: there is none."""
         return self._searcher.root
+
+    @property
+    def think(self) -> int:
+        """The most tokens of the thoughts after which its images were read; 0: none."""
+        return self._searcher.think
 
     def __call__(self, vector: np.ndarray, top: int, where: str | None) -> list[Hit]:
         """The nearest rows.
@@ -65,7 +71,14 @@ def search_routes(service: Service, search: SearchFunction) -> APIRouter:
             raise ApiError.invalid("give query, image or both", "query")
         content = Content(text=body.query, image=body.image)
         hits = await hits_of(
-            service, search, request, content, body.top, body.where, body.caption is True
+            service,
+            search,
+            request,
+            content,
+            body.top,
+            body.where,
+            caption=body.caption is True,
+            think=body.think,
         )
         return json_response(
             {"hits": [{"id": h.id, "score": h.score, "metadata": h.metadata} for h in hits]}
@@ -81,10 +94,17 @@ async def hits_of(
     query: Content,
     top: int,
     where: str | None = None,
+    *,
     caption: bool = False,
+    think: int | None = None,
 ) -> list[Hit]:
-    """The `top` rows nearest to a query of text, an image or both. Raises ApiError."""
+    """The `top` rows nearest to a query of text, an image or both. Raises ApiError.
+
+    An image without words is read after a thought if `think` says so; None: as the index's images.
+    """
     conversation = await service.reader(request).content(query, "query")
-    embedded = await service.embed(request, [conversation], caption=caption)
+    if think is None:
+        think = 0 if caption else min(search.think, service.limits.new_tokens)
+    embedded = await service.embed(request, [conversation], caption=caption, think=think)
     (vector,) = unit_vectors(embedded.vectors, embedded.vectors.shape[1])
     return list(await service.run_in_thread(search, vector, top, where))
