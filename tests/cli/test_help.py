@@ -56,6 +56,7 @@ SURFACE = {
         "--top",
         "--rerank",
         "--where",
+        "--hybrid",
         "--caption",
         "--think",
         "--answer",

@@ -190,6 +190,24 @@ def test_rerank_judges_the_first_hits_and_top_cuts_afterwards(indexed: tuple[Pat
     assert [hit["id"] for hit in two] == [hit.id for hit in five[:2]]
 
 
+def test_hybrid_orders_by_the_words_of_the_captions_too(
+    indexed: tuple[Path, Path], small_dir: Path, tmp_path: Path
+) -> None:
+    _, uri = indexed
+    searcher = Searcher.open(uri)
+    hits = hits_of(uri, "cat 3", "--hybrid", "--top", 3)
+    expected = searcher.search("cat 3", 3, hybrid=True)
+    assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
+    assert hits_of(uri, "only 4", "--hybrid", "--top", 1)[0]["text"] == "cat 4"
+    image = ("--image", indexed[0] / "2.png")
+    assert hits_of(uri, "only 4", *image, "--hybrid", "--where", "year = 2004")[0]["id"] == "4.png"
+    assert "--hybrid needs words" in str(run("search", uri, *image, "--hybrid").exception)
+    save_noise(tmp_path / "bare" / "1.png", 1)
+    assert run("index", small_dir, tmp_path / "bare", "--to", tmp_path / "i").exit_code == 0
+    refused = run("search", tmp_path / "i", "a cat", "--hybrid")
+    assert "has no texts to search by words" in str(refused.exception)
+
+
 def test_the_table_shows_scores_files_and_captions(indexed: tuple[Path, Path]) -> None:
     photos, uri = indexed
     done = run("search", uri, "a cat", "--where", "year = 2003", "--rerank", 5)

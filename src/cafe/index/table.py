@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from cafe.errors import DataError
+from cafe.index import full_text, store
 from cafe.index.ann import (
     NEIGHBOURS,
     SAMPLED_QUERIES,
@@ -21,6 +22,7 @@ from cafe.index.ann import (
     nearest,
     partitions_for,
     tuned,
+    with_settings,
     without,
 )
 from cafe.index.condition import checked, unusable
@@ -46,7 +48,6 @@ APPROXIMATE_ROWS = 50_000
 EncodeItems = Callable[[Sequence[Any]], np.ndarray]
 """Inputs, as `CAFe.encode` takes them -> float32 [n, d]."""
 
-_ROWS_AT_ONCE = 8192
 _KEEP_VERSIONS = timedelta(minutes=10)
 _ORIGIN, _APPROXIMATE = "cafe.origin", "cafe.approximate"
 
@@ -256,7 +257,7 @@ class Index:
     def optimize(
         self, queries: np.ndarray | None = None, *, threshold: int = APPROXIMATE_ROWS
     ) -> Approximate | None:
-        """Compact; from `threshold` rows on, build or extend the approximate index and measure it.
+        """Compact, index texts, and from `threshold` rows on measure an approximate index.
 
         Args:
             queries: float [n, d], like those that people will ask, for the measurement; None: a
@@ -268,6 +269,7 @@ class Index:
             The settings with their measured recall, which may be below `cafe.index.GOAL`; None
             when searches are exact.
         """
+        full_text.build(self._table, self.uri)
         rows, before = len(self), self.approximate
         built = any(VECTOR in index.columns for index in self._table.list_indices())
         if rows < threshold:
@@ -285,17 +287,26 @@ class Index:
                     VECTOR, config=index_config(before.partitions), replace=True
                 )
         self.compact()
-        asked, own = self._sampled() if queries is None else (queries, [None] * len(queries))
-        exact = nearest(self._blocks(), asked.astype(np.float32), NEIGHBOURS + 1)
+        own: list[str | None] = [] if queries is None else [None] * len(queries)
+        if queries is None:
+            queries, own = store.sampled(self._table, self.uri, SAMPLED_QUERIES)
+        every = store.blocks(self._table, self.uri)
+        exact = nearest(every, queries.astype(np.float32), NEIGHBOURS + 1)
         exact = [without(ids, one) for ids, one in zip(exact, own, strict=True)]
-        after = tuned(before, self._neighbours, list(zip(asked, own, strict=True)), exact)
+        after = tuned(before, self._neighbours, list(zip(queries, own, strict=True)), exact)
         self._set_note(_APPROXIMATE, after.to_json())
         return after
 
     # ------------------------------------------------------------------ search
 
     def search(
-        self, query: Any, top: int = 10, where: str | None = None, *, exact: bool = False
+        self,
+        query: Any,
+        top: int = 10,
+        where: str | None = None,
+        *,
+        exact: bool = False,
+        words: str | None = None,
     ) -> list[Hit]:
         """Find the `top` nearest rows by cosine, the nearest first.
 
@@ -305,15 +316,27 @@ class Index:
             where: as `cafe.index.condition.checked` takes it: "width > 640 AND text LIKE '%cat%'".
                 Where it leaves too few rows for an approximate index to pay, the search is exact.
             exact: do not use the approximate index.
+            words: order by these words in the texts of the rows as well (`cafe.index.full_text`):
+                both orders, fused by their ranks. A hit's score is its cosine in any case.
 
         Raises:
-            DataError: a query of another dimension, or a `where` that cannot be used.
+            DataError: a query of another dimension, a `where` that cannot be used, or words where
+                the index has no texts.
         """
         vector = self._query(query)
         count = None if where is None else self.count(where)
         exact = exact or (count is not None and count < APPROXIMATE_ROWS)
         condition = None if where is None else checked(where, self.columns)
-        return self._nearest(vector, top, condition, None if exact else self.approximate)
+        settings = None if exact else self.approximate
+        if words is None:
+            return self._nearest(vector, top, condition, settings)
+        many, shown = max(top, full_text.CANDIDATES), self._shown
+        found = full_text.matching(self._table, self.uri, words, vector, many, condition, shown)
+        return full_text.fused(self._nearest(vector, many, condition, settings), found, top)
+
+    def check_words(self) -> None:
+        """Raises NoTextsError where the index has no texts that can be searched by words."""
+        full_text.check_searchable(self._table, self.uri)
 
     def count(self, where: str) -> int:
         """Number of rows that match `where`. Raises DataError for one that cannot be used."""
@@ -327,29 +350,20 @@ class Index:
     def _nearest(
         self, vector: np.ndarray, top: int, where: str | None, settings: Approximate | None
     ) -> list[Hit]:
-        shown = [name for name in self._table.schema.names if name not in HIDDEN]
+        shown = self._shown
         with lance_errors(self.uri):
             search = self._table.search(vector, vector_column_name=VECTOR)
             search = search.distance_type("cosine").limit(top)
             search = search.select(["id", *shown, "_distance"])
             if where is not None:
                 search = search.where(where, prefilter=True)
-            if settings is None:
-                search = search.bypass_vector_index()
-            else:
-                # With SQL the matching rows may lie elsewhere: go on until there are enough.
-                search = search.minimum_nprobes(settings.probes)
-                search = search.maximum_nprobes(settings.probes if where is None else 0)
-                search = search.refine_factor(settings.refine)
-            rows = search.to_list()
-        return [
-            Hit(
-                row["id"],
-                1.0 - float(row["_distance"]),
-                {name: row[name] for name in shown if row[name] is not None},
-            )
-            for row in rows
-        ]
+            rows = with_settings(search, settings, where).to_list()
+        return [full_text.hit_of(row, 1.0 - float(row["_distance"]), shown) for row in rows]
+
+    @property
+    def _shown(self) -> list[str]:
+        """The columns of a hit's metadata."""
+        return [name for name in self._table.schema.names if name not in HIDDEN]
 
     def _query(self, query: Any) -> np.ndarray:
         if not isinstance(query, np.ndarray):
@@ -365,23 +379,6 @@ class Index:
 
     def _unit(self, vectors: np.ndarray, names: Sequence[str]) -> np.ndarray:
         return unit(vectors, names, self._table.schema.field(VECTOR).type.list_size)
-
-    def _sampled(self) -> tuple[np.ndarray, list[str | None]]:
-        """A sample of the stored vectors [n, d], and their ids."""
-        rows = len(self)
-        chosen = np.random.default_rng(0).choice(rows, min(SAMPLED_QUERIES, rows), replace=False)
-        with lance_errors(self.uri):
-            take = self._table.take_offsets(sorted(chosen.tolist())).select(["id", VECTOR])
-            table = take.to_arrow()
-        return vectors_of(table), table["id"].to_pylist()
-
-    def _blocks(self) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Ids and vectors [m, d] of the whole table, a block at a time."""
-        with lance_errors(self.uri):
-            for batch in self._table.search().select(["id", VECTOR]).to_batches(_ROWS_AT_ONCE):
-                if len(batch):
-                    table = pa.Table.from_batches([batch])
-                    yield table["id"].to_pylist(), vectors_of(table)
 
     def _neighbours(self, query: tuple[np.ndarray, str | None], settings: Approximate) -> list[str]:
         vector, own = query

@@ -156,6 +156,7 @@ class Searcher:
         *,
         caption: bool = False,
         think: int | None = None,
+        hybrid: bool | str = False,
     ) -> list[RankedHit]:
         """Find the rows that are nearest to a query by cosine, the nearest first.
 
@@ -168,19 +169,25 @@ class Searcher:
                 (`CAFe.encode`). A query in words is not changed by it.
             think: read the embedding of an image query after what the model says of it now, in at
                 most this many tokens; None: as those of the index were read, or 0 with `caption`.
+            hybrid: order by the words of the query in the texts, captions and thoughts of the index
+                as well, and fuse both orders by their ranks (`cafe.index.full_text`); or the words,
+                for a query that is a vector. A hit's score stays its cosine.
 
         Returns:
             Up to `top` hits.
 
         Raises:
             DataError: the query cannot be read or has another dimension, the SQL cannot be used,
-                or the query is not a vector and there is no model.
+                the query is not a vector and there is no model; or there are no words to search
+                for, or no texts to search in.
         """
+        words = _words(query) if hybrid is True else hybrid or None
+        if words is not None:
+            self.index.check_words()  # before the model embeds anything
         vector = query if isinstance(query, np.ndarray) else self._embedded(query, caption, think)
         walked: dict[Path, Path] = {}
-        return [
-            RankedHit(hit, self._file(hit, walked)) for hit in self.index.search(vector, top, where)
-        ]
+        found = self.index.search(vector, top, where, words=words)
+        return [RankedHit(hit, self._file(hit, walked)) for hit in found]
 
     def rerank(
         self, query: Input, hits: Sequence[RankedHit], top: int | None = None
@@ -293,6 +300,22 @@ class Searcher:
             return None if inside(self.root, path, walked) is None else str(self.root / path)
         except ValueError:
             return None
+
+
+def _words(query: Input | np.ndarray) -> str:
+    """The words of a query. Raises DataError when it has none."""
+    match query:
+        case str():
+            words = query
+        case np.ndarray():
+            words = ""
+        case _:
+            from cafe.model.rows.inputs import as_conversation  # late: it loads torch
+
+            words = " ".join(message.text for message in as_conversation(query))
+    if not words.strip():
+        raise DataError("hybrid search needs words: search with a text, or without hybrid")
+    return words
 
 
 @functools.cache

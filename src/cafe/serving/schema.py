@@ -163,6 +163,7 @@ class SearchRequest(Request):
     caption   embed an image without words with a caption that the model writes
     think     read its embedding after what the model says of it, in at most this many tokens; null:
               as the images of the index were read, or not at all with caption
+    hybrid    order by the words of the query in texts, captions and thoughts as well
     """
 
     query: Text | None = None
@@ -171,6 +172,7 @@ class SearchRequest(Request):
     where: Annotated[Text, Field(max_length=2000)] | None = None
     caption: bool | None = False
     think: Annotated[int, Field(ge=0)] | None = None
+    hybrid: bool | None = False
 
 
 class Error(BaseModel):

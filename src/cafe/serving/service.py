@@ -32,18 +32,24 @@ log = logging.getLogger(__name__)
 class SearchFunction(Protocol):
     """A search of an index.
 
-    think   the most tokens of the thoughts after which its images were read, and query images are
-            to be read; 0: none
+    think      the most tokens of the thoughts after which its images were read, and query images
+               are to be read; 0: none
+    has_words  whether it can also order by words
     """
 
     @property
     def think(self) -> int: ...
 
-    def __call__(self, vector: np.ndarray, top: int, where: str | None, /) -> Sequence[Hit]:
-        """Unit vector [d], number of hits, SQL or None -> hits, best first.
+    @property
+    def has_words(self) -> bool: ...
+
+    def __call__(
+        self, vector: np.ndarray, top: int, where: str | None, words: str | None, /
+    ) -> Sequence[Hit]:
+        """Unit vector [d], number of hits, SQL or None, words or None -> hits, best first.
 
         Raises:
-            ApiError: bad SQL.
+            ApiError: bad SQL, or words where there are no texts.
         """
         ...
 
