@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from cafe.model import inference
-from cafe.model.captions import CAPTION_TOKENS, write_captions
+from cafe.model.captions import CAPTION_TOKENS, caption_request, write_captions
 from cafe.model.inference import InferenceModel
 from cafe.model.rows.inputs import Inputs, as_messages
 from cafe.model.rows.prompts import DEFAULT_PROMPT, trained_thought_tokens
+from cafe.model.thought_cache import readable, think_and_read
 from cafe.types import Conversation, thought_about
 
 if TYPE_CHECKING:
@@ -133,15 +134,42 @@ def read_after_own_thoughts(
 ) -> tuple[Float[Tensor, "n hidden"], list[str | None]]:
     """Embeddings as of `inference.encode`, and the thoughts that the model writes before, greedily.
 
-    A thought is None where the input has words of its own, or the model says nothing of it.
+    A thought is None where the input has words of its own, or the model says nothing of it. Where
+    the cache allows it, embeddings are read in the pass that writes (`cafe.model.thought_cache`).
     """
-    thoughts = write_captions(model, conversations, batch_size, tokens)
-    thoughtful = after_thoughts(conversations, thoughts)
+    vectors = torch.zeros(len(conversations), model.embedding_dimension, device=device)
+    thoughts: list[str | None] = [None] * len(conversations)
+    report = on_progress or (lambda count: None)
+    unread = {*range(len(conversations))}
+    requests = {i: r for i in unread if (r := caption_request(conversations[i])) is not None}
+    if readable(model):
+        asked = [*requests]
+        for batch in inference.length_buckets([conversations[i] for i in asked], batch_size):
+            chosen = [asked[i] for i in batch]
+            found, states = think_and_read(
+                model,
+                [conversations[i] for i in chosen],
+                [requests[i] for i in chosen],
+                chosen,
+                tokens,
+                prompt,
+            )
+            for i, thought in zip(chosen, found, strict=True):
+                thoughts[i] = thought or None
+            for i, state in states.items():
+                vectors[chosen[i]] = state.to(vectors)
+                unread.discard(chosen[i])
+            report(len(states))
+    else:
+        thoughts = write_captions(model, conversations, batch_size, tokens)
     if any(thoughts):
         warn_if_untrained(model)
-    vectors = inference.encode(
-        model, thoughtful, batch_size, prompt, device=device, on_progress=on_progress
-    )
+    others = sorted(unread)
+    thoughtful = after_thoughts([conversations[i] for i in others], [thoughts[i] for i in others])
+    vectors[others] = inference.encode(
+        model, thoughtful, batch_size, prompt, device=device, on_progress=on_progress,
+        numbers=others,
+    )  # fmt: skip
     return vectors, thoughts
 
 
