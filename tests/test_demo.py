@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 from rich.console import Console
 
-from cafe.demo.measure import SCORES, SceneScores
+from cafe.demo.measure import SCORES, SceneScores, mended_search
 from cafe.demo.run import DemoSettings, Forecast, example_search, run_demo
 from cafe.errors import DataError
 from cafe.evaluation.datasets.captioned import CaptionedImage
@@ -142,6 +142,27 @@ def test_the_search_shows_the_nearest_images_and_the_rank_of_the_correct_one():
     assert (search.text, search.rank, search.candidates) == ("cat bus key", 2, 7)
     assert [round(hit.score, 6) for hit in search.hits] == [0.9, 0.8, 0.5, 0.4, 0.3]
     assert [hit.correct for hit in search.hits] == [False, True, False, False, False]
+
+
+def test_the_search_that_captions_mend_is_the_one_that_was_most_wrong():
+    def turned(*degrees: float) -> np.ndarray:
+        angles = np.radians(degrees)
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+    texts = turned(0, 20, 40, 60)
+    alone = turned(40, 20, 60, 0)  # ranks of the own image: 3, 1, 2, 4
+    assert mended_search(alone, texts, texts) == 3
+    assert mended_search(alone, turned(0, 20, 40, 5), texts) == 0, "3 is not right afterwards"
+    assert mended_search(texts, texts, texts) is None, "nothing was wrong"
+    assert mended_search(alone, alone, texts) is None, "nothing was mended"
+
+
+def test_it_says_whether_captions_mend_a_search(demo, results):
+    mended, printed = results["mended_search"], demo[1]
+    if mended is None:
+        assert "No search was found that" in printed
+    else:
+        assert f"ranked {mended['rank_alone']} alone" in " ".join(printed.split())
 
 
 def test_a_folder_in_use_is_left_alone(demo):

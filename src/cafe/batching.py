@@ -6,12 +6,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from cafe.errors import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class WithCaption(NamedTuple, Generic[R]):
+    """A result, and what was written of its value before; None: nothing."""
+
+    result: R
+    caption: str | None
 
 
 def encode_each(
@@ -47,10 +54,10 @@ def encode_each(
 
 
 def encode_each_captioned(
-    encode: Callable[..., Iterable[R]],
+    encode: Callable[..., Iterable[R | WithCaption[R]]],
     values: Sequence[T],
     write_captions: Callable[[Sequence[T]], Sequence[str | None]] | None = None,
-) -> tuple[dict[int, tuple[R, str | None]], dict[int, DataError]]:
+) -> tuple[dict[int, WithCaption[R]], dict[int, DataError]]:
     """`encode_each`, each value with a caption that is written first.
 
     Args:
@@ -58,23 +65,27 @@ def encode_each_captioned(
             None for each value, as `CAFe.encode` takes them.
         values: The values to encode.
         write_captions: Returns one caption or None per value; a DataError rejects the whole batch.
-            None: there are no captions.
+            None: there are no captions, or `encode` writes them and returns each `WithCaption`.
 
     Returns:
-        Pairs of a result and its caption, and the errors, each by index in `values`.
+        The results with their captions, and the errors, each by index in `values`.
     """
     if write_captions is None:
         encoded, failures = encode_each(encode, values)
-        return {i: (result, None) for i, result in encoded.items()}, failures
+        return {i: _captioned(result, None) for i, result in encoded.items()}, failures
     captions, failures = encode_each(write_captions, values)
     kept = sorted(captions)
 
-    def encode_pairs(pairs: Sequence[tuple[T, str | None]]) -> Iterable[R]:
+    def encode_pairs(pairs: Sequence[tuple[T, str | None]]) -> Iterable[R | WithCaption[R]]:
         return encode([value for value, _ in pairs], caption=[caption for _, caption in pairs])
 
     encoded, refused = encode_each(encode_pairs, [(values[i], captions[i]) for i in kept])
-    results = {kept[i]: (result, captions[kept[i]]) for i, result in encoded.items()}
+    results = {kept[i]: _captioned(one, captions[kept[i]]) for i, one in encoded.items()}
     return results, failures | {kept[i]: error for i, error in refused.items()}
+
+
+def _captioned(result: R | WithCaption[R], caption: str | None) -> WithCaption[R]:
+    return result if isinstance(result, WithCaption) else WithCaption(result, caption)
 
 
 def prefetch_map(

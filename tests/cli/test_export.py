@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cafe.model.checkpoint.adapter import merge_into_base
 from cafe.model.vlm import CAFe
 from cafe.recipes import Tuning
 from cafe.release.release import export
-from cafe.release.verify import probe_inputs
+from cafe.release.verify import probe_inputs, verify
 from cafe.training.tuning import adapt
 from helpers.models import build_small_model
 
@@ -182,6 +183,30 @@ def test_a_card_without_results_says_how_to_get_them(
     assert "smallest cosine" not in card
 
 
+def test_a_tool_that_reads_no_thought_is_named(small_dir: Path, tmp_path: Path) -> None:
+    """A template that drops past answers embeds all but images with thoughts alike."""
+    directory = tmp_path / "deaf"
+    shutil.copytree(small_dir, directory)
+    template = directory / "embedding_template.jinja"
+    loop = "{%- for message in messages -%}{{- "
+    deaf = "{%- for message in messages if message['role'] != 'assistant' -%}{{- "
+    assert template.read_text().count(loop) == 1
+    template.write_text(template.read_text().replace(loop, deaf))
+    with pytest.raises(CheckpointError, match=r"transformers .* embeds 9 probes with a cosine of"):
+        verify(directory)
+
+
+def test_the_card_says_how_embeddings_are_to_be_read(small_dir: Path, tmp_path: Path) -> None:
+    model = CAFe.from_pretrained(small_dir)
+    model.model.config.trained_thought_tokens = 23
+    model.save_pretrained(tmp_path / "thinks")
+    assert export(tmp_path / "thinks", tmp_path / "out").thoughts == 23
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`encode(images, think=23)`" in card
+    export(small_dir, tmp_path / "plain")
+    assert "think" not in (tmp_path / "plain" / "README.md").read_text()
+
+
 def test_a_tool_that_disagrees_is_named_and_nothing_is_left(
     run: Any, small_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +219,7 @@ def test_a_tool_that_disagrees_is_named_and_nothing_is_left(
     code, out, err = run("export", small_dir, "--to", tmp_path / "out", "--verify")
     assert (code, out) == (2, "")
     assert "transformers 5." in err
-    assert "embeds 7 probes with a cosine of" in err
+    assert "embeds 9 probes with a cosine of" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -242,7 +267,7 @@ def test_export_and_verify_report_and_print_nothing(
     assert report.agreements == tuple(seen)
     verified = verify_module.verify(tmp_path / "out")
     assert [a.tool for a in verified.agreements] == [a.tool for a in seen]
-    assert (verified.probes, verified.tolerance) == (7, report.tolerance)
+    assert (verified.probes, verified.tolerance) == (9, report.tolerance)
     assert all(a.distance == 0 for a in verified.agreements)
     assert capsys.readouterr().out == ""
 

@@ -66,6 +66,30 @@ def test_a_caption_that_is_read_is_not_left_out(small_dir: Path, tmp_path: Path)
     assert [hit["text"] for hit in hits_of(tmp_path / "i", "a mug")] == ["a mug"]
 
 
+def test_thoughts_are_counted_kept_and_asked_for_again(small_dir: Path, tmp_path: Path) -> None:
+    photos, to = tmp_path / "photos", tmp_path / "i"
+    for i in range(2):
+        save_noise(photos / f"{i}.png", i)
+    done = run("index", "tiny", photos, "--to", to, "--think", 5)
+    assert done.exit_code == 0, done.output
+    image = photos / "1.png"
+    hits = hits_of(to, "--image", image)
+    assert hits[0]["score"] == pytest.approx(1, abs=1e-5)
+    model = CAFe.from_pretrained("tiny", device="cpu")
+    assert [hit["generated_caption"] for hit in hits] == model.write_captions(
+        [photos / hit["id"] for hit in hits], max_new_tokens=5
+    )
+    assert hits_of(to, "--image", image, "--think", 0)[0]["score"] < 0.9999
+    assert run("index", "tiny", photos, "--to", to).stdout.startswith(f"{to}: 2 rows (2 unchanged)")
+    done = run("index", "tiny", photos, "--to", to, "--think", 6)
+    assert "was made with thoughts of at most 5 tokens" in str(done.exception)
+
+    silent = run("index", small_dir, photos, "--to", tmp_path / "silent", "--think", 5)
+    assert "2 images embedded alone: the model says nothing of them" in silent.stdout
+    silent = run("embed", small_dir, photos, "--out", tmp_path / "s.parquet", "--think", 5)
+    assert "2 images embedded alone" in silent.stdout
+
+
 def test_index_prints_what_changed_and_names_what_was_skipped(
     small_dir: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +201,24 @@ def test_rerank_judges_the_first_hits_and_top_cuts_afterwards(indexed: tuple[Pat
     two = hits_of(uri, "a cat", "--top", 2, "--rerank", 5)
     five = searcher.rerank("a cat", searcher.search("a cat", 5))
     assert [hit["id"] for hit in two] == [hit.id for hit in five[:2]]
+
+
+def test_hybrid_orders_by_the_words_of_the_captions_too(
+    indexed: tuple[Path, Path], small_dir: Path, tmp_path: Path
+) -> None:
+    _, uri = indexed
+    searcher = Searcher.open(uri)
+    hits = hits_of(uri, "cat 3", "--hybrid", "--top", 3)
+    expected = searcher.search("cat 3", 3, hybrid=True)
+    assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
+    assert hits_of(uri, "only 4", "--hybrid", "--top", 1)[0]["text"] == "cat 4"
+    image = ("--image", indexed[0] / "2.png")
+    assert hits_of(uri, "only 4", *image, "--hybrid", "--where", "year = 2004")[0]["id"] == "4.png"
+    assert "--hybrid needs words" in str(run("search", uri, *image, "--hybrid").exception)
+    save_noise(tmp_path / "bare" / "1.png", 1)
+    assert run("index", small_dir, tmp_path / "bare", "--to", tmp_path / "i").exit_code == 0
+    refused = run("search", tmp_path / "i", "a cat", "--hybrid")
+    assert "has no texts to search by words" in str(refused.exception)
 
 
 def test_the_table_shows_scores_files_and_captions(indexed: tuple[Path, Path]) -> None:

@@ -45,6 +45,7 @@ class Fake:
     dimension = DIMENSION
     max_tokens = 64
     temperature = 0.05
+    thinks = False
 
     def __init__(self) -> None:
         self.open = threading.Event()

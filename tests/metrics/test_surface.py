@@ -64,6 +64,7 @@ CALLS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
     (ranking.candidate_scores, (SIDE, OTHER, [[0], [1, 2], range(3)]), {}),
     (ranking.hit_at_1, ([VALUES],), {}),
     (ranking.rank_relevances, (VALUES, VALUES), {}),
+    (ranking.reciprocal_rank_fusion, ([["a", "b"], ["b", "c"]],), {"k": 1}),
     (ranking.ndcg_at_k, (VALUES, 5), {"judged": VALUES[:1] + 1}),
     (hallucination.parse_yes_no, ("no",), {}),
     (hallucination.judge_says_yes, ("no",), {}),

@@ -63,9 +63,22 @@ def test_the_image_is_a_png_of_a_fixed_size(tmp_path):
         assert len(np.unique(np.asarray(image.convert("L")))) > 50
 
 
+def test_a_search_that_captions_mend_is_a_second_row(tmp_path, figures):
+    mended = inputs(correct=0)["search"]
+    draw_demo(tmp_path / "demo.png", **inputs(correct=3), mended=mended)
+    with PIL.Image.open(tmp_path / "demo.png") as image:
+        assert image.size == (1800, 1785)
+    panels = [axes for axes in figures[0].axes if axes.images]
+    assert ["correct image" in axes.get_xlabel() for axes in panels] == [
+        i in (3, 5) for i in range(10)
+    ]
+
+
+@pytest.mark.parametrize("mended", [False, True])
 @pytest.mark.parametrize("text", ["A cat.", LONG])
-def test_no_two_texts_overlap_and_none_is_cut_off(tmp_path, figures, text):
-    draw_demo(tmp_path / "demo.png", **inputs(text))
+def test_no_two_texts_overlap_and_none_is_cut_off(tmp_path, figures, text, mended):
+    more = {"mended": inputs(text)["search"]} if mended else {}
+    draw_demo(tmp_path / "demo.png", **inputs(text), **more)
     (figure,) = figures
     boxes = {t: t.get_window_extent() for t in texts(figure)}
     assert len(boxes) > 15

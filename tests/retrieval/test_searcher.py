@@ -176,7 +176,7 @@ def test_no_hit_leads_out_of_the_indexed_folder(tmp_path: Path) -> None:
     def file(root: Path, name: str) -> str | None:
         hit = Hit("id", 0.5, {"kind": "image", "path": name})
         index: Any = SimpleNamespace(
-            origin=Origin(str(root), str(root)), search=lambda *arguments: [hit]
+            origin=Origin(str(root), str(root)), search=lambda *arguments, **options: [hit]
         )
         (found,) = Searcher(index).search(np.ones(2))
         return found.file

@@ -633,12 +633,26 @@ def test_search_finds_in_an_index_and_does_not_say_where_it_lies(model: Fake, tm
         assert {hit["id"] for hit in some["hits"]} == {"cat", "mug"}
         both = {"query": "cat", "image": image()}
         assert request(server, "/search", both)[1]["hits"][0]["id"] == "cat"
+        hybrid = {"query": "mug", "hybrid": True}
+        status, reply, _ = request(server, "/search", hybrid)
+        assert (status, message(reply)) == (
+            400,
+            "hybrid: this index has no texts to search by words",
+        )
+        index.optimize()
+        assert request(server, "/search", hybrid)[1]["hits"][0]["id"] == "mug"
+        # The fake embeds it as something else; the words decide.
+        words = {"query": "a mug of dog", "hybrid": True, "top": 1}
+        assert request(server, "/search", words)[1]["hits"][0]["id"] in {"mug", "dog"}
+        status, reply, _ = request(server, "/search", {"image": image(), "hybrid": True})
+        assert (status, message(reply)) == (400, "hybrid needs words: give query")
         for body in ({}, {"query": "a", "top": 0}, *[{"query": "a", "where": w} for w in BAD_SQL]):
             status, reply, _ = request(server, "/search", body)
             assert (status, "secret" in message(reply)) == (400, False), message(reply)
         shutil.rmtree(tmp_path / "secret.index")
         status, reply, _ = request(server, "/search", {"query": "dog"})
         assert (status, message(reply)) == (500, "internal error")
+        assert request(server, "/search", hybrid)[0] == 500
     finally:
         server.stop()
 

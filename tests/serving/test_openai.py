@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import logging
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +15,7 @@ import openai
 import PIL.Image
 import pytest
 
+from cafe.model.thoughts import UNTRAINED
 from cafe.model.vlm import CAFe
 from cafe.serving.model_calls import CafeCalls
 from cafe.serving.run import Server
@@ -119,6 +122,70 @@ def test_captions_are_written_mixed_in_and_returned(
     # As the official client sends a field that OpenAI's own server does not know.
     one = client.embeddings.create(model="tiny", input="a cat", extra_body={"caption": True})
     assert np.abs(vectors(one)[0] - tiny.encode("a cat")).max() < 1e-5
+
+
+def test_embeddings_are_read_after_thoughts_that_are_returned(
+    server: Server, tiny: CAFe, caplog: pytest.LogCaptureFixture
+):
+    chats = [shown(1), shown(2, "a red cat"), [{"role": "user", "content": "a red cat"}]]
+    inputs: list[Any] = [
+        sample_image(1),
+        {"image": sample_image(2), "text": "a red cat"},
+        "a red cat",
+    ]
+    body = {"messages": chats, "think": 9}
+    with caplog.at_level(logging.WARNING, "cafe.serving"):
+        reply = request(server, "/v1/embeddings", body)[1]
+        request(server, "/v1/embeddings", body)
+    assert caplog.messages == [f"think: {UNTRAINED}"]  # once
+    thoughts = tiny.write_captions(inputs, max_new_tokens=9)
+    assert [one["thought"] for one in reply["data"]] == thoughts
+    assert thoughts[0]
+    assert thoughts[1:] == [None, None]
+    found = np.array([one["embedding"] for one in reply["data"]])
+    assert np.abs(found - tiny.encode(inputs, think=thoughts)).max() < 1e-5
+    plain = request(server, "/v1/embeddings", {"messages": chats, "think": 0})[1]
+    assert "thought" not in plain["data"][0]
+    assert np.abs(found[0] - np.array(plain["data"][0]["embedding"])).max() > 1e-3
+    assert reply["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"] + 36
+
+
+def test_a_thought_waits_for_no_one_and_nobody_for_it(server: Server, tiny: CAFe):
+    """Texts are embedded, and a chat is answered, between the tokens of a long thought."""
+    done: list[str] = []
+
+    def ask(name: str, path: str, body: Any) -> None:
+        assert request(server, path, body)[0] == 200
+        done.append(name)
+
+    with ThreadPoolExecutor(2) as pool:
+        body = {"messages": [shown(seed) for seed in range(6)], "think": 64}
+        thinking = pool.submit(ask, "thoughts", "/v1/embeddings", body)
+        deadline = time.monotonic() + 60
+        while not server.engine.generating:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        ask("text", "/v1/embeddings", {"input": "a red cat"})
+        thinking.result()
+    assert done == ["text", "thoughts"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"think": 5000}, "think: at most 4,096 are allowed"),
+        ({"think": 9, "caption": True}, "caption and think are two ways"),
+        ({"think": -1}, "think: must be at least 0"),
+        ({"think": True}, "think: must be an integer"),
+        ({"think": 3000, "messages": "long"}, "tokens exceed the model's limit"),
+    ],
+)
+def test_bad_thoughts_are_refused(server: Server, body: Any, message: str):
+    if "messages" in body:
+        body["messages"] = [{"role": "user", "content": "cat " * 3000}]
+    reply = request(server, "/v1/embeddings", {"messages": shown(1), **body})
+    assert reply[0] == 400
+    assert message in reply[1]["error"]["message"]
 
 
 def test_tokens_are_counted_with_the_template_and_the_image(server: Server, tiny: CAFe):

@@ -1,4 +1,4 @@
-"""What several verbs share: the model argument, and how they print what was skipped or left out."""
+"""What several verbs share: arguments, and how they print what was skipped or left out."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ CaptionOption = Annotated[
     ),
 ]
 
+ThinkOption = Annotated[
+    int | None,
+    typer.Option(
+        "--think",
+        min=0,
+        metavar="TOKENS",
+        help="Embed images after what the model says of them, in at most TOKENS tokens.",
+    ),
+]
+
 _NO_SUCH_FILE = ": no such file"
 _SHOWN = 3
 
@@ -67,6 +77,11 @@ def skipped_lines() -> Iterator[SkippedLines]:
                 f"{lines.missing:,} in all; do image paths start at another folder?",
                 file=sys.stderr,
             )
+
+
+def silent_note(count: int) -> str:
+    """How many images have no caption or thought, though they should."""
+    return f"{count:,} images embedded alone: the model says nothing of them"
 
 
 def left_out_line(left_out: Counter[str]) -> str:

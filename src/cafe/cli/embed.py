@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cafe.cli.arguments import CaptionOption, Model, left_out_line, skipped_lines
+from cafe.cli.arguments import (
+    CaptionOption,
+    Model,
+    ThinkOption,
+    left_out_line,
+    silent_note,
+    skipped_lines,
+)
 
 if TYPE_CHECKING:
     from cafe.retrieval.shards import EmbedReport
@@ -53,6 +60,7 @@ def command(
         typer.Option(min=1, help="Processes of --engine ray (default: one per GPU, else one)."),
     ] = None,
     caption: CaptionOption = False,
+    think: ThinkOption = None,
 ) -> None:
     """Write embeddings of texts and images.
 
@@ -76,6 +84,7 @@ def command(
             engine=engine.value,
             workers=workers,
             caption=caption,
+            think=think or 0,
             on_skipped=on_skipped,
             show_progress_bar=True,
         )
@@ -89,6 +98,8 @@ def _formatted(report: EmbedReport) -> str:
     parts = [f"{rank}{report.embedded} embeddings in {shards}{report.uri}"]
     if report.shards_present:
         parts.append(f"{report.shards_present} shards were there")
+    if report.silent:
+        parts.append(silent_note(report.silent))
     if report.skipped:
         parts.append(f"{len(report.skipped)} inputs skipped")
     line = ", ".join(parts)

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cafe.cli.arguments import CaptionOption, Model, left_out_line, skipped_lines
+from cafe.cli.arguments import (
+    CaptionOption,
+    Model,
+    ThinkOption,
+    left_out_line,
+    silent_note,
+    skipped_lines,
+)
 
 if TYPE_CHECKING:
     from cafe.retrieval.indexing import IndexReport
@@ -27,6 +34,7 @@ def command(
         typer.Option("--to", metavar="DIR", help="The index: a folder, or an object store's URI."),
     ],
     caption: CaptionOption = False,
+    think: ThinkOption = None,
     multi_vector: Annotated[
         bool,
         typer.Option("--multi-vector", help="Also store, and search by, a vector of every token."),
@@ -51,6 +59,7 @@ def command(
             source,
             to,
             caption=caption or None,  # an index that has captions keeps them
+            think=think,
             multi_vector=_vectors_for(multi_vector, pool),
             batch_size=batch_size,
             on_skipped=on_skipped,
@@ -86,6 +95,8 @@ def _formatted(report: IndexReport) -> str:
         if count
     ]
     lines = [f"{report.uri}: {report.rows:,} rows ({', '.join(counts)})"]
+    if changes.silent:
+        lines.append(silent_note(changes.silent))
     if report.left_out:
         lines.append(left_out_line(report.left_out))
     if approximate is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cafe.cli.arguments import CaptionOption
+from cafe.cli.arguments import CaptionOption, ThinkOption
 from cafe.errors import printable
 
 if TYPE_CHECKING:
@@ -36,7 +36,14 @@ def command(
     where: Annotated[
         str | None, typer.Option(metavar="SQL", help='Only rows like "width > 640".')
     ] = None,
+    hybrid: Annotated[
+        bool,
+        typer.Option(
+            "--hybrid", help="Order by the words of TEXT in texts, captions and thoughts, too."
+        ),
+    ] = False,
     caption: CaptionOption = False,
+    think: ThinkOption = None,
     answer: Annotated[
         bool, typer.Option("--answer", help="Answer TEXT from the hits, with numbered sources.")
     ] = False,
@@ -47,22 +54,27 @@ def command(
 ) -> None:
     """Search by words, by an image, or by both.
 
-    A hit's score is the cosine. With --rerank, match is how probable the model finds that the
-    image shows what the text says, and posterior, which orders the hits, how probable it is by
-    score and match together that this is the hit meant.
+    A hit's score is the cosine, also with --hybrid, which fuses the ranks of two orders. With
+    --rerank, match is how probable the model finds that the image shows what the text says, and
+    posterior, which orders the hits, how probable it is by score and match together that this is
+    the hit meant.
     """
     from cafe.index import Index
     from cafe.retrieval.search import Searcher
 
-    query_image = _checked(text, image, answer)
+    query_image = _checked(text, image, answer, hybrid)
     index = Index.open(index_uri)
+    if hybrid:
+        index.check_words()  # before torch, as the next
     if where is not None:
-        index.count(where)  # before torch: bad SQL is reported immediately
+        index.count(where)  # bad SQL is reported immediately
     searcher = Searcher.open(index, model)
     query: Any = (
         {"text": text, "image": query_image} if text and query_image else text or query_image
     )
-    hits = searcher.search(query, max(top, rerank or 0), where, caption=caption)
+    hits = searcher.search(
+        query, max(top, rerank or 0), where, caption=caption, think=think, hybrid=hybrid
+    )
     if rerank is not None:
         hits = searcher.rerank(query, hits, rerank)
     hits = hits[:top]
@@ -73,7 +85,7 @@ def command(
         _show(hits, said)
 
 
-def _checked(text: str | None, image: Path | None, answer: bool) -> Image | None:
+def _checked(text: str | None, image: Path | None, answer: bool, hybrid: bool) -> Image | None:
     """The image, opened: a bad one is reported before anything heavy is loaded."""
     from cafe.errors import DataError
     from cafe.media import open_image
@@ -83,6 +95,8 @@ def _checked(text: str | None, image: Path | None, answer: bool) -> Image | None
         raise DataError("nothing to search for: give TEXT, --image, or both")
     if answer and not text:
         raise DataError("--answer needs a question: give TEXT with --image")
+    if hybrid and not text:
+        raise DataError("--hybrid needs words: give TEXT with --image")
     return None if image is None else Image(open_image(Image(image)))
 
 

@@ -109,7 +109,8 @@ def with_thoughts(examples: Sequence[Example], source: str, changes: Counter[str
             result.append(example)
             continue
         own = _answered(example) if written is None else written.of(example)
-        changes[MISSING] += own.empty
+        if own.empty:
+            changes[MISSING] += 1  # not += False, which would be reported as 0 records
         found += not own.empty
         result.append(
             replace(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _INCHES = (12.0, 8.4)
+_STRIP_INCHES = 3.5  # of a second search
 _DPI = 150
 _QUERY_CHARACTERS = 110  # per line
 
@@ -61,9 +62,14 @@ class Clouds:
 
 
 def draw_demo(
-    path: Path, curves: Curves, search: ExampleSearch, before: Clouds, after: Clouds
+    path: Path,
+    curves: Curves,
+    search: ExampleSearch,
+    before: Clouds,
+    after: Clouds,
+    mended: ExampleSearch | None = None,
 ) -> None:
-    """Write the demo's figure to `path` (PNG, about 1800 x 1260 pixels).
+    """Write the demo's figure to `path` (PNG, about 1800 x 1260 pixels; higher with `mended`).
 
     Each map shows the two principal axes of its own embeddings: the coordinates of the two models
     are not comparable.
@@ -74,14 +80,24 @@ def draw_demo(
         search: The example search with the fine-tuned model.
         before: Embeddings of the base model.
         after: Embeddings of the fine-tuned model.
+        mended: The same search among images that are embedded with the model's own captions.
 
     Raises:
         DataError: the file cannot be written.
     """
-    figure = Figure(figsize=_INCHES, dpi=_DPI, facecolor="white")
+    searches = [(search, "Search: a caption retrieves its image")]
+    if mended is not None:
+        searches = [
+            (search, "Search by the image's embedding alone"),
+            (mended, "The same search, images embedded with the captions that the model writes"),
+        ]
+    width, height = _INCHES
+    height += _STRIP_INCHES * (len(searches) - 1)
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     rows = figure.add_gridspec(
-        2, 1, height_ratios=(1.4, 1.0), left=0.065, right=0.98, top=0.915, bottom=0.03, hspace=0.56
-    )
+        1 + len(searches), 1, height_ratios=(1.4, *[1.0] * len(searches)), left=0.065, right=0.98,
+        top=1 - 0.085 * _scale(figure), bottom=0.03 * _scale(figure), hspace=0.56,
+    )  # fmt: skip
     top = rows[0].subgridspec(1, 3, width_ratios=(1.15, 1.0, 1.0), wspace=0.2)
     losses = top[0].subgridspec(2, 1, hspace=0.18)
     upper = figure.add_subplot(losses[0])
@@ -91,9 +107,10 @@ def draw_demo(
     for axes, name, clouds in zip(maps, ("before", "after"), (before, after), strict=True):
         _draw_map(axes, name, clouds)
     # The headings come last, when all axes have their frames, so that those of a row align.
-    strip = rows[1].subgridspec(1, max(1, len(search.hits)), wspace=0.16)
-    images = [figure.add_subplot(strip[column]) for column in range(len(search.hits))]
-    _draw_search(figure, images, search)
+    for row, (one, heading) in enumerate(searches, 1):
+        strip = rows[row].subgridspec(1, max(1, len(one.hits)), wspace=0.16)
+        panels = [figure.add_subplot(strip[column]) for column in range(len(one.hits))]
+        _draw_search(figure, panels, one, heading)
     _heading(figure, upper, "Training")
     _heading(figure, maps[0], "Embeddings of images and texts")
     write_png(figure, path)
@@ -142,7 +159,7 @@ def _draw_map(axes: Axes, name: str, clouds: Clouds) -> None:
                 handle.set_alpha(1.0)
 
 
-def _draw_search(figure: Figure, axes: Sequence[Axes], search: ExampleSearch) -> None:
+def _draw_search(figure: Figure, axes: Sequence[Axes], search: ExampleSearch, heading: str) -> None:
     for rank, (panel, hit) in enumerate(zip(axes, search.hits, strict=True), start=1):
         panel.imshow(np.asarray(hit.image), interpolation="bicubic")
         panel.set_anchor("N")
@@ -165,20 +182,26 @@ def _draw_search(figure: Figure, axes: Sequence[Axes], search: ExampleSearch) ->
     lines = textwrap.wrap(f"“{search.text}”   ({note})", _QUERY_CHARACTERS)
     left, top = _corner(axes[0])
     figure.text(
-        left, top + 0.018, "\n".join(lines), fontsize=10.5, color=INK, va="bottom",
+        left, top + 0.018 * _scale(figure), "\n".join(lines), fontsize=10.5, color=INK, va="bottom",
         style="italic", linespacing=1.35,
     )  # fmt: skip
     _heading(
         figure,
         axes[0],
-        "Search: a caption retrieves its image",
+        heading,
         0.03 + 0.025 * len(lines),
     )
 
 
 def _heading(figure: Figure, axes: Axes, text: str, above: float = 0.04) -> None:
     left, top = _corner(axes)
+    above *= _scale(figure)
     figure.text(left, top + above, text, fontsize=13, fontweight="bold", color=INK, va="bottom")
+
+
+def _scale(figure: Figure) -> float:
+    """A part of the height of the plain figure, as a part of this one's."""
+    return _INCHES[1] / figure.get_figheight()
 
 
 def _corner(axes: Axes) -> tuple[float, float]:

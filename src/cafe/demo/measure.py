@@ -25,6 +25,7 @@ from cafe.evaluation.tasks.caption import (
 from cafe.evaluation.tasks.gap import gap_scores
 from cafe.evaluation.tasks.presence import exact_matches, question_dialogues, question_scores
 from cafe.evaluation.tasks.retrieval import caption_indices, retrieval_scores
+from cafe.metrics import first_relevant_ranks
 from cafe.model.captions import CAPTION_WEIGHT, with_captions
 from cafe.types import Example, Scores, user
 
@@ -109,9 +110,23 @@ def evaluate_scenes(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class CaptionedScores:
+    """Of images that are embedded with the captions the model writes.
+
+    scores   retrieval and gap
+    images   unit embeddings, float32 [n, d]
+    written  the captions; empty where the model says nothing
+    """
+
+    scores: Scores
+    images: Float[np.ndarray, "n d"]
+    written: list[str]
+
+
 def captioned_scores(
     encode: Encode, generate: Generate, scenes: Sequence[CaptionedImage], alone: SceneScores
-) -> Scores:
+) -> CaptionedScores:
     """Retrieval scores and gap of images that are embedded with the captions the model writes.
 
     Args:
@@ -131,7 +146,31 @@ def captioned_scores(
         retrieval_scores(images, alone.captions, own).scores
         | gap_scores(images, alone.captions, own).scores
     )
-    return {name: scores[name] for name in SCORES if name in scores}
+    chosen = {name: scores[name] for name in SCORES if name in scores}
+    return CaptionedScores(chosen, images, written)
+
+
+def mended_search(
+    alone: Float[np.ndarray, "n d"],
+    captioned: Float[np.ndarray, "n d"],
+    texts: Float[np.ndarray, "n d"],
+) -> int | None:
+    """The search that the images' own embeddings get most wrong and those with captions right.
+
+    Args:
+        alone: embeddings of the images.
+        captioned: the same with the model's captions.
+        texts: of what is searched for; row i of all is one scene.
+
+    Returns:
+        The row whose image has the worst rank alone and is first with captions; None: there is
+        none.
+    """
+    own = [[i] for i in range(len(texts))]
+    before = first_relevant_ranks(texts, alone, own)
+    after = first_relevant_ranks(texts, captioned, own)
+    worst = np.where(after == 1, before, 0)
+    return int(worst.argmax()) if worst.max(initial=0) > 1 else None
 
 
 def _full_example(image: CaptionedImage) -> Example:

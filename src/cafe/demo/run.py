@@ -4,7 +4,8 @@ out/
   train/  test/    the scenes: images, captions, questions, truth
   model/           the fine-tuned model (`output_dir` of the run is `out`)
   results.json     {"before": {…}, "after": {…}, "seconds": …, …}
-  demo.png         loss curves, an example search, maps of the embeddings
+  demo.png         loss curves, maps of the embeddings, and an example search, if there is one that
+                   captions mend: by the images' embeddings alone, and with the model's captions
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,14 @@ from rich.table import Table
 
 from cafe.data.scenes import Split, write_scenes
 from cafe.demo.figure import Clouds, Curves, ExampleSearch, FigureHit, draw_demo
-from cafe.demo.measure import SCORES, SceneScores, captioned_scores, evaluate_scenes
+from cafe.demo.measure import (
+    SCORES,
+    CaptionedScores,
+    SceneScores,
+    captioned_scores,
+    evaluate_scenes,
+    mended_search,
+)
 from cafe.errors import DataError
 from cafe.evaluation.datasets.captioned import CaptionedImage, read_captioned_images
 from cafe.evaluation.model_calls import CachedCalls, ModelCalls
@@ -124,15 +132,20 @@ def run_demo(
         calls = CachedCalls(_calls(str(run.model_dir), precision))  # captions are written once
         after = evaluate_scenes(calls.score_examples, calls.generate, images)
         captioned = captioned_scores(calls.encode, calls.generate, images, after)
+    mended = mended_search(after.images, captioned.images, after.captions)
     with stage.quiet("image", "5. Drawing the figure"):
         draw_demo(
             out / "demo.png",
             _curves(run.records),
-            example_search(images, after),
+            example_search(images, after, mended),
             before=Clouds(before.images, before.captions),
             after=Clouds(after.images, after.captions),
+            mended=None
+            if mended is None
+            else example_search(images, replace(after, images=captioned.images), mended),
         )
-    results = _results(before, after, captioned, stage.seconds, recipe, precision, settings)
+    results = _results(before, after, captioned.scores, stage.seconds, recipe, precision, settings)
+    results["mended_search"] = _mended(images, after, captioned, mended)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _print_summary(console, out, images[0], results)
 
@@ -209,10 +222,13 @@ def _curves(records: Sequence[StepRecord]) -> Curves:
     )
 
 
-def example_search(images: tuple[CaptionedImage, ...], scores: SceneScores) -> ExampleSearch:
-    """Search all images for the caption of the first scene with some detail."""
-    detailed = (i for i, p in enumerate(images) if len(p.kinds or ()) >= _SEARCH_CLASSES)
-    query = next(detailed, 0)
+def example_search(
+    images: tuple[CaptionedImage, ...], scores: SceneScores, query: int | None = None
+) -> ExampleSearch:
+    """Search all images for the caption of a scene; None: the first one with some detail."""
+    if query is None:
+        detailed = (i for i, p in enumerate(images) if len(p.kinds or ()) >= _SEARCH_CLASSES)
+        query = next(detailed, 0)
     cosines = scores.images @ scores.captions[query]
     nearest = np.argsort(-cosines, kind="stable")[:_SHOWN_HITS]
     rank = first_relevant_ranks(scores.captions[[query]], scores.images, [[query]])[0]
@@ -221,6 +237,23 @@ def example_search(images: tuple[CaptionedImage, ...], scores: SceneScores) -> E
         for i in nearest.tolist()
     ]
     return ExampleSearch(images[query].captions[0], hits, int(rank), len(images))
+
+
+def _mended(
+    images: tuple[CaptionedImage, ...],
+    after: SceneScores,
+    captioned: CaptionedScores,
+    query: int | None,
+) -> dict[str, Any] | None:
+    """The search of `mended_search` for results.json, with what the model writes of its image."""
+    if query is None:
+        return None
+    return {
+        "text": images[query].captions[0],
+        "image": Path(str(images[query].image.source)).name,
+        "caption": captioned.written[query],
+        "rank_alone": example_search(images, after, query).rank,
+    }
 
 
 def _results(
@@ -279,6 +312,16 @@ def _print_summary(
     console.print("Images embedded with the captions that the fine-tuned model writes of them:")
     rows = {name: (after[name], value) for name, value in captioned.items()}
     console.print(_table(("image alone", "with its caption"), rows))
+    mended = results["mended_search"]
+    if mended is None:
+        console.print("No search was found that images alone get wrong and their captions mend.")
+    else:
+        console.print(
+            f"“{mended['text']}”: the image is ranked {mended['rank_alone']} alone, and first with "
+            f"its caption, “{mended['caption']}”",
+            highlight=False,
+            markup=False,
+        )
     console.print(f"Total: {results['seconds']:.0f} s. Results, model and demo.png are in {out}")
     model, image = str(out / "model"), str(example.image.source)
     commands = (

@@ -73,6 +73,16 @@ def partitions_for(rows: int) -> int:
     return max(1, round(math.sqrt(rows)))
 
 
+def with_settings(search: Any, settings: Approximate | None, where: str | None) -> Any:
+    """LanceDB's search with these settings; None: exact."""
+    if settings is None:
+        return search.bypass_vector_index()
+    # With SQL the matching rows may lie elsewhere: go on until there are enough.
+    search = search.minimum_nprobes(settings.probes)
+    search = search.maximum_nprobes(settings.probes if where is None else 0)
+    return search.refine_factor(settings.refine)
+
+
 Query = TypeVar("Query")
 
 

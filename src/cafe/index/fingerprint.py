@@ -30,6 +30,10 @@ class ModelFacts:
     dimension   of the vectors
     caption     the weight with which an image's vector contains that of the model's own caption
                 (`cafe.model.captions`); None: it does not
+    think       the most tokens of the thought after which an image's vector was read
+                (`cafe.model.thoughts`); None: it was read after none
+    writer      the name of another model, which wrote the captions or thoughts; None: this one did
+    writer_weights   `weights_fingerprint` of that model
     tokens      fingerprint of the projection of the token vectors; None: the index holds none
     token_dimension   of these vectors
     pool        one of them is kept for so many tokens
@@ -40,9 +44,17 @@ class ModelFacts:
     prompt: str
     dimension: int
     caption: float | None = None
+    think: int | None = None
+    writer: str | None = None
+    writer_weights: str | None = None
     tokens: str | None = None
     token_dimension: int | None = None
     pool: float | None = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether an image's vector contains words that a model wrote of it."""
+        return self.caption is not None or self.think is not None
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict())
@@ -62,8 +74,8 @@ class ModelFacts:
     def difference(self, other: ModelFacts) -> str | None:
         """The difference in words; None when vectors of the two models can be compared.
 
-        Vectors with captions can be compared with vectors without. The token vectors of an index
-        need those of the other model.
+        Vectors with captions or thoughts can be compared with vectors without. The token vectors
+        of an index need those of the other model.
         """
         if self.dimension != other.dimension:
             return f"dimension {other.dimension} instead of {self.dimension}"
@@ -107,9 +119,10 @@ def prompt_fingerprint(contract: Mapping[str, str]) -> str:
     """Hash what an embedding is read from: the rendered prompts, tokens and pooled tokens.
 
     Args:
-        contract: `CAFe.embedding_contract()`. The length limit and the dimension do not count.
+        contract: `CAFe.embedding_contract()`. The length limits and the dimension do not count.
     """
-    asked = {k: v for k, v in contract.items() if k not in {"max tokens", "dimension"}}
+    others = {"max tokens", "dimension", "thought tokens"}
+    asked = {k: v for k, v in contract.items() if k not in others}
     text = json.dumps(asked, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 

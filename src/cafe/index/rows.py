@@ -10,7 +10,8 @@ width    int32    of the image, in pixels, after its EXIF rotation
 height   int32
 vector   float32 [dimension], of length one
 tokens   list<float32 [dim]>  vectors of its tokens; only in an index made with them
-generated_caption  string  what the model wrote of the image; only in an index made with captions
+generated_caption  string  what a model wrote of the image, as a caption or a thought; only in an
+         index made with them
 …        the other columns of the data: bool, int64, double or string
 """
 

@@ -10,15 +10,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from cafe.errors import CafeError, DataError, first_line
+from cafe.index.rows import VECTOR, vectors_of
 
 logger = logging.getLogger(__name__)
 
 TABLE = "items"
 
 _IDS_AT_ONCE = 1000
+_ROWS_AT_ONCE = 8192
 
 _CONSISTENCY = timedelta(seconds=5)
 """How long it takes until an open reader sees what other processes wrote."""
@@ -143,3 +147,21 @@ def clauses(ids: Iterable[str]) -> Iterable[str]:
     for start in range(0, len(ordered), _IDS_AT_ONCE):
         names = ("'" + id.replace("'", "''") + "'" for id in ordered[start : start + _IDS_AT_ONCE])
         yield f"id IN ({', '.join(names)})"
+
+
+def sampled(table: Any, uri: str, count: int) -> tuple[np.ndarray, list[str | None]]:
+    """At most `count` of the stored vectors [n, d], always the same ones, and their ids."""
+    rows = int(table.count_rows())
+    chosen = np.random.default_rng(0).choice(rows, min(count, rows), replace=False)
+    with lance_errors(uri):
+        found = table.take_offsets(sorted(chosen.tolist())).select(["id", VECTOR]).to_arrow()
+    return vectors_of(found), found["id"].to_pylist()
+
+
+def blocks(table: Any, uri: str) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Ids and vectors [m, d] of the whole table, a block at a time."""
+    with lance_errors(uri):
+        for batch in table.search().select(["id", VECTOR]).to_batches(_ROWS_AT_ONCE):
+            if len(batch):
+                block = pa.Table.from_batches([batch])
+                yield block["id"].to_pylist(), vectors_of(block)

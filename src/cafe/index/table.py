@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from cafe.errors import DataError
+from cafe.index import full_text, store
 from cafe.index.ann import (
     NEIGHBOURS,
     SAMPLED_QUERIES,
@@ -21,6 +22,7 @@ from cafe.index.ann import (
     nearest,
     partitions_for,
     tuned,
+    with_settings,
     without,
 )
 from cafe.index.condition import checked, unusable
@@ -37,7 +39,6 @@ from cafe.index.rows import (
     stored_in,
     to_table,
     unit,
-    vectors_of,
 )
 from cafe.index.store import TABLE, clauses, connect, is_local, lance_errors, reason
 from cafe.index.tokens import TOKENS, check_tokens, token_dimension
@@ -49,7 +50,6 @@ APPROXIMATE_ROWS = 50_000
 EncodeItems = Callable[[Sequence[Any]], np.ndarray]
 """Inputs, as `CAFe.encode` takes them -> float32 [n, d]."""
 
-_ROWS_AT_ONCE = 8192
 _KEEP_VERSIONS = timedelta(minutes=10)
 _ORIGIN, _APPROXIMATE = "cafe.origin", "cafe.approximate"
 
@@ -170,8 +170,7 @@ class Index:
     def check_model(self, model: ModelFacts) -> None:
         """Raises DataError when vectors of `model` cannot be compared with those of the index."""
         own = self.model
-        difference = own.difference(model)
-        if difference is not None:
+        if (difference := own.difference(model)) is not None:
             origin = self.origin
             raise DataError(
                 f"index {self.uri} holds vectors of model {own.name!r}, and {model.name!r} has "
@@ -197,10 +196,9 @@ class Index:
         """The vectors of the rows with these ids; missing ids are left out."""
         vectors: dict[str, StoredVector] = {}
         columns = ["id", *(f for f in StoredVector._fields if f in self._table.schema.names)]
-        for clause in clauses(ids):
-            with lance_errors(self.uri):
-                table = self._table.search().where(clause).select(columns).to_arrow()
-            vectors |= stored_in(table)
+        with lance_errors(self.uri):
+            for clause in clauses(ids):
+                vectors |= stored_in(self._table.search().where(clause).select(columns).to_arrow())
         return vectors
 
     def values(self, column: str) -> set[Any]:
@@ -215,8 +213,8 @@ class Index:
         """Add columns of the data; existing rows get null."""
         existing = {name.lower() for name in self._table.schema.names}
         new = [pa.field(name, type) for name, type in types.items() if name.lower() not in existing]
-        if new:
-            with lance_errors(self.uri):
+        with lance_errors(self.uri):
+            if new:
                 self._table.add_columns(new)
 
     def add(
@@ -240,8 +238,7 @@ class Index:
         """
         if not rows:
             return
-        names = [row.id for row in rows]
-        if len({*names}) < len(names):
+        if len({*(names := [row.id for row in rows])}) < len(names):
             raise DataError(f"index {self.uri}: an id occurs twice among the rows to add")
         table = to_table(rows, self._unit(vectors, names), self._table.schema, tokens)
         with lance_errors(self.uri):
@@ -252,8 +249,8 @@ class Index:
                 merge.when_matched_update_all().when_not_matched_insert_all().execute(table)
 
     def delete(self, ids: Iterable[str]) -> None:
-        for clause in clauses(ids):
-            with lance_errors(self.uri):
+        with lance_errors(self.uri):
+            for clause in clauses(ids):
                 self._table.delete(clause)
 
     def compact(self) -> None:
@@ -264,7 +261,7 @@ class Index:
     def optimize(
         self, queries: np.ndarray | None = None, *, threshold: int = APPROXIMATE_ROWS
     ) -> Approximate | None:
-        """Compact; from `threshold` rows on, build or extend the approximate index and measure it.
+        """Compact, index texts, and from `threshold` rows on measure an approximate index.
 
         Args:
             queries: float [n, d], like those that people will ask, for the measurement; None: a
@@ -276,6 +273,7 @@ class Index:
             The settings with their measured recall, which may be below `cafe.index.GOAL`; None
             when searches are exact.
         """
+        full_text.build(self._table, self.uri)
         rows, before = len(self), self.approximate
         built = any(VECTOR in index.columns for index in self._table.list_indices())
         if rows < threshold:
@@ -293,17 +291,26 @@ class Index:
                     VECTOR, config=index_config(before.partitions), replace=True
                 )
         self.compact()
-        asked, own = self._sampled() if queries is None else (queries, [None] * len(queries))
-        exact = nearest(self._blocks(), asked.astype(np.float32), NEIGHBOURS + 1)
-        exact = [without(ids, one) for ids, one in zip(exact, own, strict=True)]
-        after = tuned(before, self._neighbours, list(zip(asked, own, strict=True)), exact)
+        own: list[str | None] = [] if queries is None else [None] * len(queries)
+        if queries is None:
+            queries, own = store.sampled(self._table, self.uri, SAMPLED_QUERIES)
+        every = store.blocks(self._table, self.uri)
+        found = nearest(every, queries.astype(np.float32), NEIGHBOURS + 1)
+        exact = [without(ids, one) for ids, one in zip(found, own, strict=True)]
+        after = tuned(before, self._neighbours, list(zip(queries, own, strict=True)), exact)
         self._set_note(_APPROXIMATE, after.to_json())
         return after
 
     # ------------------------------------------------------------------ search
 
     def search(
-        self, query: Any, top: int = 10, where: str | None = None, *, exact: bool = False
+        self,
+        query: Any,
+        top: int = 10,
+        where: str | None = None,
+        *,
+        exact: bool = False,
+        words: str | None = None,
     ) -> list[Hit]:
         """Find the `top` nearest rows by cosine, the nearest first.
 
@@ -314,15 +321,27 @@ class Index:
             where: as `cafe.index.condition.checked` takes it: "width > 640 AND text LIKE '%cat%'".
                 Where it leaves too few rows for an approximate index to pay, the search is exact.
             exact: do not use the approximate index.
+            words: order by these words in the texts of the rows as well (`cafe.index.full_text`):
+                both orders, fused by their ranks. A hit's score is its cosine in any case.
 
         Raises:
-            DataError: a query of another dimension, or a `where` that cannot be used.
+            DataError: a query of another dimension, a `where` that cannot be used, or words where
+                the index has no texts.
         """
         vector = self._query(query)
         count = None if where is None else self.count(where)
         exact = exact or vector.ndim == 2 or (count is not None and count < APPROXIMATE_ROWS)
         condition = None if where is None else checked(where, self.columns)
-        return self._nearest(vector, top, condition, None if exact else self.approximate)
+        settings = None if exact else self.approximate
+        if words is None:
+            return self._nearest(vector, top, condition, settings)
+        many, shown = max(top, full_text.CANDIDATES), self._shown
+        found = full_text.matching(self._table, self.uri, words, vector, many, condition, shown)
+        return full_text.fused(self._nearest(vector, many, condition, settings), found, top)
+
+    def check_words(self) -> None:
+        """Raises NoTextsError where the index has no texts that can be searched by words."""
+        full_text.check_searchable(self._table, self.uri)
 
     def count(self, where: str) -> int:
         """Number of rows that match `where`. Raises DataError for one that cannot be used."""
@@ -336,21 +355,19 @@ class Index:
     def _nearest(
         self, vector: np.ndarray, top: int, where: str | None, settings: Approximate | None
     ) -> list[Hit]:
-        shown = [name for name in self._table.schema.names if name not in HIDDEN]
+        shown, column = self._shown, VECTOR if vector.ndim == 1 else TOKENS
         with lance_errors(self.uri):
-            column = VECTOR if vector.ndim == 1 else TOKENS
-            search = self._table.search(vector, vector_column_name=column).limit(top)
-            search = search.distance_type("cosine").select(["id", *shown, "_distance"])
+            search = self._table.search(vector, vector_column_name=column).distance_type("cosine")
+            search = search.limit(top).select(["id", *shown, "_distance"])
             if where is not None:
                 search = search.where(where, prefilter=True)
-            if settings is None:
-                search = search.bypass_vector_index()
-            else:
-                # With SQL the matching rows may lie elsewhere: go on until there are enough.
-                search = search.minimum_nprobes(settings.probes)
-                search = search.maximum_nprobes(settings.probes if where is None else 0)
-                search = search.refine_factor(settings.refine)
-            return hits_of(search.to_list(), shown, len(np.atleast_2d(vector)))
+            rows = with_settings(search, settings, where).to_list()
+        return hits_of(rows, shown, len(np.atleast_2d(vector)))
+
+    @property
+    def _shown(self) -> list[str]:
+        """The columns of a hit's metadata."""
+        return [name for name in self._table.schema.names if name not in HIDDEN]
 
     def _query(self, query: Any) -> np.ndarray:
         if not isinstance(query, np.ndarray):
@@ -360,29 +377,12 @@ class Index:
                     "give a vector, or open the index with encode="
                 )
             query = self._encode([query])[0]
-        if query.ndim > 1:
-            return check_tokens(query, "the query", token_dimension(self._table.schema))
-        return self._unit(query[None], ["the query"])[0]
+        if query.ndim == 1:
+            return self._unit(query[None], ["the query"])[0]
+        return check_tokens(query, "the query", token_dimension(self._table.schema))
 
     def _unit(self, vectors: np.ndarray, names: Sequence[str]) -> np.ndarray:
         return unit(vectors, names, self._table.schema.field(VECTOR).type.list_size)
-
-    def _sampled(self) -> tuple[np.ndarray, list[str | None]]:
-        """A sample of the stored vectors [n, d], and their ids."""
-        rows = len(self)
-        chosen = np.random.default_rng(0).choice(rows, min(SAMPLED_QUERIES, rows), replace=False)
-        with lance_errors(self.uri):
-            taken = self._table.take_offsets(sorted(chosen.tolist()))
-            table = taken.select(["id", VECTOR]).to_arrow()
-        return vectors_of(table), table["id"].to_pylist()
-
-    def _blocks(self) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Ids and vectors [m, d] of the whole table, a block at a time."""
-        with lance_errors(self.uri):
-            for batch in self._table.search().select(["id", VECTOR]).to_batches(_ROWS_AT_ONCE):
-                if len(batch):
-                    table = pa.Table.from_batches([batch])
-                    yield table["id"].to_pylist(), vectors_of(table)
 
     def _neighbours(self, query: tuple[np.ndarray, str | None], settings: Approximate) -> list[str]:
         vector, own = query
@@ -390,8 +390,8 @@ class Index:
         return without([hit.id for hit in hits], own)
 
     def _note(self, name: str) -> str | None:
-        text = (self._table.schema.field(VECTOR).metadata or {}).get(name.encode())
-        return None if text is None else text.decode()
+        notes = self._table.schema.field(VECTOR).metadata or {}
+        return notes[name.encode()].decode() if name.encode() in notes else None
 
     def _set_note(self, name: str, text: str) -> None:
         """Store a text with the table if it differs: LanceDB lets a field's metadata change."""

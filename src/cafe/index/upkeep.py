@@ -22,7 +22,7 @@ from cafe.batching import encode_each_captioned, prefetch_map
 from cafe.errors import DataError
 from cafe.index.rows import GENERATED_CAPTION, ContentKind, IndexRow, RowState, column_types
 from cafe.index.store import only_writer
-from cafe.index.table import EncodeItems, Index
+from cafe.index.table import Index
 from cafe.media import open_image
 from cafe.types import Image, StoredImage
 
@@ -73,7 +73,11 @@ class SkippedItem:
 
 @dataclass(slots=True)
 class Report:
-    """Counts of one run. The content of `moved` existed under another id: its vector was kept."""
+    """Counts of one run. The content of `moved` existed under another id: its vector was kept.
+
+    silent   of those that were embedded: images that were embedded alone, because the model says
+             nothing of them; 0 where it is not asked
+    """
 
     added: int = 0
     changed: int = 0
@@ -81,6 +85,7 @@ class Report:
     unchanged: int = 0
     deleted: int = 0
     skipped: list[SkippedItem] = field(default_factory=list)
+    silent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,7 @@ class _Loaded:
 def sync(
     index: Index,
     items: Sequence[IndexItem],
-    encode: EncodeItems,
+    encode: Callable[..., Iterable[Any]],
     *,
     batch_size: int = 64,
     max_batch_pixels: int = MAX_BATCH_PIXELS,
@@ -125,13 +130,15 @@ def sync(
         index: the index to bring up to date.
         items: everything that it should hold.
         encode: images (PIL, RGB) and strings -> float32 [n, d]. A DataError means that one of them
-            cannot be embedded: it is searched for and skipped.
+            cannot be embedded: it is searched for and skipped. Or n `cafe.batching.WithCaption`,
+            if it writes captions itself.
         batch_size: rows of one write, and the most that `encode` gets in one call.
         max_batch_pixels: a batch ends when its decoded images have this many pixels.
         compact_every: batches between two compactions of the table.
         progress: called with the number of items done.
-        write_captions: writes the captions with which images are embedded; None: they are embedded
-            alone. `encode` gets them as the keyword `caption`, and the index keeps them.
+        write_captions: writes the captions with which images are embedded; None: `encode` does, or
+            they are embedded alone. `encode` gets them as the keyword `caption`, and the index
+            keeps them.
         encode_tokens: what `encode` gets -> the vectors of its tokens; for an index that has them.
 
     Returns:
@@ -151,7 +158,7 @@ class _Run:
     def __init__(
         self,
         index: Index,
-        encode: EncodeItems,
+        encode: Callable[..., Iterable[Any]],
         progress: Callable[[int], None],
         compact_every: int,
         write_captions: WriteCaptions | None,
@@ -163,6 +170,7 @@ class _Run:
         self._compact_every = compact_every
         self._write_captions = write_captions
         self._encode_tokens = encode_tokens
+        self._generates = write_captions is not None or index.model.generates
         self._known = index.known()
         self._by_content = {(k.kind, k.hash): id for id, k in self._known.items()}
         self._report = Report()
@@ -171,7 +179,7 @@ class _Run:
 
     def run(self, items: Sequence[IndexItem], batch_size: int, max_pixels: int) -> Report:
         self._index.add_columns(column_types(item.extra for item in items))
-        if self._write_captions is not None:
+        if self._generates:
             self._index.add_columns({GENERATED_CAPTION: pa.string()})
         batch: list[_Loaded] = []
         pixels = 0
@@ -271,6 +279,8 @@ class _Run:
                 continue
             vector, caption = embeddings[i]
             rows.append(_captioned(one.row, caption))
+            silent = self._generates and one.row.kind == "image" and caption is None
+            self._report.silent += silent
             vectors.append(vector)
             if one.row.id in self._known:
                 self._report.changed += 1

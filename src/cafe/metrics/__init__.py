@@ -52,6 +52,7 @@ from cafe.metrics.ranking import (
     hit_at_1,
     ndcg_at_k,
     rank_relevances,
+    reciprocal_rank_fusion,
     two_way_ranks,
 )
 
@@ -91,6 +92,7 @@ __all__ = [
     "pope_columns",
     "project_2d",
     "rank_relevances",
+    "reciprocal_rank_fusion",
     "resampled_sums",
     "throne_columns",
     "throne_summary",

@@ -21,9 +21,9 @@ tensor of positives, and nothing is sorted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from cafe.errors import DataError
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Bool, Float, Int
 
+T = TypeVar("T", bound=Hashable)
+
 __all__ = [
     "TIE_TOLERANCE",
     "candidate_scores",
@@ -39,6 +41,7 @@ __all__ = [
     "hit_at_1",
     "ndcg_at_k",
     "rank_relevances",
+    "reciprocal_rank_fusion",
     "two_way_ranks",
 ]
 
@@ -189,6 +192,27 @@ def ndcg_at_k(
     if best == 0:
         raise DataError("the query has no relevant candidate, so NDCG is undefined; leave it out")
     return _dcg(ranked, k) / best
+
+
+def reciprocal_rank_fusion(rankings: Sequence[Sequence[T]], k: int = 60) -> list[tuple[T, float]]:
+    """Merge several orders of the same things by their ranks alone.
+
+    The score of a thing is the sum of 1 / (k + rank) over the rankings that have it; ranks begin
+    with 1 (Cormack, Clarke and Büttcher, SIGIR 2009; k = 60 is theirs).
+
+    Args:
+        rankings: each best first, without repetition; they may hold different things.
+        k: the larger, the less the first ranks count more than later ones.
+
+    Returns:
+        All things with their scores, the highest first; of equal ones, that which came first in the
+        earliest ranking that has it.
+    """
+    scores: dict[T, float] = {}
+    for ranking in rankings:
+        for rank, one in enumerate(ranking, 1):
+            scores[one] = scores.get(one, 0.0) + 1.0 / (k + rank)
+    return sorted(scores.items(), key=lambda pair: -pair[1])
 
 
 def _dcg(relevances: Float[np.ndarray, " r"], k: int) -> float:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cafe.model import inference
 from cafe.model.captions import (
-    CAPTION_TOKENS,
     check_captions,
     inputs_and_captions,
     mixed,
@@ -20,9 +19,15 @@ from cafe.model.captions import (
 from cafe.model.inference import InferenceModel
 from cafe.model.quantization import PRECISIONS, EmbeddingPrecision, quantized
 from cafe.model.rows.inputs import Inputs, as_messages, is_many
+from cafe.model.thoughts import (
+    after_thoughts,
+    checked_think,
+    read_after_own_thoughts,
+    warn_if_untrained,
+)
 from cafe.model.workers import ModelSource, encode_on
 from cafe.progress import progress_bar
-from cafe.types import Conversation, thought_about
+from cafe.types import Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +74,23 @@ def encode_inputs(
     """
     width = options.width(model.embedding_dimension)
     conversations = as_messages(inputs)
+    think = _think(model, options)
     captions = _captions(model, conversations, options)
-    conversations = _thoughtful(model, conversations, options)
+    if isinstance(think, int) and think and options.devices:
+        think = write_captions(model, conversations, options.batch_size, think)
+    if not isinstance(think, int):
+        if any(think):
+            warn_if_untrained(model)
+        conversations = after_thoughts(conversations, think)
     everything = inputs_and_captions(conversations, captions)
     with progress_bar("encode", len(everything), show=options.show_progress_bar, stays=True) as bar:
         asked = (everything, options.batch_size, options.prompt_name)
         if options.devices:
             vectors = encode_on(options.devices, model, source, *asked, bar.more)
+        elif isinstance(think, int) and think:
+            vectors, _ = read_after_own_thoughts(
+                model, conversations, think, *asked[1:], device=device, on_progress=bar.more
+            )
         else:
             vectors = inference.encode(model, *asked, device=device, on_progress=bar.more)
     vectors = mixed(vectors, captions, options.caption_weight)[:, :width]
@@ -88,29 +103,12 @@ def encode_inputs(
     return vectors.to(device)
 
 
-def _thoughtful(
-    model: InferenceModel, conversations: list[Conversation], options: Encoding
-) -> list[Conversation]:
-    """Each input followed by the thought about it, as given, or as the model writes it."""
-    think = CAPTION_TOKENS if options.think is True else options.think
-    whole = isinstance(think, int) and think >= 0
-    if isinstance(think, str) or not (whole or isinstance(think, Sequence)):
-        raise ValueError(
-            f"think={think!r}: use the largest number of tokens of a thought, or one thought (or "
-            "None) for each input"
-        )
-    if isinstance(think, int):
-        if not think:
-            return conversations
-        think = write_captions(model, conversations, options.batch_size, think)
-    if options.caption is not False:
+def _think(model: InferenceModel, options: Encoding) -> int | Sequence[str | None]:
+    """The thoughts, or the most tokens of those that the model writes; 0: there are none."""
+    think = checked_think(model, options.think)
+    if think != 0 and options.caption is not False:
         raise ValueError("caption and think are two ways to use the same text; choose one")
-    if len(think) != len(conversations):
-        raise ValueError(f"think: {len(think)} thoughts for {len(conversations)} inputs")
-    return [
-        thought_about(conversation, thought) if thought and thought.strip() else conversation
-        for conversation, thought in zip(conversations, think, strict=True)
-    ]
+    return think
 
 
 def _captions(

@@ -395,4 +395,4 @@ class CAFe(TokenEncoder, nn.Module):
 
     def embedding_contract(self) -> dict[str, str]:
         """What an embedding is read from, for people and for `cafe doctor`."""
-        return embedding_contract(self.collator, self.embedding_dimension)
+        return embedding_contract(self.collator, self.embedding_dimension, self.model.config)

@@ -21,6 +21,7 @@ from cafe.files import whole_directory
 from cafe.model.checkpoint.adapter import adapter_of, is_adapter, merge_into_base
 from cafe.model.checkpoint.directory import weights_dtype
 from cafe.model.checkpoint.locate import lasting_name, locate
+from cafe.model.rows.prompts import trained_thought_tokens
 from cafe.model.vlm import CAFe
 from cafe.release.card import Agreement, CardTask, model_card
 from cafe.release.verify import EXACT, check_readable_by_all, probe_inputs
@@ -46,6 +47,7 @@ class ExportReport:
     dimension   of an embedding
     averages    how many latent tokens' states an embedding is the mean of; 0: the last token's
     agreements  of the other tools, when they were asked
+    thoughts    tokens of the longest thought that it was trained to embed after; 0: none
     """
 
     directory: Path
@@ -59,6 +61,7 @@ class ExportReport:
     dimension: int
     averages: int = 0
     agreements: tuple[Agreement, ...] = ()
+    thoughts: int = 0
 
 
 def export(
@@ -147,6 +150,7 @@ def _write_model(source: str | Path, directory: Path, merge: bool) -> ExportRepo
     model.save_pretrained(directory)
     family, dimension = str(model.model.config.model_type), model.embedding_dimension
     averages = model.collator.averages
+    thoughts = trained_thought_tokens(model.model.config)
     parameters = sum(p.numel() for p in model.model.parameters())
     del model  # so that two large models are never in memory together
     after = CAFe.from_pretrained(directory, dtype=torch.float32).encode(probes)
@@ -170,6 +174,7 @@ def _write_model(source: str | Path, directory: Path, merge: bool) -> ExportRepo
         parameters,
         dimension,
         averages,
+        thoughts=thoughts,
     )
 
 
@@ -197,5 +202,10 @@ def _card(report: ExportReport, tasks: Sequence[CardTask]) -> str:
         "embedding": f"{report.dimension} numbers, unit length, cosine",
         "written by": f"cafe-vlm {metadata.version('cafe-vlm')}",
     }
+    if report.thoughts:
+        facts["thoughts"] = (
+            f"an image's embedding may also be read after what the model says of it, in at most "
+            f"{report.thoughts} tokens: `encode(images, think={report.thoughts})`"
+        )
     name = report.directory.name
     return model_card(name, report.dimension, facts, report.agreements, tasks, report.averages)

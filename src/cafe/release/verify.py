@@ -1,7 +1,7 @@
 """Check that other tools embed a directory's probes as cafe does.
 
-The probes are a few fixed texts and images. Each tool loads the directory by its own means, as its
-users would.
+The probes are a few fixed texts and images, and images that are read after a thought. Each tool
+loads the directory by its own means, as its users would.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from cafe.model.multi_vector import token_projection_of
 from cafe.model.rows.inputs import Input
 from cafe.model.vlm import CAFe
 from cafe.release.card import Agreement
+from cafe.types import Image, Part, thought_about, user
 
 EXACT = 1e-4
 """Largest distance of two unit-length embeddings that another order of summation explains."""
@@ -48,7 +49,7 @@ class VerifyReport:
     """How closely other tools agree with cafe on a directory's embeddings.
 
     directory   the directory that all of them loaded
-    probes      number of texts and images that were embedded
+    probes      number of texts and images that were embedded, also after thoughts
     tolerance   largest distance allowed between two unit vectors
     agreements  one for each tool
     """
@@ -91,7 +92,7 @@ def verify(
             f"{directory}: is a cross-encoder, which sentence-transformers does not embed with; "
             "call verify_cross_encoder"
         )
-    probes = probe_inputs()
+    probes = [*probe_inputs(), *thought_probes()]
     model = CAFe.from_pretrained(directory, dtype=torch.float32)
     of_inputs = model.encode(probes)
     late = token_projection_of(model.model) is not None
@@ -140,6 +141,25 @@ def probe_inputs() -> list[Input]:
     ]
 
 
+def thought_probes() -> list[Input]:
+    """Images, each with a thought that its embedding is read after, as chat messages."""
+    images = [probe for probe in probe_inputs() if isinstance(probe, PIL.Image.Image)]
+    thoughts = ("a red mug on a table.", "Two dogs run across a field; a child looks on")
+    return [
+        [
+            {"role": turn.role, "content": [_chat_part(part) for part in turn.content]}
+            for turn in thought_about(user(Image(image)), thought)
+        ]
+        for image, thought in zip(images, thoughts, strict=False)
+    ]
+
+
+def _chat_part(part: Part) -> dict[str, Any]:
+    if isinstance(part, Image):
+        return {"type": "image", "image": part.source}
+    return {"type": "text", "text": part}
+
+
 def _compare(
     directory: Path, tool: str, embeddings: np.ndarray, expected: np.ndarray, probes: int
 ) -> Agreement:
@@ -186,7 +206,7 @@ def _transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray:
     with torch.inference_mode():
         for probe in probes:
             inputs = processor.apply_chat_template(
-                [{"role": "user", "content": _parts(probe)}],
+                _messages(probe),
                 chat_template=template,
                 tokenize=True,
                 return_dict=True,
@@ -201,7 +221,9 @@ def _sentence_transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(directory), device="cpu", trust_remote_code=False).float()
-    return model.encode(list(probes), show_progress_bar=False)
+    chats = [probe for probe in probes if isinstance(probe, list)]
+    others = [probe for probe in probes if not isinstance(probe, list)]  # it cannot mix them
+    return np.concatenate([model.encode(part, show_progress_bar=False) for part in (others, chats)])
 
 
 def _multi_vector(directory: Path, probes: Sequence[Any]) -> np.ndarray:
@@ -228,8 +250,7 @@ def _server(directory: Path, probes: Sequence[Any]) -> np.ndarray:
             time.sleep(_POLL_SECONDS)
         if server.engine.failure is not None:
             raise server.engine.failure
-        chats = [[{"role": "user", "content": _request_parts(probe)}] for probe in probes]
-        return _post(server.url, {"messages": chats})
+        return _post(server.url, {"messages": [_request_messages(probe) for probe in probes]})
     finally:
         server.stop()
 
@@ -246,23 +267,30 @@ def _post(url: str, body: dict[str, Any]) -> np.ndarray:
     return np.array([row["embedding"] for row in content["data"]])
 
 
-def _parts(probe: Any) -> list[dict[str, Any]]:
-    """A probe as the content of a transformers chat message, images first."""
+def _messages(probe: Any) -> list[dict[str, Any]]:
+    """A probe as transformers' chat messages, images first."""
+    if isinstance(probe, list):
+        return probe
     both = probe if isinstance(probe, dict) else {}
     text = probe if isinstance(probe, str) else both.get("text")
     image = probe if isinstance(probe, PIL.Image.Image) else both.get("image")
     images = [] if image is None else [{"type": "image", "image": image}]
-    return images + ([] if text is None else [{"type": "text", "text": text}])
+    texts = [] if text is None else [{"type": "text", "text": text}]
+    return [{"role": "user", "content": images + texts}]
 
 
-def _request_parts(probe: Any) -> list[dict[str, Any]]:
+def _request_messages(probe: Any) -> list[dict[str, Any]]:
     """The same in OpenAI's format."""
-    parts = []
-    for part in _parts(probe):
-        if part["type"] == "image":
-            buffer = io.BytesIO()
-            part["image"].save(buffer, "png")
-            url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-            part = {"type": "image_url", "image_url": {"url": url}}
-        parts.append(part)
-    return parts
+    return [
+        {"role": turn["role"], "content": [_request_part(part) for part in turn["content"]]}
+        for turn in _messages(probe)
+    ]
+
+
+def _request_part(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] != "image":
+        return part
+    buffer = io.BytesIO()
+    part["image"].save(buffer, "png")
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}

@@ -17,9 +17,10 @@ from cafe.media import open_image
 from cafe.retrieval.sources import Entry, SkippedRecord, SourceRecord
 from cafe.types import Image
 
-EncodeInputs = Callable[..., np.ndarray]
+EncodeInputs = Callable[..., Iterable[Any]]
 """Inputs, as `CAFe.encode` takes them -> float32 [n, d]. A DataError refuses them all. Captions, if
-there are any, are the keyword `caption`, as in `CAFe.encode`."""
+there are any, are the keyword `caption`, as in `CAFe.encode`. One that writes them itself returns n
+`cafe.batching.WithCaption`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,24 @@ class LoadedRecord:
         image = self.value["image"] if isinstance(self.value, dict) else self.value
         return image if isinstance(image, PIL.Image.Image) else None
 
+    @property
+    def silent(self) -> bool:
+        """Whether it is an image without any words: its own, or those that the model writes."""
+        return self.text is None and self.image is not None and self.generated_caption is None
+
 
 Block = tuple[list[LoadedRecord], np.ndarray | None]
 """Rows and their embeddings float32 [rows, d]; None where there are none."""
+
+OnBlock = Callable[[int, Sequence[SkippedRecord], int], None]
+"""Gets the number of embeddings of a block, the records that were skipped, and how many of the
+embeddings are `LoadedRecord.silent`."""
 
 
 def embedded_blocks(
     encode: EncodeInputs,
     records: Iterable[Entry],
-    on_block: Callable[[int, Sequence[SkippedRecord]], None],
+    on_block: OnBlock,
     limits: BlockLimits = BLOCK_LIMITS,
     write_captions: WriteCaptions | None = None,
 ) -> Iterator[Block]:
@@ -74,15 +84,14 @@ def embedded_blocks(
     Args:
         encode: Embeds a block.
         records: What to load and embed.
-        on_block: Called when a block has been used, with the number of its embeddings and the
-            records that were skipped.
+        on_block: Called when a block has been used.
         limits: When a block is full.
         write_captions: Writes captions of images, which `encode` then gets; None: it gets none.
     """
     for block, skipped in loaded_blocks(records, limits):
         rows, embeddings, refused = encode_block(encode, block, write_captions)
         yield rows, embeddings
-        on_block(len(rows), [*skipped, *refused])
+        on_block(len(rows), [*skipped, *refused], sum(row.silent for row in rows))
 
 
 def loaded_blocks(

@@ -26,7 +26,8 @@ from cafe.retrieval.blocks import (
     EncodeInputs,
     embedded_blocks,
 )
-from cafe.retrieval.indexing import open_model, with_caption
+from cafe.retrieval.indexing import open_model
+from cafe.retrieval.own_words import OwnWords
 from cafe.retrieval.shards import (
     EmbedReport,
     OpenSink,
@@ -61,6 +62,7 @@ def embed_dataset(
     engine: EmbedEngine = "local",
     workers: int | None = None,
     caption: bool = False,
+    think: int = 0,
     batch_size: int = 32,
     limits: BlockLimits = BLOCK_LIMITS,
     encode: EncodeInputs | None = None,
@@ -84,13 +86,13 @@ def embed_dataset(
         workers: Number of processes of Ray; None: one per GPU, else one.
         caption: Embed each image without text together with a caption that the model writes of it
             (`CAFe.encode`); Parquet files and tables keep it in the column `generated_caption`.
+        think: Read it after what the model says, in at most this many tokens, which is kept there.
         batch_size: Inputs of one forward pass.
         limits: How much is decoded and embedded together.
         encode: Embeds inputs (strings, PIL images in RGB, or {"text", "image"}) as float32 [n, d],
-            in place of the model's own `encode`; captions are its keyword `caption`. Not with Ray.
+            in place of the model's `encode`, with its keywords caption and think. Not with Ray.
         load: Loads the model by its name, in place of `CAFe.from_pretrained`. Not with Ray.
-        on_skipped: Called with one line for each input that is skipped; None: the line is logged
-            as a warning.
+        on_skipped: Called with a line for each input that is skipped; None: the line is logged.
         show_progress_bar: Draw one, on stderr.
 
     Returns:
@@ -115,8 +117,8 @@ def embed_dataset(
         [PosixPath('notes.parquet')]
     """
     job = _Job(
-        model, out, to, shard_size, engine, workers, caption, batch_size, limits, encode, load,
-        on_skipped or _log_skipped, show_progress_bar,
+        model, out, to, shard_size, engine, workers, OwnWords(caption, think), batch_size, limits,
+        encode, load, on_skipped or _log_skipped, show_progress_bar,
     )  # fmt: skip
     job.check()
     return job.run(open_source(source))
@@ -132,7 +134,7 @@ class _Job:
     shard_size: int | None
     engine: EmbedEngine
     workers: int | None
-    caption: bool
+    words: OwnWords
     batch_size: int
     limits: BlockLimits
     encode: EncodeInputs | None
@@ -174,6 +176,7 @@ class _Job:
     def run(self, source: RecordSource) -> EmbedReport:
         report = self._embedded(source)
         report.left_out = source.left_out
+        report.silent = report.silent if self.words else 0
         return report
 
     def _embedded(self, source: RecordSource) -> EmbedReport:
@@ -190,23 +193,24 @@ class _Job:
                 open_sink,
                 size,
                 self.workers,
-                caption=self.caption,
+                words=self.words,
                 batch_size=self.batch_size,
                 limits=self.limits,
                 on_skipped=self.on_skipped,
                 show_progress_bar=self.show_progress_bar,
             )
         model, facts = open_model(self.model, device=self.rank.device, load=self.load)
+        encode, write_captions = self.words.functions(model, self.batch_size, self.encode)
         return embed_shards(
-            self.encode or partial(model.encode, batch_size=self.batch_size),
+            encode,
             source,
-            open_sink(with_caption(facts, self.caption)),
+            open_sink(self.words.facts(facts)),
             size,
             self.rank,
             on_skipped=self.on_skipped,
             show_progress_bar=self.show_progress_bar,
             limits=self.limits,
-            write_captions=self._write_captions(model),
+            write_captions=write_captions,
         )
 
     def _sink(self, source: RecordSource, size: int) -> OpenSink:
@@ -218,7 +222,7 @@ class _Job:
         report = EmbedReport(uri=str(out), paths=[Path(out)])
         with replacing(Path(out)) as unfinished:  # before the model: a wrong path fails immediately
             functions = self._functions()
-            columns = columns_of(source, self.caption)
+            columns = columns_of(source, bool(self.words))
             with EmbeddingTable(unfinished, columns, _name(self.model)) as table:
                 for rows, embeddings in self._blocks(*functions, source, report):
                     table.append(rows, embeddings)
@@ -237,7 +241,7 @@ class _Job:
 
     def _functions(self) -> tuple[EncodeInputs, WriteCaptions | None]:
         """What embeds and what writes captions; the model is loaded only if it does one of them."""
-        if self.encode is not None and not self.caption:
+        if self.encode is not None and not self.words:
             return self.encode, None
         model, load = self.model, self.load
         if isinstance(model, str | Path):
@@ -246,11 +250,7 @@ class _Job:
 
                 load = CAFe.from_pretrained
             model = load(str(model))
-        encode = self.encode or partial(model.encode, batch_size=self.batch_size)
-        return encode, self._write_captions(model)
-
-    def _write_captions(self, model: CAFe) -> WriteCaptions | None:
-        return partial(model.write_captions, batch_size=self.batch_size) if self.caption else None
+        return self.words.functions(model, self.batch_size, self.encode)
 
     def _blocks(
         self,

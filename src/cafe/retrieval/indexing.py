@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from cafe.index import (
     APPROXIMATE_ROWS,
     Approximate,
     Index,
-    IndexItem,
     ModelFacts,
     Origin,
     Report,
@@ -29,6 +27,7 @@ from cafe.index.fingerprint import prompt_fingerprint, weights_fingerprint
 from cafe.index.store import one_run
 from cafe.progress import progress_bar
 from cafe.retrieval.multi_vector import checked_pool, token_encoder, with_tokens
+from cafe.retrieval.own_words import OwnWords
 from cafe.retrieval.sources import Listing, list_items
 
 if TYPE_CHECKING:
@@ -67,6 +66,8 @@ def build_index(
     to: str | Path,
     *,
     caption: bool | None = None,
+    think: int | None = None,
+    writer: CAFe | str | Path | None = None,
     multi_vector: float | None = None,
     batch_size: int = 64,
     encode: Callable[..., np.ndarray] | None = None,
@@ -86,12 +87,14 @@ def build_index(
         to: the index: a folder, or the URI of an object store.
         caption: embed each image with a caption that the model writes (`CAFe.encode`), which the
             column `generated_caption` keeps; None: as an existing index was made, else without.
+        think: read it after what the model says of the image in at most this many tokens, which
+            that column keeps; `Searcher` reads image queries so, too; None: as before, else 0.
+        writer: another model, which writes the captions or thoughts.
         multi_vector: also store vectors of tokens, one for so many (`CAFe.encode_tokens`; 1: for
             each), by which the index is then searched; None: as an existing index, else none.
         batch_size: inputs that are embedded together and then written in one step.
-        encode: embeds items (PIL images in RGB, and strings) in place of the model's own `encode`,
-            as float32 [n, d]: a pool of processes, for example. The index still records the facts
-            of `model`, which also writes the captions: the keyword `caption` of `encode`.
+        encode: embeds items (PIL images in RGB, and strings; keywords `caption` or `think`) in
+            place of the model's own `encode`, as float32 [n, d]: a pool of processes, for example.
         load: loads the model by its name, in place of `CAFe.from_pretrained`.
         on_skipped: called with a line for each item that cannot be used; None: it is logged.
         show_progress_bar: draw one, on stderr.
@@ -100,8 +103,8 @@ def build_index(
         What changed, and how good an approximate search is.
 
     Raises:
-        DataError: there is nothing to index, the index was made by another model, it is of
-            another source that still exists, or no item can be used. Nothing is deleted then.
+        DataError: there is nothing to index, the index was made otherwise, it is of another source
+            that still exists, or no item can be used. Nothing is deleted then.
         CheckpointError: the model cannot be loaded.
 
     Example:
@@ -114,23 +117,21 @@ def build_index(
     listing = list_items(str(source))  # before torch: a wrong path is reported immediately
     origin = _origin(listing)
     index = Index.find(to)
+    words = _own_words(index, origin, caption, think)
     if index is not None:
-        _check_origin(index, origin)
-        caption = _check_captions(index, caption, origin)
         multi_vector = checked_pool(index, multi_vector)
     vlm, facts = open_model(model, index, load=load)
-    encode = encode or partial(vlm.encode, batch_size=batch_size)
-    write = partial(vlm.write_captions, batch_size=batch_size) if caption else None
-    facts = with_tokens(facts, vlm, multi_vector)
-    tokens = token_encoder(vlm, multi_vector, batch_size)
+    other, its_facts = (None, None) if writer is None else open_model(writer, load=load)
+    facts = with_tokens(words.facts(facts, its_facts), vlm, multi_vector)
     with one_run(str(to)):
-        index = _opened(to, with_caption(facts, bool(caption)), origin)
+        index = _opened(to, facts, origin)
+        embed, write = words.functions(vlm, batch_size, encode, other)
         with progress_bar("index", len(listing.items), show=show_progress_bar) as bar:
             changes = sync(
-                index, listing.items, encode, batch_size=batch_size, progress=bar.to,
-                write_captions=write, encode_tokens=tokens,
+                index, listing.items, embed, batch_size=batch_size, progress=bar.to,
+                write_captions=write, encode_tokens=token_encoder(vlm, multi_vector, batch_size),
             )  # fmt: skip
-        return _reported(index, changes, listing, encode, on_skipped or _log_skipped)
+        return _reported(index, changes, listing, encode or vlm.encode, on_skipped or _log_skipped)
 
 
 def _reported(
@@ -145,7 +146,7 @@ def _reported(
     changes.skipped[:0] = listing.skipped
     _report_skipped(changes, on_skipped)
     rows = len(index)
-    approximate = index.optimize(_caption_queries(encode, listing.items, rows))
+    approximate = index.optimize(_caption_queries(encode, listing, rows))
     return IndexReport(index.uri, rows, changes, approximate, listing.left_out)
 
 
@@ -156,7 +157,8 @@ def _opened(to: str | Path, facts: ModelFacts, origin: Origin) -> Index:
         return Index.create(to, facts, origin=origin)
     _check_origin(index, origin)
     index.check_model(facts)
-    _check_captions(index, facts.caption is not None, origin)
+    _check_words(index, OwnWords.of(facts), origin)
+    _check_writer(index, facts, origin)
     checked_pool(index, facts.pool)
     return index
 
@@ -267,32 +269,54 @@ def _check_origin(index: Index, origin: Origin) -> None:
         )
 
 
-def with_caption(facts: ModelFacts, caption: bool) -> ModelFacts:
-    """The facts of vectors that are made with captions, or without."""
-    from cafe.model.captions import CAPTION_WEIGHT
+def _own_words(
+    index: Index | None, origin: Origin, caption: bool | None, think: int | None
+) -> OwnWords:
+    """What was asked for; where nothing was, what the index was made with.
 
-    return replace(facts, caption=CAPTION_WEIGHT if caption else None)
-
-
-def _check_captions(index: Index, caption: bool | None, origin: Origin) -> bool:
-    """Whether the index is made with captions; DataError if it is and should not be, or reverse."""
-    own = index.model.caption is not None
-    if caption is None or caption == own:
-        return own
-    made, wanted = ("with", "without") if own else ("without", "with")
-    raise DataError(
-        f"index {index.uri} was made {made} captions; index {origin.source} {wanted} them into "
-        "another one"
+    Raises:
+        DataError: the index is of another source, or was made with other words.
+    """
+    if index is None:
+        return OwnWords(bool(caption), think or 0)
+    _check_origin(index, origin)
+    own = OwnWords.of(index.model)
+    words = OwnWords(
+        own.caption and not think if caption is None else caption,
+        (0 if caption else own.think) if think is None else think,
     )
+    _check_words(index, words, origin)
+    return words
+
+
+def _check_words(index: Index, words: OwnWords, origin: Origin) -> None:
+    """Raises DataError for an index whose images were embedded with other words, or with none."""
+    own = OwnWords.of(index.model)
+    if own != words:
+        raise DataError(
+            f"index {index.uri} was made {own}; index {origin.source} {words} into another one"
+        )
+
+
+def _check_writer(index: Index, facts: ModelFacts, origin: Origin) -> None:
+    """Raises DataError for an index whose captions or thoughts another model wrote."""
+    own = index.model
+    if own.generates and own.writer_weights != facts.writer_weights:
+        raise DataError(
+            f"index {index.uri} has captions or thoughts that {own.writer or own.name} wrote, and "
+            f"{facts.writer or facts.name} would write others; set writer to that model, or index "
+            f"{origin.source} into another one"
+        )
 
 
 def _caption_queries(
-    encode: Callable[[Sequence[Any]], np.ndarray], items: Sequence[IndexItem], rows: int
+    encode: Callable[[Sequence[Any]], np.ndarray], listing: Listing, rows: int
 ) -> np.ndarray | None:
     """Embeddings [n, d] of some captions; None where there are too few, or search stays exact.
 
     People search images by text, and embeddings of texts lie apart from those of images.
     """
+    items = listing.items
     captions = [item.text for item in items if item.source is not None and item.text]
     if rows < APPROXIMATE_ROWS or len(captions) < MEASURED_QUERIES:
         return None

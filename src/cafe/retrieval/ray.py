@@ -13,13 +13,13 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cafe.errors import CafeError
 from cafe.progress import progress_bar
 from cafe.retrieval.blocks import BlockLimits, embedded_blocks
-from cafe.retrieval.indexing import open_model, with_caption
+from cafe.retrieval.indexing import open_model
+from cafe.retrieval.own_words import OwnWords
 from cafe.retrieval.shards import (
     EmbedReport,
     OpenSink,
@@ -47,7 +47,7 @@ def embed_with_ray(
     shard_size: int,
     workers: int | None,
     *,
-    caption: bool,
+    words: OwnWords,
     batch_size: int,
     limits: BlockLimits,
     on_skipped: Callable[[str], None],
@@ -61,7 +61,7 @@ def embed_with_ray(
         open_sink: Opens where the shards go, once the model's facts are known.
         shard_size: Number of inputs of a shard; the last one may have fewer.
         workers: Number of processes; None: one for each GPU of the cluster, or one.
-        caption: Embed images together with captions that the model writes of them.
+        words: How images are embedded with what the model says of them.
         batch_size: Inputs that a worker embeds together.
         limits: How much a worker decodes together.
         on_skipped: Called with one line for each input that is skipped.
@@ -73,7 +73,7 @@ def embed_with_ray(
     with _cluster() as ray, _explained():
         size, share = shares(ray.cluster_resources(), workers)
         facts = ray.get(ray.remote(_facts).options(**share).remote(model))
-        sink = open_sink(with_caption(facts, caption))
+        sink = open_sink(words.facts(facts))
         report = EmbedReport(uri=sink.uri, shards=0)
         missing = missing_shards(report, sink, source.count, shard_size)
         records = unique(source.records(), sink)
@@ -81,9 +81,9 @@ def embed_with_ray(
         total = inputs_in(missing, source.count, shard_size)
         with progress_bar("embed", total, show=show_progress_bar) as bar:
             tally = Tally(report, on_skipped, bar.to)
-            for row in _written(parts, (model, sink, caption, batch_size, limits), size, share):
+            for row in _written(parts, (model, sink, words, batch_size, limits), size, share):
                 count_shard(report, sink, row["shard"])
-                tally.add(row["embedded"], pickle.loads(row["skipped"]))
+                tally.add(row["embedded"], pickle.loads(row["skipped"]), row["silent"])
         sink.complete()
     report.paths.sort()
     report.check_any(source)
@@ -94,25 +94,23 @@ class Worker:
     """One process of the pool: a model, and where its shards go."""
 
     def __init__(
-        self, model: str, sink: Sink, caption: bool, batch_size: int, limits: BlockLimits
+        self, model: str, sink: Sink, words: OwnWords, batch_size: int, limits: BlockLimits
     ) -> None:
         from cafe.model.vlm import CAFe
 
         vlm = CAFe.from_pretrained(model)
         self._sink, self._limits = sink, limits
-        self._encode = partial(vlm.encode, batch_size=batch_size)
-        self._write_captions = (
-            partial(vlm.write_captions, batch_size=batch_size) if caption else None
-        )
+        self._encode, self._write_captions = words.functions(vlm, batch_size)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Embed and write one shard; returns the number of embeddings and what was skipped."""
-        embedded = 0
+        embedded = silent = 0
         skipped: list[SkippedRecord] = []
 
-        def on_block(count: int, broken: Sequence[SkippedRecord]) -> None:
-            nonlocal embedded
+        def on_block(count: int, broken: Sequence[SkippedRecord], wordless: int) -> None:
+            nonlocal embedded, silent
             embedded += count
+            silent += wordless
             skipped.extend(broken)
 
         records = pickle.loads(row["records"])
@@ -121,7 +119,12 @@ class Worker:
             self._encode, records, on_block, self._limits, self._write_captions
         )
         self._sink.write(shard, blocks)
-        return {"shard": shard, "embedded": embedded, "skipped": pickle.dumps(skipped)}
+        return {
+            "shard": shard,
+            "embedded": embedded,
+            "skipped": pickle.dumps(skipped),
+            "silent": silent,
+        }
 
 
 def shares(resources: Mapping[str, float], workers: int | None) -> tuple[int, dict[str, float]]:

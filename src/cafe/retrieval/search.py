@@ -6,6 +6,8 @@ embeds queries in its own batches.
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from cafe.types import Hit, Image, Part, user
 if TYPE_CHECKING:
     from cafe.model.rows.inputs import Input
     from cafe.model.vlm import CAFe
+
+logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"\[(\d+)\]")
 
@@ -152,6 +156,8 @@ class Searcher:
         where: str | None = None,
         *,
         caption: bool = False,
+        think: int | None = None,
+        hybrid: bool | str = False,
         multi_vector: bool | None = None,
     ) -> list[RankedHit]:
         """Find the rows that are nearest to a query, the nearest first.
@@ -165,6 +171,11 @@ class Searcher:
             where: SQL over the columns of the index: "width > 640 AND text LIKE '%cat%'".
             caption: embed an image query together with a caption that the model writes of it now
                 (`CAFe.encode`). A query in words is not changed by it.
+            think: read the embedding of an image query after what the model says of it now, in at
+                most this many tokens; None: as those of the index were read, or 0 with `caption`.
+            hybrid: order by the words of the query in the texts, captions and thoughts of the index
+                as well, and fuse both orders by their ranks (`cafe.index.full_text`); or the words,
+                for a query that is a vector. A hit's score stays its cosine.
             multi_vector: search by token vectors; None: if the index holds them.
 
         Returns:
@@ -172,24 +183,27 @@ class Searcher:
 
         Raises:
             DataError: the query cannot be read or has another dimension, the SQL cannot be used,
-                the query is not a vector and there is no model, or token vectors are to be
-                searched and the index holds none.
+                the query is not a vector and there is no model; there are no words to search for,
+                or no texts to search in; or token vectors are to be searched and the index holds
+                none.
         """
+        words = _words(query) if hybrid is True else hybrid or None
+        if words is not None:
+            self.index.check_words()  # before the model embeds anything
         if isinstance(query, np.ndarray):
             vector = query
         elif searched_by_tokens(self.index, multi_vector):
-            if caption:
+            if caption or think:
                 raise DataError(
-                    f"index {self.index.uri} is searched by token vectors, and a caption changes "
-                    "an embedding only; leave caption out"
+                    f"index {self.index.uri} is searched by token vectors, and a caption or a "
+                    "thought changes an embedding only; leave it out"
                 )
             vector = self._model.encode_tokens(query)[0]
         else:
-            vector = self._model.encode(query, caption=caption)
+            vector = self._embedded(query, caption, think)
         walked: dict[Path, Path] = {}
-        return [
-            RankedHit(hit, self._file(hit, walked)) for hit in self.index.search(vector, top, where)
-        ]
+        found = self.index.search(vector, top, where, words=words)
+        return [RankedHit(hit, self._file(hit, walked)) for hit in found]
 
     def rerank(
         self, query: Input, hits: Sequence[RankedHit], top: int | None = None
@@ -270,6 +284,28 @@ class Searcher:
             )
         return self.model
 
+    def _embedded(self, query: Input, caption: bool, think: int | None) -> np.ndarray:
+        """A query as a vector, read as the images of the index were."""
+        if think is None:
+            think = 0 if caption else self.think
+        if (caption or think) and not isinstance(query, str):
+            self.say_writer()
+        return self._model.encode(query, caption=caption, think=think)
+
+    @property
+    def think(self) -> int:
+        """The most tokens of the thoughts after which the index's images were read; 0: none."""
+        return self.index.model.think or 0
+
+    def say_writer(self) -> None:
+        """Say once if another model wrote the captions or thoughts of the index's images."""
+        writer = self.index.model.writer
+        if writer is not None:
+            _say_once(
+                f"index {self.index.uri}: {writer} wrote the captions or thoughts of its images, "
+                "and the model that searches writes those of queries"
+            )
+
     def _file(self, hit: Hit, walked: dict[Path, Path]) -> str | None:
         """Path of the hit's image; None when it is not a file of the index's own folder.
 
@@ -282,6 +318,27 @@ class Searcher:
             return None if inside(self.root, path, walked) is None else str(self.root / path)
         except ValueError:
             return None
+
+
+def _words(query: Input | np.ndarray) -> str:
+    """The words of a query. Raises DataError when it has none."""
+    match query:
+        case str():
+            words = query
+        case np.ndarray():
+            words = ""
+        case _:
+            from cafe.model.rows.inputs import as_conversation  # late: it loads torch
+
+            words = " ".join(message.text for message in as_conversation(query))
+    if not words.strip():
+        raise DataError("hybrid search needs words: search with a text, or without hybrid")
+    return words
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.warning(text)
 
 
 def knows_one_image(vlm: CAFe) -> bool:

@@ -51,6 +51,8 @@ class EmbedReport:
     embeddings      float32 [embedded, d], in the order of `ids`; only where nothing is written
     rank            which process of how many this is
     left_out        files of a folder that are no images, by kind -> number of them
+    silent          number of images that were embedded alone, because the model says nothing of
+                    them; 0 where it is not asked
     """
 
     embedded: int = 0
@@ -63,6 +65,7 @@ class EmbedReport:
     embeddings: np.ndarray | None = None
     rank: Rank = field(default_factory=Rank)
     left_out: Counter[str] = field(default_factory=Counter)
+    silent: int = 0
 
     @property
     def done(self) -> int:
@@ -87,8 +90,9 @@ class Tally:
     on_skipped: Callable[[str], None]
     on_progress: Callable[[int], None]
 
-    def add(self, embedded: int, skipped: Sequence[SkippedRecord]) -> None:
+    def add(self, embedded: int, skipped: Sequence[SkippedRecord], silent: int) -> None:
         self.report.embedded += embedded
+        self.report.silent += silent
         self.report.skipped += skipped
         for record in skipped:
             self.on_skipped(f"{record.location}: {record.reason}")
@@ -100,12 +104,12 @@ def open_files(
 ) -> FileSink:
     """The folder `out`, with its plan. Raises DataError when that is of another run."""
     _agree(out, _plan(facts, source, shard_size))
-    return FileSink(out, columns_of(source, facts.caption is not None), model, facts.dimension)
+    return FileSink(out, columns_of(source, facts.generates), model, facts.dimension)
 
 
-def columns_of(source: RecordSource, caption: bool) -> tuple[str, ...]:
+def columns_of(source: RecordSource, generates: bool) -> tuple[str, ...]:
     """Columns of a Parquet file, besides the id and the embedding."""
-    return (*source.columns, GENERATED_CAPTION) if caption else source.columns
+    return (*source.columns, GENERATED_CAPTION) if generates else source.columns
 
 
 def open_table(source: RecordSource, to: str, shard_size: int, facts: ModelFacts) -> TableSink:
@@ -115,7 +119,7 @@ def open_table(source: RecordSource, to: str, shard_size: int, facts: ModelFacts
     if index is None:
         root = None if source.root is None else str(source.root.resolve())
         columns = {"shard": pa.int32()}
-        columns |= {} if facts.caption is None else {GENERATED_CAPTION: pa.string()}
+        columns |= {GENERATED_CAPTION: pa.string()} if facts.generates else {}
         origin = Origin(json.dumps(plan, sort_keys=True), root, "embed")
         try:
             Index.create(to, facts, origin=origin, columns=columns)

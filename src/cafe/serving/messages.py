@@ -112,11 +112,13 @@ class EngineModel(Protocol):
     dimension     of the embeddings
     max_tokens    context length
     temperature   that the embeddings were trained with
+    thinks        whether it was trained to embed after a thought
     """
 
     dimension: int
     max_tokens: int
     temperature: float
+    thinks: bool
 
     def excess(self, text: str) -> tuple[int, int] | None:
         """The tokens of a prefix that exceeds the context, and its characters; None: it fits.

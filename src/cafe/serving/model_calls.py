@@ -18,6 +18,7 @@ from torch import Tensor
 from cafe.errors import DataError
 from cafe.model.inference import yes_over_no
 from cafe.model.rerank import trained_temperature
+from cafe.model.rows.prompts import trained_thought_tokens
 from cafe.model.vlm import CAFe
 from cafe.serving.decoding import Generation
 from cafe.serving.messages import Embedding, Score, WorkItem
@@ -35,7 +36,7 @@ class CafeCalls:
     """A `CAFe` as a `cafe.serving.messages.EngineModel`."""
 
     def __init__(self, model: CAFe) -> None:
-        """Raises CheckpointError if the temperature in config.json is invalid."""
+        """Raises CheckpointError if the temperature or thoughts in config.json are invalid."""
         self._model = model
         self._collator = replace(model.collator, max_tokens=sys.maxsize)
         self._odds = yes_over_no(model)
@@ -48,6 +49,7 @@ class CafeCalls:
         self.dimension = model.embedding_dimension
         self.max_tokens = model.collator.max_tokens
         self.temperature = trained_temperature(model.model.config)
+        self.thinks = trained_thought_tokens(model.model.config) > 0
 
     def excess(self, text: str) -> tuple[int, int] | None:
         """The tokens of a prefix that exceeds the model's limit, and its characters; None: it fits.

@@ -86,6 +86,8 @@ class EmbeddingRequest(Request):
     """Texts in `input`, or one conversation or a batch of them in `messages`.
 
     caption   embed images without words with captions that the model writes, and return these
+    think     read their embeddings after what the model says of them, in at most this many tokens,
+              and return that
     """
 
     model: Text | None = None
@@ -94,6 +96,7 @@ class EmbeddingRequest(Request):
     dimensions: Annotated[int, Field(ge=1)] | None = None
     encoding_format: Literal["float", "base64"] = "float"
     caption: bool | None = False
+    think: Annotated[int, Field(ge=0)] | None = 0
     user: Text | None = None
 
     @field_validator("input")
@@ -158,6 +161,9 @@ class SearchRequest(Request):
 
     where     as `cafe.index.condition` reads it
     caption   embed an image without words with a caption that the model writes
+    think     read its embedding after what the model says of it, in at most this many tokens; null:
+              as the images of the index were read, or not at all with caption
+    hybrid    order by the words of the query in texts, captions and thoughts as well
     """
 
     query: Text | None = None
@@ -165,6 +171,8 @@ class SearchRequest(Request):
     top: Annotated[int, Field(ge=1, le=MAX_TOP)] = 10
     where: Annotated[Text, Field(max_length=2000)] | None = None
     caption: bool | None = False
+    think: Annotated[int, Field(ge=0)] | None = None
+    hybrid: bool | None = False
 
 
 class Error(BaseModel):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -25,8 +26,33 @@ from cafe.serving.metrics import Metrics
 from cafe.serving.middleware import CLEANUP
 from cafe.types import Conversation, Hit
 
-SearchFunction = Callable[[np.ndarray, int, str | None], Sequence[Hit]]
-"""Unit vector [d], number of hits, SQL or None -> hits, best first. Raises ApiError for bad SQL."""
+log = logging.getLogger(__name__)
+
+
+class SearchFunction(Protocol):
+    """A search of an index.
+
+    think      the most tokens of the thoughts after which its images were read, and query images
+               are to be read; 0: none
+    has_words  whether it can also order by words
+    """
+
+    @property
+    def think(self) -> int: ...
+
+    @property
+    def has_words(self) -> bool: ...
+
+    def __call__(
+        self, vector: np.ndarray, top: int, where: str | None, words: str | None, /
+    ) -> Sequence[Hit]:
+        """Unit vector [d], number of hits, SQL or None, words or None -> hits, best first.
+
+        Raises:
+            ApiError: bad SQL, or words where there are no texts.
+        """
+        ...
+
 
 MAX_FETCHES = 8
 """Maximum number of remote images fetched at the same time."""
@@ -37,8 +63,8 @@ class Embedded:
     """What a request embedded.
 
     vectors   float32 [n, d], not normalised
-    captions  those that the model wrote for it, None where it wrote none
-    tokens    of the inputs, and of the captions where there are any
+    captions  captions or thoughts that the model wrote for it, None where it wrote none
+    tokens    of the inputs, and of the captions or thoughts where there are any
     """
 
     vectors: np.ndarray
@@ -65,6 +91,7 @@ class Service:
     _decoders: ThreadPoolExecutor = field(init=False)
     _workers: ThreadPoolExecutor = field(init=False)
     _fetchers: ThreadPoolExecutor = field(init=False)
+    _said_untrained: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._pixels = Budget(self.limits.held_pixels, "pixels")
@@ -126,38 +153,77 @@ class Service:
             return await asyncio.wrap_future(call.future)
 
     async def embed(
-        self, request: Request, conversations: Sequence[Conversation], *, caption: bool = False
+        self,
+        request: Request,
+        conversations: Sequence[Conversation],
+        *,
+        caption: bool = False,
+        think: int = 0,
     ) -> Embedded:
         """Embed conversations as `CAFe.encode` does, but for their length.
 
+        Captions and thoughts are decoded in the batches of all requests, a token at a time.
+
         Raises:
-            ApiError: As in `results`.
+            ApiError: As in `results`; or both caption and think, or too many tokens of a thought.
         """
         # Late: the server listens before torch is imported.
         import torch
 
-        from cafe.model.captions import CAPTION_WEIGHT, inputs_and_captions, mixed
+        from cafe.model.captions import (
+            CAPTION_TOKENS,
+            CAPTION_WEIGHT,
+            inputs_and_captions,
+            mixed,
+        )
+        from cafe.model.thoughts import after_thoughts
 
-        captions: list[str | None] = [None] * len(conversations)
+        self._check_think(caption, think)
+        written: list[str | None] = [None] * len(conversations)
+        mixed_in = written
         tokens = 0
-        if caption:
-            captions, tokens = await self._captions(request, conversations)
-        asked = inputs_and_captions(conversations, captions)
+        if caption or think:
+            longest = think or min(CAPTION_TOKENS, self.limits.new_tokens)
+            written, tokens = await self._captions(request, conversations, longest)
+        if think:
+            conversations = after_thoughts(conversations, written)
+            self._warn_if_untrained(written)
+        else:
+            mixed_in = written
+        asked = inputs_and_captions(conversations, mixed_in)
         items = [WorkItem(conversation, number) for number, conversation in enumerate(asked)]
         results: list[Embedding] = await self.results(request, "embed", items)
         embed_tokens = sum(one.tokens for one in results)
         self.metrics.tokens(embed_tokens)
         vectors = torch.from_numpy(np.stack([one.vector for one in results]))
-        vectors = mixed(vectors, captions, CAPTION_WEIGHT)
-        return Embedded(vectors.numpy(), captions, tokens + embed_tokens)
+        vectors = mixed(vectors, mixed_in, CAPTION_WEIGHT)
+        return Embedded(vectors.numpy(), written, tokens + embed_tokens)
+
+    def _check_think(self, caption: bool, think: int) -> None:
+        """Raises ApiError (400) for a number of tokens that cannot be."""
+        if caption and think:
+            raise ApiError.invalid(
+                "caption and think are two ways to use what the model says; choose one", "think"
+            )
+        if think > self.limits.new_tokens:
+            raise ApiError.invalid(
+                f"think: at most {self.limits.new_tokens:,} are allowed", "think"
+            )
+
+    def _warn_if_untrained(self, thoughts: Sequence[str | None]) -> None:
+        """Say once that the model was not trained to embed after a thought."""
+        from cafe.model.thoughts import UNTRAINED
+
+        if any(thoughts) and not self.engine.model.thinks and not self._said_untrained:
+            self._said_untrained = True
+            log.warning("think: %s", UNTRAINED)
 
     async def _captions(
-        self, request: Request, conversations: Sequence[Conversation]
+        self, request: Request, conversations: Sequence[Conversation], longest: int
     ) -> tuple[list[str | None], int]:
         """Captions, None where there is none, and the number of tokens that they took."""
-        from cafe.model.captions import CAPTION_TOKENS, caption_request
+        from cafe.model.captions import caption_request
 
-        longest = min(CAPTION_TOKENS, self.limits.new_tokens)
         captions: list[str | None] = [None] * len(conversations)
         items = [
             WorkItem(Prompt(prompt, longest), number)

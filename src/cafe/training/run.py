@@ -33,7 +33,11 @@ from cafe.model.checkpoint.adapter import adapter_of
 from cafe.model.checkpoint.directory import save_checkpoint, weights_dtype
 from cafe.model.checkpoint.locate import locate
 from cafe.model.rerank import TEMPERATURE_KEY
-from cafe.model.rows.prompts import TRAINED_PROMPTS_KEY
+from cafe.model.rows.prompts import (
+    TRAINED_PROMPTS_KEY,
+    TRAINED_THOUGHTS_KEY,
+    trained_thought_tokens,
+)
 from cafe.model.vlm import CAFe
 from cafe.precision import described, emulation_warning
 from cafe.recipes import Recipe, load_recipe
@@ -206,6 +210,7 @@ def _train(
         number = learned.item() if isinstance(learned, torch.Tensor) else learned
         setattr(vlm.model.config, TEMPERATURE_KEY, number)
         setattr(vlm.model.config, TRAINED_PROMPTS_KEY, _prompts(data))
+        _record_thoughts(vlm, data)
     _save_model(vlm, recipe.model, output / "model", sharded=state.sharded)
     _leave_process_group(accelerator)
     return TrainingResult(output / "model", log_path, read_log(log_path))
@@ -305,6 +310,16 @@ def _prompts(data: TrainingData) -> list[str]:
     """Names of the embedding prompts of the pairs."""
     examples = (example for source in data.examples.sources for example in source.examples)
     return sorted({e.embedding_prompt for e in examples if e.query is not None})
+
+
+def _record_thoughts(vlm: CAFe, data: TrainingData) -> None:
+    """Note in the configuration how many tokens the longest thought has; 0 if it has no more."""
+    examples = (example for source in data.examples.sources for example in source.examples)
+    sides = (side for e in examples for side in (e.query_thought, e.target_thought) if side)
+    longest = max((side[-1].text for side in sides), key=len, default="")
+    tokens = len(vlm.processor.tokenizer(longest, add_special_tokens=False)["input_ids"])
+    if tokens or trained_thought_tokens(vlm.model.config):
+        setattr(vlm.model.config, TRAINED_THOUGHTS_KEY, tokens)
 
 
 def _data_order(recipe: Recipe, data: TrainingData) -> dict[str, Any]:

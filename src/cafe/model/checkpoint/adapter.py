@@ -31,7 +31,13 @@ from torch import Tensor, nn
 from cafe.errors import CheckpointError, first_line
 from cafe.model.checkpoint.locate import locate
 from cafe.model.rerank import TEMPERATURE_KEY, as_temperature
-from cafe.model.rows.prompts import PROMPT_KEY, TRAINED_PROMPTS_KEY, as_prompt
+from cafe.model.rows.prompts import (
+    PROMPT_KEY,
+    TRAINED_PROMPTS_KEY,
+    TRAINED_THOUGHTS_KEY,
+    as_prompt,
+    as_thought_tokens,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's wrapper, which is in every key of its files
@@ -138,6 +144,8 @@ def save_adapter(
         known[PROMPT_KEY] = prompt
     if trained := getattr(model.config, TRAINED_PROMPTS_KEY, None):
         known[TRAINED_PROMPTS_KEY] = ",".join(trained)
+    if (thoughts := getattr(model.config, TRAINED_THOUGHTS_KEY, None)) is not None:
+        known[TRAINED_THOUGHTS_KEY] = str(thoughts)
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", **known})
     written = copy.copy(config)
     written.inference_mode = True
@@ -236,6 +244,10 @@ def load_adapter(model: Any, directory: str | Path) -> None:
     # Files that peft wrote have none of these: then the base's values apply.
     if (prompts := trained.get(TRAINED_PROMPTS_KEY)) is not None:
         setattr(model.config, TRAINED_PROMPTS_KEY, prompts.split(","))
+    if (thoughts := trained.get(TRAINED_THOUGHTS_KEY)) is not None:
+        number = int(thoughts) if thoughts.isdecimal() else thoughts
+        number = as_thought_tokens(number, f"{name}: {WEIGHTS}")
+        setattr(model.config, TRAINED_THOUGHTS_KEY, number)
     if (prompt := trained.get(PROMPT_KEY)) is not None:
         setattr(model.config, PROMPT_KEY, as_prompt(prompt, f"{name}: {WEIGHTS}"))
     if (temperature := trained.get(TEMPERATURE_KEY)) is not None:

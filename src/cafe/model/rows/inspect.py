@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
+from typing import Any
 
 import PIL.Image
 
 from cafe.media import open_image, open_video
 from cafe.model.rows.collate import Collator
 from cafe.model.rows.inputs import as_conversation
-from cafe.model.rows.prompts import DEFAULT_PROMPT
+from cafe.model.rows.prompts import DEFAULT_PROMPT, trained_thought_tokens
 from cafe.types import Example, Image
 
 
@@ -125,11 +126,11 @@ def opened_images(example: Example, max_frames: int) -> Iterator[tuple[str, PIL.
                 yield f"frame {index + 1} of {clip.total}", frame
 
 
-def embedding_contract(collator: Collator, dimension: int) -> dict[str, str]:
+def embedding_contract(collator: Collator, dimension: int, config: Any) -> dict[str, str]:
     """What an embedding is read from.
 
     The prompts, token counts and pooled tokens of an example text and an example image; the
-    dimension and the longest input.
+    dimension and the longest input; and the longest thought, if the model was trained with any.
     """
     contract: dict[str, str] = {}
     for kind, example in {"text": "a red mug", "image": PIL.Image.new("RGB", (384, 384))}.items():
@@ -147,8 +148,10 @@ def embedding_contract(collator: Collator, dimension: int) -> dict[str, str]:
                 else {}
             ),
         }
+    thought = trained_thought_tokens(config)
     return {
         **contract,
         "dimension": str(dimension),
         "max tokens": str(collator.max_tokens),
+        **({"thought tokens": str(thought)} if thought else {}),
     }

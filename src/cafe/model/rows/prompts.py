@@ -94,6 +94,34 @@ def as_prompt(value: Any, file: str) -> str:
     return value
 
 
+TRAINED_THOUGHTS_KEY = "trained_thought_tokens"
+"""In config.json: the number of tokens of the longest thought that the embeddings of the last
+training were read after."""
+
+
+def trained_thought_tokens(config: Any) -> int:
+    """The number of tokens of the longest thought of the training; 0: it had none.
+
+    Raises:
+        CheckpointError: config.json has something else there.
+    """
+    return as_thought_tokens(getattr(config, TRAINED_THOUGHTS_KEY, 0), "config.json")
+
+
+def as_thought_tokens(value: Any, file: str) -> int:
+    """`value`, read from `file`, as a number of tokens.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CheckpointError(
+            f"{file}: {TRAINED_THOUGHTS_KEY} is {value!r}; use the number of tokens of the longest "
+            "thought of the training, or drop the key if it had none"
+        )
+    return value
+
+
 class TrainedPrompts:
     """Says, once for each prompt, that a model embeds with one that it was not trained with."""
 

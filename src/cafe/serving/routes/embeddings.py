@@ -34,8 +34,9 @@ def embedding_routes(service: Service) -> APIRouter:
                 f"dimensions: the model's embeddings have only {dimension}", "dimensions"
             )
         conversations = await _inputs(service, request, body)
-        caption = body.caption is True
-        embedded = await service.embed(request, conversations, caption=caption)
+        caption, think = body.caption is True, body.think or 0
+        embedded = await service.embed(request, conversations, caption=caption, think=think)
+        written = "thought" if think else "caption" if caption else None
         head = {
             "id": f"embd-{uuid.uuid4().hex}",
             "object": "list",
@@ -44,22 +45,23 @@ def embedding_routes(service: Service) -> APIRouter:
             "usage": {"prompt_tokens": embedded.tokens, "total_tokens": embedded.tokens},
         }
         return await service.run_in_thread(
-            _embedding_response, head, embedded, caption, width, body.encoding_format
+            _embedding_response, head, embedded, written, width, body.encoding_format
         )
 
     return router
 
 
 def _embedding_response(
-    head: dict[str, Any], embedded: Embedded, caption: bool, width: int, encoding: str
+    head: dict[str, Any], embedded: Embedded, written: str | None, width: int, encoding: str
 ) -> Response:
+    """`written` is what the reply calls the words that the model wrote of an input."""
     data: list[dict[str, Any]] = [
         {"object": "embedding", "index": index, "embedding": encode_vector(vector, encoding)}
         for index, vector in enumerate(unit_vectors(embedded.vectors, width))
     ]
-    if caption:
+    if written is not None:
         for one, text in zip(data, embedded.captions, strict=True):
-            one["caption"] = text
+            one[written] = text
     return json_response(head | {"data": data})
 
 

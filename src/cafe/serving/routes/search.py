@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cafe.errors import DataError
+from cafe.index.full_text import NoTextsError
 from cafe.retrieval.search import Searcher
 from cafe.serving.errors import ApiError, json_response
 from cafe.serving.routes.embeddings import unit_vectors
@@ -30,17 +31,34 @@ class IndexSearch:
 
     def __init__(self, index: Index) -> None:
         self._searcher = Searcher(index)
+        self._searcher.say_writer()
 
     @property
     def root(self) -> Path | None:
         """The folder that the paths of its images are relative to; None: there is none."""
         return self._searcher.root
 
-    def __call__(self, vector: np.ndarray, top: int, where: str | None) -> list[Hit]:
-        """The nearest rows.
+    @property
+    def think(self) -> int:
+        """The most tokens of the thoughts after which its images were read; 0: none."""
+        return self._searcher.think
+
+    @property
+    def has_words(self) -> bool:
+        """Whether it has texts that can be searched by words."""
+        try:
+            self._searcher.index.check_words()
+        except NoTextsError:
+            return False
+        return True
+
+    def __call__(
+        self, vector: np.ndarray, top: int, where: str | None, words: str | None
+    ) -> list[Hit]:
+        """The nearest rows; with `words`, ordered by these as well.
 
         Raises:
-            ApiError: 400 for an invalid `where`.
+            ApiError: 400 for an invalid `where`, or words where the index has no texts.
             RuntimeError: The index is broken.
         """
         if where is not None:
@@ -49,7 +67,12 @@ class IndexSearch:
             except DataError as error:
                 raise ApiError.invalid(str(error), "where") from error
         try:
-            return [one.hit for one in self._searcher.search(vector, top, where)]
+            found = self._searcher.search(vector, top, where, hybrid=words or False)
+            return [one.hit for one in found]
+        except NoTextsError:
+            raise ApiError.invalid(
+                "hybrid: this index has no texts to search by words", "hybrid"
+            ) from None
         except DataError as error:  # its message names the folder, which clients must not see
             raise RuntimeError("the index cannot be searched") from error
 
@@ -65,7 +88,15 @@ def search_routes(service: Service, search: SearchFunction) -> APIRouter:
             raise ApiError.invalid("give query, image or both", "query")
         content = Content(text=body.query, image=body.image)
         hits = await hits_of(
-            service, search, request, content, body.top, body.where, body.caption is True
+            service,
+            search,
+            request,
+            content,
+            body.top,
+            body.where,
+            caption=body.caption is True,
+            think=body.think,
+            hybrid=body.hybrid is True,
         )
         return json_response(
             {"hits": [{"id": h.id, "score": h.score, "metadata": h.metadata} for h in hits]}
@@ -81,10 +112,22 @@ async def hits_of(
     query: Content,
     top: int,
     where: str | None = None,
+    *,
     caption: bool = False,
+    think: int | None = None,
+    hybrid: bool = False,
 ) -> list[Hit]:
-    """The `top` rows nearest to a query of text, an image or both. Raises ApiError."""
+    """The `top` rows nearest to a query of text, an image or both. Raises ApiError.
+
+    An image without words is read after a thought if `think` says so; None: as the index's images.
+    With `hybrid` the words of the query order them as well.
+    """
+    if hybrid and not (query.text or "").strip():
+        raise ApiError.invalid("hybrid needs words: give query", "hybrid")
     conversation = await service.reader(request).content(query, "query")
-    embedded = await service.embed(request, [conversation], caption=caption)
+    if think is None:
+        think = 0 if caption else min(search.think, service.limits.new_tokens)
+    embedded = await service.embed(request, [conversation], caption=caption, think=think)
     (vector,) = unit_vectors(embedded.vectors, embedded.vectors.shape[1])
-    return list(await service.run_in_thread(search, vector, top, where))
+    words = query.text if hybrid else None
+    return list(await service.run_in_thread(search, vector, top, where, words))
