@@ -117,6 +117,20 @@ def test_reranking_takes_cosines_of_embeddings(index: str, late: CAFe, photos: P
     assert [hit.posterior for hit in found] == pytest.approx([by_id[h.id] for h in found], abs=1e-5)
 
 
+def test_a_hybrid_search_scores_every_hit_by_token_vectors(late: CAFe, tmp_path: Path) -> None:
+    texts = [f"{colour} mug" for colour in ("red", "green", "blue", "grey")]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    uri = tmp_path / "i"
+    build_index(late, tmp_path / "texts.jsonl", uri, multi_vector=1.0)
+    searcher = Searcher.open(uri, late)
+    plain = searcher.search("the blue one", top=4)
+    hybrid = searcher.search("the blue one", top=4, hybrid=True)
+    assert {hit.hit.metadata["text"] for hit in hybrid} == {*texts}
+    scores = {hit.id: hit.score for hit in plain}
+    assert {hit.id: hit.score for hit in hybrid} == pytest.approx(scores, abs=1e-5)
+
+
 # ---------------------------------------------------------------------- dense and late
 
 
@@ -144,8 +158,9 @@ def test_what_an_index_of_token_vectors_refuses(
         searcher.search(np.eye(8)[:2])
     with pytest.raises(DataError, match="not of length one"):
         searcher.search(np.ones((2, 16)))
-    with pytest.raises(DataError, match="leave caption out"):
-        searcher.search("a", caption=True)
+    for words in ({"caption": True}, {"think": 8}):
+        with pytest.raises(DataError, match="changes an embedding only; leave it out"):
+            searcher.search("a", **words)
     with pytest.raises(DataError, match="with one vector for 1 tokens, not with one for 3"):
         build_index(late_dir, photos, index, multi_vector=3.0)
     with pytest.raises(CheckpointError, match="no token vectors"):

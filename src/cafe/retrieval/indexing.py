@@ -115,11 +115,9 @@ def build_index(
         4
     """
     listing = list_items(str(source))  # before torch: a wrong path is reported immediately
-    origin = _origin(listing)
-    index = Index.find(to)
+    index, origin = Index.find(to), _origin(listing)
     words = _own_words(index, origin, caption, think)
-    if index is not None:
-        multi_vector = checked_pool(index, multi_vector)
+    multi_vector = checked_pool(index, multi_vector)
     vlm, facts = open_model(model, index, load=load)
     other, its_facts = (None, None) if writer is None else open_model(writer, load=load)
     facts = with_tokens(words.facts(facts, its_facts), vlm, multi_vector)

@@ -56,16 +56,18 @@ def token_encoder(
     return partial(model.encode_tokens, batch_size=batch_size, pool=pool)
 
 
-def checked_pool(index: Index, wanted: float | None) -> float | None:
-    """For how many tokens an existing index holds one vector; None: it holds none.
+def checked_pool(index: Index | None, wanted: float | None) -> float | None:
+    """For how many tokens an index holds one vector; None: it holds none.
 
     Args:
-        index: that exists.
-        wanted: None: as it is.
+        index: None: a new one, made as wanted.
+        wanted: None: as the index is.
 
     Raises:
         DataError: it was made otherwise.
     """
+    if index is None:
+        return wanted
     own = index.model.pool
     if wanted is not None and wanted != own:
         made = "without token vectors" if own is None else f"with one vector for {own:g} tokens"
