@@ -1,4 +1,4 @@
-"""What latent tokens, thoughts and match questions cost a training step of the demo, in one run.
+"""What further objectives cost a training step of the demo, in one run.
 
     python benchmarks/own_words.py [--repeats 7] [--chunk N] [--precision auto]
 
@@ -42,7 +42,8 @@ SIDES = {
     "latent tokens": ("objective.latent_tokens=8",),
     "thoughts": THOUGHTS,
     "match questions": ("objective.match_weight=1",),
-    "all of them": (*THOUGHTS, "objective.match_weight=1", "objective.latent_tokens=8"),
+    "token vectors": ("objective.multi_vector_weight=1",),
+    "the first three": (*THOUGHTS, "objective.match_weight=1", "objective.latent_tokens=8"),
 }
 
 
