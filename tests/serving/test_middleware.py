@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -22,6 +23,7 @@ import pytest
 
 from cafe.errors import CafeError, ImageError
 from cafe.serving.limits import Limits, too_many
+from cafe.serving.page.turns import find_hits
 from cafe.serving.routes.search import IndexSearch
 from cafe.serving.run import Server, ServerSettings, check_exposure, loopback_hosts
 from helpers.fakes import DIMENSION, Fake, chat, data_uri, request, started, vector, wait_until
@@ -644,6 +646,8 @@ def test_search_finds_in_an_index_and_does_not_say_where_it_lies(model: Fake, tm
         # The fake embeds it as something else; the words decide.
         words = {"query": "a mug of dog", "hybrid": True, "top": 1}
         assert request(server, "/search", words)[1]["hits"][0]["id"] in {"mug", "dog"}
+        (hit,) = asyncio.run(find_hits(server.service, "a mug of dog", None, 1, hybrid=True))
+        assert hit.id in {"mug", "dog"}  # the page's search
         status, reply, _ = request(server, "/search", {"image": image(), "hybrid": True})
         assert (status, message(reply)) == (400, "hybrid needs words: give query")
         for body in ({}, {"query": "a", "top": 0}, *[{"query": "a", "where": w} for w in BAD_SQL]):

@@ -38,6 +38,12 @@ def search_panel(service: Service, thumbnails: Thumbnails) -> gr.Gallery:
             min_width=160,
         )
         button = gr.Button("Search", variant="primary", elem_id="search", scale=0, min_width=110)
+    hybrid = gr.Checkbox(
+        label="Match the words in captions and texts, too",
+        visible=service.search is not None and service.search.has_words,
+        container=False,
+        elem_id="hybrid",
+    )
     with gr.Accordion("Search by an image, with or without text", open=False, elem_id="by-image"):
         image = components.image_box(
             "Image to search by",
@@ -59,11 +65,12 @@ def search_panel(service: Service, thumbnails: Thumbnails) -> gr.Gallery:
     )
     others = gr.HTML(elem_id="others")
 
-    async def search(text: Any, file: Any) -> AsyncIterator[GalleryUpdate]:
+    async def search(text: Any, file: Any, both: Any) -> AsyncIterator[GalleryUpdate]:
         # Emptying the gallery clears its selection.
         yield components.note("Searching …", busy=True), _gallery_update([]), ""
         try:
-            hits = await find_hits(service, components.text_of(text), components.file_of(file), TOP)
+            query = components.text_of(text), components.file_of(file)
+            hits = await find_hits(service, *query, TOP, both is True)
             yield await service.run_in_thread(_result_updates, hits, thumbnails)
         except Exception as failure:
             yield components.error_note(failure), _gallery_update([]), ""
@@ -72,7 +79,7 @@ def search_panel(service: Service, thumbnails: Thumbnails) -> gr.Gallery:
     components.press_on_enter(words, button, status)
     button.click(
         search,
-        [words, image],
+        [words, image, hybrid],
         [status, gallery, others],
         show_progress="hidden",
         trigger_mode="always_last",  # hits are shown a moment before the event of a search ends

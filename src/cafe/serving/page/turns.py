@@ -24,14 +24,17 @@ from cafe.serving.service import Service, as_api_errors
 from cafe.types import Hit
 
 
-async def find_hits(service: Service, text: str, image: str | None, top: int) -> list[Hit]:
-    """The `top` rows nearest to a text, an image file, or both."""
+async def find_hits(
+    service: Service, text: str, image: str | None, top: int, hybrid: bool = False
+) -> list[Hit]:
+    """The `top` rows nearest to a text, an image file, or both; `hybrid`: by the words as well."""
     if not text.strip() and image is None:
         raise ApiError.invalid("Type what to search for, or add an image.")
     assert service.search is not None
     with _turn() as request:
         query = _content(text.strip() or None, image)
-        return await hits_of(service, service.search, request, query, top)
+        hybrid = hybrid and bool(text.strip())
+        return await hits_of(service, service.search, request, query, top, hybrid=hybrid)
 
 
 async def stream_answer(service: Service, question: str, image: str | None) -> AsyncGenerator[str]:
