@@ -57,6 +57,7 @@ class _Written:
     cache: Any
 
 
+@torch.inference_mode()
 def think_and_read(
     model: InferenceModel,
     conversations: Sequence[Conversation],
@@ -128,7 +129,6 @@ def _rest(
     return read[len(asked) :] if read[: len(asked)] == asked else None
 
 
-@torch.inference_mode()
 def _read(
     model: InferenceModel, written: _Written, rests: dict[int, list[int]]
 ) -> dict[int, Float[Tensor, " hidden"]]:
