@@ -82,7 +82,9 @@ def keep_requesting(
     observed: Observations,
 ) -> None:
     chance = random.Random(seed)
-    while not stop.wait(pause * (0.5 + chance.random())):
+    wait = 0.0  # every kind has been there once when the warm-up ends, also the rare ones
+    while not stop.wait(wait):
+        wait = pause * (0.5 + chance.random())
         begin = time.monotonic()
         try:
             problem = client(host, chance)
