@@ -8,12 +8,15 @@ Each line of the quarantine file is one record:
 from __future__ import annotations
 
 import json
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cafe.errors import DataError, shortened
+
+logger = logging.getLogger(__name__)
 
 MIN_REJECTED = 10
 """A share says little about three records: below this number, a share is never exceeded."""
@@ -44,6 +47,17 @@ class Skipped:
 
     def __str__(self) -> str:
         return f"{self.source}, {self.record}: {self.reason}"
+
+
+def add_skipped(skipped: list[str], report: Callable[[str], None], line: str) -> None:
+    """Keep one line about something that is left out, and report it."""
+    skipped.append(line)
+    report(line)
+
+
+def log_skipped(line: str) -> None:
+    """The default report of something that is left out."""
+    logger.warning("skipped %s", line)
 
 
 def summarized(skipped: Sequence[Skipped]) -> list[str]:

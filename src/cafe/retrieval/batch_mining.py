@@ -18,14 +18,13 @@ import numpy as np
 
 from cafe.data.groups import check_distinct_ids, group_line
 from cafe.data.negatives import Pairs
+from cafe.data.quarantine import add_skipped, log_skipped
 from cafe.files import replacing, writing
 from cafe.metrics.grouping import groups_of_neighbours, hardest_in_group, mutual_neighbours
 from cafe.metrics.mining import check_limits, hard_negatives
 from cafe.retrieval.mining import (
     EncodeSide,
-    add_skipped,
     embedded_pairs,
-    log_skipped,
     read_pairs,
     side_encoder,
 )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from cafe.data.quarantine import log_skipped
 from cafe.errors import DataError
 from cafe.files import replacing
 from cafe.index import WriteCaptions
@@ -118,7 +119,7 @@ def embed_dataset(
     """
     job = _Job(
         model, out, to, shard_size, engine, workers, OwnWords(caption, think), batch_size, limits,
-        encode, load, on_skipped or _log_skipped, show_progress_bar,
+        encode, load, on_skipped or log_skipped, show_progress_bar,
     )  # fmt: skip
     job.check()
     return job.run(open_source(source))
@@ -272,7 +273,3 @@ def _name(model: CAFe | str | Path) -> str:
         return str(model)
     source = model.source
     return "" if source is None else str(source.adapter or source.name_or_dir)
-
-
-def _log_skipped(line: str) -> None:
-    logger.warning("skipped %s", line)

@@ -6,13 +6,13 @@ before its weights are loaded, so that a mistake costs a second and not a minute
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cafe.data.quarantine import log_skipped
 from cafe.errors import CheckpointError, DataError
 from cafe.index import (
     APPROXIMATE_ROWS,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cafe.model.vlm import CAFe
-
-logger = logging.getLogger(__name__)
 
 MEASURED_QUERIES = 100
 """Number of captions that are embedded as queries to measure an approximate index."""
@@ -129,7 +127,7 @@ def build_index(
                 index, listing.items, embed, batch_size=batch_size, progress=bar.to,
                 write_captions=write, encode_tokens=token_encoder(vlm, multi_vector, batch_size),
             )  # fmt: skip
-        return _reported(index, changes, listing, encode or vlm.encode, on_skipped or _log_skipped)
+        return _reported(index, changes, listing, encode or vlm.encode, on_skipped or log_skipped)
 
 
 def _reported(
@@ -325,7 +323,3 @@ def _caption_queries(
 def _report_skipped(changes: Report, on_skipped: Callable[[str], None]) -> None:
     for problem in changes.skipped:
         on_skipped(f"{problem.location}: {problem.reason}")
-
-
-def _log_skipped(line: str) -> None:
-    logger.warning("skipped %s", line)

@@ -8,7 +8,6 @@ ms-swift's embedding format (`cafe.data.negatives`).
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import numpy as np
 
 from cafe.batching import encode_each
 from cafe.data.negatives import Pairs, collect_pairs, swift_record
+from cafe.data.quarantine import add_skipped, log_skipped
 from cafe.data.read import read_examples
 from cafe.data.records import ReadOptions
 from cafe.files import replacing, writing
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from cafe.model.vlm import CAFe
     from cafe.types import Conversation, Example
 
-logger = logging.getLogger(__name__)
 
 BLOCK = 1024
 """Inputs between two updates of the progress bar; a broken input is looked for within one block."""
@@ -127,17 +126,6 @@ def mine_hard_negatives(
         if out is not None and unfinished is not None:
             _write(unfinished, _lines(examples, root), Path(out))
     return MiningReport(examples, found, skipped, root)
-
-
-def add_skipped(skipped: list[str], report: Callable[[str], None], line: str) -> None:
-    """Keep one line about something that is left out, and report it."""
-    skipped.append(line)
-    report(line)
-
-
-def log_skipped(line: str) -> None:
-    """The default report."""
-    logger.warning("skipped %s", line)
 
 
 def read_pairs(data: str | Path, image_root: Path | None, skip: Callable[[str], None]) -> Pairs:

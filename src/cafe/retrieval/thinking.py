@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from cafe.batching import encode_each
+from cafe.data.quarantine import add_skipped, log_skipped
 from cafe.data.read import read_examples
 from cafe.data.records import ReadOptions
 from cafe.data.thoughts import (
@@ -100,7 +101,7 @@ def write_thoughts(
     """
     source = data if isinstance(data, DataSource) else load_source(str(data))
     skipped: list[str] = []
-    skip = partial(_skip, skipped, on_skipped or _log_skipped)
+    skip = partial(add_skipped, skipped, on_skipped or log_skipped)
     pairs, left_out = _pairs(source, skip)
     named = str(model) if isinstance(model, str | Path) else None
     with ExitStack() as held:
@@ -231,12 +232,3 @@ def _append(
         file.flush()
         os.fsync(file.fileno())
     return [len(block)]
-
-
-def _skip(skipped: list[str], report: Callable[[str], None], line: str) -> None:
-    skipped.append(line)
-    report(line)
-
-
-def _log_skipped(line: str) -> None:
-    logger.warning("skipped %s", line)
