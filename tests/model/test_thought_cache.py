@@ -123,6 +123,21 @@ def test_another_prompt_and_latent_tokens(tmp_path: Path, inputs: list[Any]) -> 
     assert worst(states, [plain[i] for i in range(3)]) > 1e-3
 
 
+def test_the_mean_of_latent_tokens(tmp_path: Path, inputs: list[Any]) -> None:
+    from cafe.model.latent import add_latent_tokens
+
+    model = babbling("internvl", tmp_path / "m")
+    add_latent_tokens(model.model, model.processor, 3, "mean")
+    model = CAFe(model.model, model.processor).eval()
+    assert model.collator.averages == 3
+    scramble(model)
+    thoughts, states = by_cache(model, inputs)
+    assert worst(states, read_anew(model, inputs, thoughts)) < EXACT
+    model.collator = replace(model.collator, averages=0)
+    _, last = by_cache(model, inputs)
+    assert worst(last, [states[i] for i in range(3)]) > 1e-3, "the mean is another embedding"
+
+
 def test_what_has_no_room_or_no_thought_is_read_anew(model: CAFe, inputs: list[Any]) -> None:
     mixed = [*inputs, *as_messages(["a cat", {"text": "b", "image": noise(4, 40, 40)}])]
     collator = model.collator

@@ -132,10 +132,12 @@ def _rest(
 def _read(
     model: InferenceModel, written: _Written, rests: dict[int, list[int]]
 ) -> dict[int, Float[Tensor, " hidden"]]:
-    """The states at the last tokens of `rests`, which follow the prompts of these rows."""
+    """What is read at the ends of `rests`, which follow the prompts of these rows."""
     device, cached = written.prompt.device, written.generated.shape[1] - 1
+    read = model.collator.averages + 1  # the latent tokens, if it is their mean, and the last one
     kept = {
-        i: _common(written.generated[i, :cached].tolist(), rest[:-1]) for i, rest in rests.items()
+        i: _common(written.generated[i, :cached].tolist(), rest[:-read])
+        for i, rest in rests.items()
     }
     longest = max(len(rest) - kept[i] for i, rest in rests.items())
     rows = len(written.prompt)
@@ -157,7 +159,10 @@ def _read(
         past_key_values=written.cache,
         use_cache=True,
     ).last_hidden_state
-    return {i: states[i, len(rest) - kept[i] - 1] for i, rest in rests.items()}
+    ends = {i: len(rest) - kept[i] for i, rest in rests.items()}
+    if read == 1:
+        return {i: states[i, end - 1] for i, end in ends.items()}
+    return {i: states[i, end - read : end - 1].mean(0) for i, end in ends.items()}
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
