@@ -236,6 +236,8 @@ def test_variants_are_trained_and_compared_with_joint(small_dir, tmp_path):
     assert "| joint | matcher | thought |" in text
     assert "| statements judged rightly (chance 50) |" in text
     assert "matcher − joint" in text
+    assert "**7. Does matcher find more than joint training alone?**" in text
+    assert "| match question, near misses: better | matcher" in text
 
 
 def _speaking(small_dir: Path, tmp_path: Path) -> Path:

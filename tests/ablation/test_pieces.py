@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cafe.ablation.arms import arms, common_recipe, difference, run_recipe, runs
+from cafe.ablation.claims import QUESTIONS, questions
 from cafe.ablation.combine import difference_interval, mean_interval, run_samples
 from cafe.ablation.folder import Folder, check_base, check_run, weights_digest
 from cafe.errors import DataError, RecipeError
@@ -37,6 +38,30 @@ def test_the_shipped_ablation_is_the_demos_run_with_other_weights():
     assert common.schedule == demo.schedule
     assert common_recipe(ablation("training.schedule.steps=7")).schedule.steps == 7
     assert len(made.seeds) >= 3
+
+
+def test_what_a_model_gains_by_its_own_words_is_a_shipped_ablation():
+    made = load_ablation(SHIPPED.with_name("own-words.yaml"), [])
+    plain = common_recipe(made)
+    names = [arm.name for arm in arms(made, plain.objective)]
+    assert names == ["language", "contrastive", "joint", *made.variants]
+    losses = {"latent_tokens", "thought_weight", "match_weight", "multi_vector_weight"}
+    assert not any(getattr(plain.objective, loss) for loss in losses)
+    every = common_recipe(made, "all-together")
+    assert all(getattr(every.objective, loss) for loss in losses)
+    assert len(made.seeds) >= 3
+
+
+def test_every_variant_has_the_same_claims_fixed_beforehand():
+    found = questions(["one", "two"])
+    assert found[: len(QUESTIONS)] == QUESTIONS
+    added = found[len(QUESTIONS) :]
+    assert [q.text.split()[1] for q in added] == ["one", "one", "two", "two"]
+    by_variant = [[(c.score, c.other, c.sign, c.above) for c in q.claims] for q in added]
+    assert by_variant[:2] == by_variant[2:]
+    margins = {(c.score, c.other): (c.sign, c.above) for c in added[1].claims}
+    assert margins[("presence/question_accuracy", "joint")] == (1, -0.02)
+    assert margins[("caption/caption_loss", "joint")] == (-1, -0.02)
 
 
 @pytest.mark.parametrize(

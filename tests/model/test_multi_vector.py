@@ -214,7 +214,7 @@ def test_verify_compares_token_vectors_too(late_dir: Path, tmp_path: Path) -> No
     shutil.copytree(late_dir, tmp_path / "copy")
     modules = tmp_path / "copy/multi_vector/modules.json"
     modules.write_text(json.dumps(json.loads(modules.read_text())[:3]))  # nothing normalises
-    with pytest.raises(CheckpointError, match=r"MultiVectorEncoder embeds 7 probes"):
+    with pytest.raises(CheckpointError, match=r"MultiVectorEncoder embeds 9 probes"):
         verify(tmp_path / "copy")
 
 

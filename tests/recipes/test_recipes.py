@@ -28,7 +28,8 @@ schedule:
   steps: 10
 """
 FOLDER = Path(cafe.recipes.__file__).parent
-BUNDLED = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "ablate")
+ABLATIONS = ("ablate", "own-words")
+BUNDLED = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in ABLATIONS)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ SHIPPED = {
     "mmeb-qwen3-vl-2b-lora": ("qwen3-vl-2b", "qwen3_vl"),
     "smolvlm-256m": ("smolvlm-256m", "idefics3"),
 }
-OF_TINY = {"caption", "demo", "ablate"}
+OF_TINY = {"caption", "demo", "ablate", "own-words"}
 # Millions, and how far the true number may be away. The first two: MMEB's leaderboard on CAFe's
 # models; the others: their names.
 PUBLISHED = {

@@ -54,12 +54,18 @@ CHAIR_I, CHAIR_S = "scenes-chair/chair_i", "scenes-chair/chair_s"
 THRONE = "scenes-throne/overall_f0.5"
 POPE = "scenes-pope/mean/accuracy"
 GAP = "gap/modality_gap"
+WORD = "scenes-retrieval/hard_word_accuracy"
+ORDER = "scenes-retrieval/hard_order_accuracy"
+MATCH = "scenes-match/match_accuracy"
+GAINS = tuple(f"scenes-match/{way}_gain@1" for way in ("image_to_text", "text_to_image"))
 
 
-def _non_inferior(score: str, what: str, other: str, margin: float, sign: int = 1) -> Claim:
-    """`joint` is worse than `other` by at most `margin`."""
+def _non_inferior(
+    score: str, what: str, other: str, margin: float, sign: int = 1, arm: str = JOINT
+) -> Claim:
+    """`arm` is worse than `other` by at most `margin`."""
     unit = f"{margin:g} nats" if score == LOSS else f"{100 * margin:g} points"
-    return Claim(f"{what}: at most {unit} worse", score, JOINT, other, sign, above=-margin)
+    return Claim(f"{what}: at most {unit} worse", score, arm, other, sign, above=-margin)
 
 
 def _hallucinates_less(other: str) -> tuple[Claim, ...]:
@@ -120,6 +126,41 @@ QUESTIONS = (
         ),
     ),
 )  # fmt: skip
+
+
+def questions(variants: Sequence[str] = ()) -> tuple[ClaimGroup, ...]:
+    """All questions of an ablation: those of the loss weights, and two for each variant."""
+    return (*QUESTIONS, *(question for name in variants for question in _of_variant(name)))
+
+
+def _of_variant(name: str) -> tuple[ClaimGroup, ClaimGroup]:
+    """What a variant of the joint training finds, and what it costs, the same for every variant."""
+    better = {
+        I2T: "image → text, R@1",
+        T2I: "text → image, R@1",
+        WORD: "captions with one wrong word",
+        ORDER: "captions with two objects swapped",
+        MATCH: "match question, near misses",
+        GAINS[0]: "gain of reranking, image → text",
+        GAINS[1]: "gain of reranking, text → image",
+    }
+    return (
+        ClaimGroup(
+            f"Does {name} find more than joint training alone?",
+            tuple(
+                Claim(f"{what}: better", score, name, JOINT, 1) for score, what in better.items()
+            ),
+        ),
+        ClaimGroup(
+            f"Does {name} keep generation at the level of joint training alone?",
+            (
+                _non_inferior(ANSWERS, "answers to questions", JOINT, 0.02, arm=name),
+                _non_inferior(OBJECTS, "objects in captions, F1", JOINT, 0.02, arm=name),
+                _non_inferior(LOSS, "caption loss", JOINT, 0.02, sign=-1, arm=name),
+                Claim("fewer hallucinated objects than the base", CHAIR_I, name, BASE, -1),
+            ),
+        ),
+    )
 
 
 def verdict(claim: Claim, difference: Interval | None) -> Verdict:

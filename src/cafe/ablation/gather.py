@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cafe.ablation.arms import BASE, CONTRASTIVE, JOINT, LANGUAGE, Arm, Run, arms
-from cafe.ablation.claims import QUESTIONS, Claim
+from cafe.ablation.claims import Claim, questions
 from cafe.ablation.combine import Samples, difference_interval, mean_interval, run_samples
 from cafe.ablation.findings import ArmScores, Cloud, Findings, Measured
 from cafe.evaluation.results import StoredResult, package_versions
@@ -67,7 +67,9 @@ def gather(
             for arm, other in (*PAIRS, *((name, JOINT) for name in ablation.variants))
         },
         claims=tuple(
-            (c, _claim_difference(c, rows)) for question in QUESTIONS for c in question.claims
+            (c, _claim_difference(c, rows))
+            for question in questions(tuple(ablation.variants))
+            for c in question.claims
         ),
         test_scenes=ablation.test_scenes,
         settings=_settings(ablation, common),

@@ -8,7 +8,7 @@ from statistics import mean
 
 from cafe.ablation import claims
 from cafe.ablation.arms import BASE, CONTRASTIVE, JOINT, LANGUAGE
-from cafe.ablation.claims import QUESTIONS, Claim, Verdict, answer, verdict
+from cafe.ablation.claims import Claim, Verdict, answer, questions, verdict
 from cafe.ablation.figures import FIGURES
 from cafe.ablation.findings import ArmScores, Findings, Measured
 from cafe.errors import DataError
@@ -181,7 +181,8 @@ def _about(findings: Findings) -> str:
 
 def _answers(findings: Findings) -> Iterator[str]:
     intervals = dict(findings.claims)
-    for number, question in enumerate(QUESTIONS, 1):
+    variants = [arm.name for arm in findings.arms if arm.variant]
+    for number, question in enumerate(questions(variants), 1):
         lines = [(claim, intervals[claim]) for claim in question.claims]
         verdicts: list[Verdict] = [verdict(claim, interval) for claim, interval in lines]
         yield f"**{number}. {question.text}** {_sentence(answer(verdicts))}"

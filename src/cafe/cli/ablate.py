@@ -14,7 +14,8 @@ def command(
         list[str] | None,
         typer.Argument(
             metavar="[RECIPE.yaml] [KEY=VALUE]...",
-            help="Ablation recipe (default: the one shipped with cafe), and overrides.",
+            help="Ablation recipe (shipped with cafe: ablate.yaml, the default, and "
+            "own-words.yaml), and overrides.",
         ),
     ] = None,
     out: Annotated[
@@ -48,8 +49,11 @@ def command(
         raise RecipeError(
             f"{recipes[1]}: neither key=value nor the only recipe; give a single recipe"
         )
-    with as_file(files("cafe.recipes") / "ablate.yaml") as shipped:
-        ablation = load_ablation(recipes[0] if recipes else shipped, overrides)
+    recipe = Path(recipes[0]) if recipes else None
+    name = "ablate.yaml" if recipe is None else recipe.name
+    with as_file(files("cafe.recipes") / name) as shipped:
+        own = recipe is not None and (recipe.exists() or not shipped.is_file())
+        ablation = load_ablation(recipe if own and recipe else shipped, overrides)
 
     from cafe.ablation.run import run_ablation
 
