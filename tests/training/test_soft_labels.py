@@ -213,6 +213,9 @@ def test_a_run_reads_the_column_and_logs_the_loss(small_dir: Path, tmp_path: Pat
         (["high", 1, 2], "'teacher' holds a string, expected a list of finite numbers"),
         ([True, 1, 2], "'teacher' holds true or false"),
         ([float("inf"), 1, 2], "expected a list of finite numbers"),
+        ([float("nan"), 1, 2], "expected a list of finite numbers"),
+        ([10**400, 1, 2], "'teacher' holds a number, expected a list of finite numbers"),
+        ([1e308, 1, -1e308], "expected a list of finite numbers"),
         (3.0, "holds 1 numbers, expected 3"),
     ],
 )
