@@ -13,7 +13,7 @@ from cafe.model.rows.matching import match_question
 from cafe.model.rows.rows import identity
 from cafe.model.vlm import CAFe
 from cafe.types import Conversation, Example, Image
-from helpers.twin import last_states
+from helpers.twin import embedded_states, last_states
 
 
 class Side(NamedTuple):
@@ -104,7 +104,7 @@ def _shows(side: Conversation) -> bool:
 
 
 def _embedded(model: CAFe, side: Conversation) -> Tensor:
-    return last_states(model, [model.collator.render.embedding(side, "compress")])[0]
+    return embedded_states(model, [side])[0]
 
 
 def _cosine(a: Any, b: Any) -> float:

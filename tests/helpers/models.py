@@ -22,6 +22,18 @@ def build_small_model(**sizes: Any) -> Any:
     return CAFe(tiny_model(processor, **{**SMALL, **sizes}), processor).eval()
 
 
+def with_latent_mean(model: Any, count: int) -> Any:
+    """The model, its embeddings being the mean of `count` latent tokens' states."""
+    import torch
+
+    from cafe.model.latent import add_latent_tokens
+    from cafe.model.vlm import CAFe
+
+    torch.manual_seed(0)
+    add_latent_tokens(model.model, model.processor, count, "mean")
+    return CAFe(model.model, model.processor).eval()
+
+
 def in_float64(model: Any) -> Any:
     """The model in float64, its RMS norms too, which compute in float32 whatever they are given.
 

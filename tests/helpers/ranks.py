@@ -15,7 +15,7 @@ from cafe.training.contrastive import ContrastiveLoss
 from cafe.training.matching import Matcher
 from cafe.training.step import TrainingStep
 from cafe.types import thought_about, user
-from helpers.models import build_small_model, in_float64
+from helpers.models import build_small_model, in_float64, with_latent_mean
 from helpers.twin import gradients, make_examples
 
 JOINT = Objective(contrastive_weight=0.7, language_weight=1.3, learn_temperature=True)
@@ -55,8 +55,12 @@ def step_of(
     thought_weight: float = 0.0,
     multi_vector_weight: float = 0.0,
     teacher: str | None = None,
+    latent: int = 0,
 ) -> tuple[Any, Any, Any]:
-    model = in_float64(build_small_model()).train()
+    model = build_small_model()
+    if latent:
+        model = with_latent_mean(model, latent)
+    model = in_float64(model).train()
     if multi_vector_weight:
         add_token_projection(model.model, new_token_projection(64, 16))
     matching = match_weight > 0
@@ -106,12 +110,15 @@ def worker(
     thought: float = 0.0,
     multi_vector: float = 0.0,
     teacher: str | None = None,
+    latent: int = 0,
 ) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
-    model, contrast, numbers = step_of(rank, chunk, True, match, thought, multi_vector, teacher)
+    model, contrast, numbers = step_of(
+        rank, chunk, True, match, thought, multi_vector, teacher, latent
+    )
     torch.save(
         {
             "gradients": gradients(model),

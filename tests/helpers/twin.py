@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cafe.media import open_image
+from cafe.model.latent import averaged_tokens
 from cafe.model.rows.render import RenderedSequence
 from cafe.model.vlm import CAFe
 from cafe.recipes import Objective
@@ -56,11 +57,10 @@ def _answer(text: str) -> Message:
 def three_passes(model: CAFe, examples: list[Example], objective: Objective) -> tuple[Any, Any]:
     """(contrastive, language) losses of the batch; the joint loss is backpropagated."""
     collator = model.collator
-    queries = [collator.render.embedding(e.query, "compress") for e in examples]
-    targets = [collator.render.embedding(e.target, "compress") for e in examples]
     answers = [s for e in examples for d in e.dialogues for s in collator.render.answers(d)]
 
-    query, target = last_states(model, queries), last_states(model, targets)
+    query = embedded_states(model, [e.query for e in examples])
+    target = embedded_states(model, [e.target for e in examples])
     scores = functional.normalize(query) @ functional.normalize(target).T / objective.temperature
     own = torch.arange(len(examples))
     contrastive = (
@@ -95,6 +95,18 @@ def _inputs(model: CAFe, sequences: list[RenderedSequence]) -> dict[str, Tensor]
 def last_states(model: CAFe, sequences: list[RenderedSequence]) -> Tensor:
     states, lengths = all_states(model, sequences)
     return states[torch.arange(len(sequences)), lengths - 1]
+
+
+def embedded_states(model: CAFe, sides: list[Any]) -> Tensor:
+    """Embeddings before normalisation: of the last tokens, or the mean of the latent ones."""
+    states, lengths = all_states(
+        model, [model.collator.render.embedding(side, "compress") for side in sides]
+    )
+    count = averaged_tokens(model.model.config)
+    if not count:
+        return states[torch.arange(len(sides)), lengths - 1]
+    pairs = zip(states, lengths.tolist(), strict=True)
+    return torch.stack([row[end - 1 - count : end - 1].mean(0) for row, end in pairs])
 
 
 def all_states(model: CAFe, sequences: list[RenderedSequence]) -> tuple[Tensor, Tensor]:

@@ -353,7 +353,21 @@ def spoil(name: str) -> Callable[[Path], None]:
         tokenizer.add_tokens([f"<new {i}>" for i in range(1000)])
         tokenizer.save_pretrained(directory)
 
+    def elsewhere(place: str) -> Callable[[Path], None]:
+        def apply(directory: Path) -> None:
+            names = load_file(directory / "model.safetensors")
+            shutil.move(directory / "model.safetensors", directory.parent / "other.safetensors")
+            (directory / "extra.safetensors").write_bytes(b"")
+            index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
+            index["weight_map"] |= {PROJECTOR: place.format(directory.parent)}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+        return apply
+
     return {
+        "weights above": elsewhere("../other.safetensors"),
+        "weights anywhere": elsewhere("{}/other.safetensors"),
+        "a torn index": lambda d: (d / "model.safetensors.index.json").write_text('{"metad'),
         "code of its own": own_code,
         "too many tokens": more_tokens,
         "weights not downloaded": lambda d: (d / "model.safetensors").write_text(LFS),
@@ -382,6 +396,9 @@ def spoil(name: str) -> Callable[[Path], None]:
         ("weights not downloaded", r"/model\.safetensors: is a Git LFS pointer.*git lfs pull"),
         ("tokenizer not downloaded", r"/tokenizer\.json: is a Git LFS pointer.*git lfs pull"),
         ("too many tokens", r"tokenizer has [\d,]+ tokens and the model embeddings for \d+"),
+        ("weights above", r"names weights elsewhere \('\.\./other\.safetensors'\); put them"),
+        ("weights anywhere", r"index\.json names weights elsewhere \('/.*put them beside it"),
+        ("a torn index", r"index\.json: cannot be read"),
         ("code of its own", r"needs Python code of its own .* runs no code"),
         ("truncated weights", r"cannot be loaded \(.+\)"),
         ("no tokenizer", r"cannot be loaded \(.+\)"),

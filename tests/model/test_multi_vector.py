@@ -122,6 +122,11 @@ def test_scores_are_those_of_sentence_transformers(late_dir: Path) -> None:
     vectors = model.encode_tokens(INPUTS)
     expected = mean_maxsim([torch.from_numpy(v) for v in vectors[:2]], vectors)
     np.testing.assert_allclose(CAFe.max_sim(vectors[:2], vectors), expected, atol=1e-6)
+    nothing = np.zeros((0, 16), dtype=np.float32)
+    with pytest.raises(ValueError, match="one of the documents has no vectors"):
+        CAFe.max_sim(vectors, [nothing, *vectors])
+    with pytest.raises(ValueError, match="one of the queries has no vectors"):
+        CAFe.max_sim([nothing], vectors)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +251,17 @@ def test_a_projection_of_another_model(late_dir: Path, tmp_path: Path) -> None:
         CAFe.from_pretrained(tmp_path / "copy", device="cpu")
     file.write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match=r"1_Dense/model\.safetensors: cannot be read"):
+        CAFe.from_pretrained(tmp_path / "copy", device="cpu")
+    for weight in (
+        torch.zeros(0, 64),
+        torch.full((16, 64), torch.nan),
+        torch.ones(16, 64, dtype=torch.int64),
+    ):
+        save_file({"linear.weight": weight}, file)
+        with pytest.raises(CheckpointError, match=r"linear\.weight holds no finite numbers"):
+            CAFe.from_pretrained(tmp_path / "copy", device="cpu")
+    file.unlink()  # and modules.json still names it: never a model without token vectors
+    with pytest.raises(CheckpointError, match=r"1_Dense/model\.safetensors: is missing; copy"):
         CAFe.from_pretrained(tmp_path / "copy", device="cpu")
 
 

@@ -121,3 +121,15 @@ def test_without_wrong_questions_nothing_is_learned():
     loss = match_loss(odds, torch.tensor([X]), (1, 0))
     loss.backward()
     assert float(loss.detach()) == float(odds.grad) == 0.0
+
+
+def test_equal_images_and_texts_tie_and_the_first_is_chosen():
+    """Image 2 is image 0 again, and text 3 is text 1, a rounding error nearer."""
+    images, texts = angles(0, 90, 0.001), angles(91, 45, 1, 45.001)
+    right = torch.zeros(3, 4, dtype=torch.bool)
+    ids = torch.tensor([5, 8, 5]), torch.tensor([4, 9, 3, 9])
+    every = hardest_wrong(images, texts, right, (3, 4)).tolist()
+    assert {(2, 2), (1, 3)} <= {*map(tuple, every)}
+    found = {*map(tuple, hardest_wrong(images, texts, right, (3, 4), ids=ids).tolist())}
+    assert {(0, 2), (0, 1)} <= found
+    assert (2, 1) not in found

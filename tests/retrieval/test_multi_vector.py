@@ -207,3 +207,21 @@ def test_the_command_line(late_dir: Path, photos: Path, tmp_path: Path) -> None:
     assert "tokens" not in hits[0]
     refused = CliRunner().invoke(app, ["index", "x", "y", "--to", "z", "--pool", "2"])
     assert refused.exit_code == 2
+
+
+@pytest.mark.parametrize("bad", [0, -1, 0.5, float("nan"), float("inf")])
+def test_a_pool_that_cannot_be_leaves_no_index(
+    late: CAFe, photos: Path, tmp_path: Path, bad: float
+) -> None:
+    with pytest.raises(DataError, match=r"multi_vector=.*: give for how many tokens"):
+        build_index(late, photos, tmp_path / "i", multi_vector=bad)
+    assert Index.find(tmp_path / "i") is None
+
+
+@pytest.mark.parametrize("bad", [-1, True, 0.5, float("nan"), "3"])
+def test_a_thought_of_no_number_of_tokens_leaves_no_index(
+    late: CAFe, photos: Path, tmp_path: Path, bad: Any
+) -> None:
+    with pytest.raises(DataError, match=r"think=.*: give the largest number of tokens"):
+        build_index(late, photos, tmp_path / "i", think=bad)
+    assert Index.find(tmp_path / "i") is None

@@ -10,11 +10,13 @@ import os
 import shutil
 import socket
 import struct
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -565,7 +567,10 @@ def test_a_draining_server_refuses_and_finishes(server: Server):
     assert statuses() == [200, 200]
 
 
-def test_a_server_without_its_model_is_alive_and_not_ready():
+def test_a_server_without_its_model_is_alive_and_not_ready(monkeypatch: pytest.MonkeyPatch):
+    # A request must not import what the loading thread is importing: transformers then fails.
+    monkeypatch.setitem(sys.modules, "cafe.model.captions", None)
+    monkeypatch.setitem(sys.modules, "cafe.model.inference", None)
     loaded = threading.Event()
     model = Fake()
 
@@ -573,12 +578,19 @@ def test_a_server_without_its_model_is_alive_and_not_ready():
         assert loaded.wait(20)
         return model
 
-    server = Server(load, ServerSettings(name="fake", port=0))
+    search: Any = SimpleNamespace(think=0)
+    server = Server(load, ServerSettings(name="fake", port=0), search)
     server.start()
+    asked = [
+        ("/v1/embeddings", {"input": "a"}),
+        ("/v1/models", None),
+        ("/search", {"query": "a"}),
+        ("/v1/rerank", {"query": "a", "documents": [{"image": image()}]}),
+    ]
     try:
         wait_until(lambda: request(server, "/health")[0] == 200)
         assert request(server, "/ready")[:2] == (503, {"status": "loading"})
-        for path, body in [("/v1/embeddings", {"input": "a"}), ("/v1/models", None)]:
+        for path, body in asked:
             status, reply, _ = request(server, path, body)
             assert (status, reply["error"]["code"]) == (503, "model_loading")
         loaded.set()

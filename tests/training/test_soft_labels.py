@@ -160,9 +160,9 @@ def test_texts_as_queries_and_pairs_without_an_image(model: Any) -> None:
 @pytest.mark.parametrize("teacher", ["scores", "matcher"])
 def test_two_processes_have_the_gradients_of_one(teacher: str, tmp_path: Path) -> None:
     match = 0.6 if teacher == "matcher" else 0.0
-    args = (free_port(), 2, str(tmp_path), match, 0.0, teacher)
+    args = (free_port(), 2, str(tmp_path), match, 0.0, 0.0, teacher)
     multiprocessing.spawn(worker, args=args, nprocs=2)
-    model, contrast, numbers = step_of(-1, 0, False, match, 0.0, teacher)
+    model, contrast, numbers = step_of(-1, 0, False, match, 0.0, 0.0, teacher)
     expected = gradients(model)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"rank{rank}.pt")
@@ -213,6 +213,9 @@ def test_a_run_reads_the_column_and_logs_the_loss(small_dir: Path, tmp_path: Pat
         (["high", 1, 2], "'teacher' holds a string, expected a list of finite numbers"),
         ([True, 1, 2], "'teacher' holds true or false"),
         ([float("inf"), 1, 2], "expected a list of finite numbers"),
+        ([float("nan"), 1, 2], "expected a list of finite numbers"),
+        ([10**400, 1, 2], "'teacher' holds a number, expected a list of finite numbers"),
+        ([1e308, 1, -1e308], "expected a list of finite numbers"),
         (3.0, "holds 1 numbers, expected 3"),
     ],
 )

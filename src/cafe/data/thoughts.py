@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cafe.data.records import cannot_be_read, kind
-from cafe.errors import DataError
+from cafe.errors import DataError, check_unicode
 from cafe.types import Conversation, Example, Image, StoredImage, thought_about
 
 ANSWERS = "answers"
@@ -162,7 +162,7 @@ def thought_line(key: ThoughtKey, thoughts: Thoughts) -> str:
 def _parsed(line: str, location: str) -> tuple[ThoughtKey, Thoughts]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: is not JSON; write it anew with `cafe think`") from error
     if not isinstance(record, dict) or not isinstance(record.get("id"), str):
         raise DataError(f'{location}: expected {{"id": …, "query": …}}, found {kind(record)}')
@@ -171,6 +171,11 @@ def _parsed(line: str, location: str) -> tuple[ThoughtKey, Thoughts]:
         value = record.get(name)
         if value is not None and not isinstance(value, str):
             raise DataError(f"{location}: {name!r} is {kind(value)}, expected text or null")
+        if value is not None:
+            try:
+                check_unicode(value)
+            except DataError as error:
+                raise DataError(f"{location}: {name!r}: {error}") from error
         values[name] = value.strip() or None if value else None
     image = values.pop("image")
     return ThoughtKey(record["id"], image), Thoughts(**values)

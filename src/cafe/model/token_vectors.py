@@ -91,7 +91,13 @@ class TokenEncoder:
         Args:
             queries: the vectors of each query, as `encode_tokens` returns them.
             documents: the vectors of each document.
+
+        Raises:
+            ValueError: one of them has no vectors.
         """
+        for name, items in (("queries", queries), ("documents", documents)):
+            if any(len(item) == 0 for item in items):
+                raise ValueError(f"one of the {name} has no vectors; leave it out")
         scores = np.zeros((len(queries), len(documents)))
         for first in range(0, len(documents), _DOCUMENTS_AT_ONCE):
             block = documents[first : first + _DOCUMENTS_AT_ONCE]

@@ -66,6 +66,7 @@ def hardest_wrong(
     right: Bool[Tensor, "a b"],
     of_pairs: tuple[int, int],
     most_per_image: int = MOST_PER_IMAGE,
+    ids: tuple[Int[Tensor, " a"], Int[Tensor, " b"]] | None = None,
 ) -> Int[Tensor, "q 2"]:
     """The wrong texts of each image, and the wrong images of each text, that are most alike.
 
@@ -76,11 +77,16 @@ def hardest_wrong(
         of_pairs: how many of the images, and of the texts, belong to pairs. For each of these one
             wrong partner is chosen, among all.
         most_per_image: how many texts may choose the same image.
+        ids: by content. Equal ones are equally alike, and the first is chosen: their embeddings are
+            equal but for rounding, which depends on how a batch is cut into chunks. None: none are.
 
     Returns:
         (image, text), each once, in ascending order. Fewer where there is nothing wrong.
     """
-    similarity = cosines(images, texts, images.shape[1]).masked_fill(right, -math.inf)
+    similarity = cosines(images, texts, images.shape[1])
+    if ids is not None:
+        similarity = similarity[_first_equal(ids[0])][:, _first_equal(ids[1])]
+    similarity = similarity.masked_fill(right, -math.inf)
     chosen = torch.zeros_like(right)
     if similarity.numel() == 0:
         return chosen.nonzero()
@@ -95,6 +101,13 @@ def hardest_wrong(
     chosen &= by_text
     chosen[image, similarity.argmax(dim=1)[image]] = True
     return (chosen & ~right).nonzero()
+
+
+def _first_equal(ids: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """For each id the number of the first one that is equal."""
+    _, inverse = ids.unique(return_inverse=True)
+    numbers = torch.arange(len(ids), device=ids.device)
+    return torch.full_like(numbers, len(ids)).scatter_reduce(0, inverse, numbers, "amin")[inverse]
 
 
 def log_odds(

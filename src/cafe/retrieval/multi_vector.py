@@ -7,6 +7,7 @@ tokens needs a model with the same projection; one by an embedding works as in a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -64,8 +65,13 @@ def checked_pool(index: Index | None, wanted: float | None) -> float | None:
         wanted: None: as the index is.
 
     Raises:
-        DataError: it was made otherwise.
+        DataError: it was made otherwise, or cannot be made so.
     """
+    if wanted is not None and not 1 <= wanted < math.inf:
+        raise DataError(
+            f"multi_vector={wanted}: give for how many tokens a vector is kept, 1 (for each) or "
+            "more"
+        )
     if index is None:
         return wanted
     own = index.model.pool

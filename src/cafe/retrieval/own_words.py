@@ -42,7 +42,7 @@ class OwnWords:
             raise DataError(
                 "caption and think are two ways to use what the model says of an image; name one"
             )
-        if isinstance(self.think, bool) or self.think < 0:
+        if isinstance(self.think, bool) or not isinstance(self.think, int) or self.think < 0:
             raise DataError(
                 f"think={self.think}: give the largest number of tokens of a thought, or 0"
             )

@@ -167,7 +167,10 @@ class Service:
         Raises:
             ApiError: As in `results`; or both caption and think, or too many tokens of a thought.
         """
-        # Late: the server listens before torch is imported.
+        self._check_think(caption, think)
+        trained = self.engine.model.thinks  # refuses while the model loads, before what follows
+        # Late: the server listens before torch is imported. Imported here while the thread that
+        # loads the model imports it too, transformers fails.
         import torch
 
         from cafe.model.captions import (
@@ -178,7 +181,6 @@ class Service:
         )
         from cafe.model.thoughts import after_thoughts
 
-        self._check_think(caption, think)
         written: list[str | None] = [None] * len(conversations)
         mixed_in = written
         tokens = 0
@@ -187,7 +189,8 @@ class Service:
             written, tokens = await self._captions(request, conversations, longest)
         if think:
             conversations = after_thoughts(conversations, written)
-            self._warn_if_untrained(written)
+            if any(written) and not trained:
+                self._warn_untrained()
         else:
             mixed_in = written
         asked = inputs_and_captions(conversations, mixed_in)
@@ -210,11 +213,11 @@ class Service:
                 f"think: at most {self.limits.new_tokens:,} are allowed", "think"
             )
 
-    def _warn_if_untrained(self, thoughts: Sequence[str | None]) -> None:
+    def _warn_untrained(self) -> None:
         """Say once that the model was not trained to embed after a thought."""
         from cafe.model.thoughts import UNTRAINED
 
-        if any(thoughts) and not self.engine.model.thinks and not self._said_untrained:
+        if not self._said_untrained:
             self._said_untrained = True
             log.warning("think: %s", UNTRAINED)
 

@@ -226,7 +226,7 @@ class _Items:
         """Number of an image's pair, number of a text's pair, whether they belong together."""
         for pair in self.images[: self.of_pairs[0]].tolist():
             yield pair, pair, True
-        wrong = hardest_wrong(*self.vectors, self.right(), self.of_pairs)
+        wrong = hardest_wrong(*self.vectors, self.right(), self.of_pairs, ids=self.ids)
         for image, text in zip(
             self.images[wrong[:, 0]].tolist(), self.texts[wrong[:, 1]].tolist(), strict=True
         ):

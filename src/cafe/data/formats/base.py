@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any
 
 from cafe.data.media_paths import MediaResolver
@@ -60,6 +59,10 @@ def negative_captions(record: Record) -> tuple[Conversation, ...]:
     return ()
 
 
+MAX_SCORE = 1e30
+"""The largest score of a teacher: differences of larger ones are not finite in float32."""
+
+
 def scored(
     examples: tuple[Example, ...], record: Record, column: str, changes: Counter[str]
 ) -> tuple[Example, ...]:
@@ -82,7 +85,8 @@ def scored(
         raise DataError(f"{column!r} scores one positive, and the record has {1 + len(others)}")
     values: list[Any] = value if isinstance(value, list) else [value]
     for number in values:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not isfinite(number):
+        wrong = isinstance(number, bool) or not isinstance(number, int | float)
+        if wrong or not -MAX_SCORE <= number <= MAX_SCORE:
             raise DataError(f"{column!r} holds {kind(number)}, expected a list of finite numbers")
     count = len(example.negatives)
     if len(values) != 1 + count:

@@ -39,7 +39,7 @@ from cafe.model.checkpoint.adapter import (
     locate_base,
     save_adapter,
 )
-from cafe.model.checkpoint.locate import locate
+from cafe.model.checkpoint.locate import check_index, locate
 from cafe.model.checkpoint.multi_vector import (
     load_projection,
     remove_projection,
@@ -234,6 +234,7 @@ def _checked(name: str, path: Path) -> Path:
             f"{name}: no *.safetensors weights in {path}; save the model there again "
             "(pickled weights are not read: they can run code)"
         )
+    check_index(path, name)
     return path
 
 

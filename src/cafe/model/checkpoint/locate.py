@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from cafe.errors import CheckpointError, DataError, first_line
 from cafe.files import check_is_content
@@ -11,6 +12,10 @@ from cafe.model.tiny import TINY_DIR
 
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 """What is downloaded from the hub: no pickled weights, no code."""
+
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+"""transformers' list of the files that weights are in."""
 
 
 def locate(name_or_dir: str | Path, kind: str = "model") -> Path:
@@ -52,6 +57,33 @@ def check_downloaded(path: Path, name: str) -> None:
                 check_is_content(file)
     except DataError as error:
         raise CheckpointError(f"{name}: {error}") from error
+
+
+def check_index(path: Path, name: str) -> None:
+    """Check that the index of a model's weights names files of its own directory.
+
+    transformers opens whatever path stands there.
+
+    Args:
+        path: the directory.
+        name: what error messages call the model.
+
+    Raises:
+        CheckpointError: it names another place, or cannot be read.
+    """
+    file = path / WEIGHTS_INDEX
+    if not file.is_file():
+        return
+    try:
+        files = {*json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()}
+        outside = sorted(one for one in files if PurePath(one).name != one)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{name}: {file}: cannot be read ({first_line(error)})") from error
+    if outside:
+        raise CheckpointError(
+            f"{name}: {file} names weights elsewhere ({outside[0]!r}); put them beside it, and "
+            "name them by their file names"
+        )
 
 
 def lasting_name(name_or_dir: str | Path) -> str:

@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cafe.errors import CheckpointError, first_line
+from cafe.model.checkpoint.locate import WEIGHTS_INDEX
 
 MULTI_VECTOR = "multi_vector"
 _DENSE = "1_Dense"
 _WEIGHTS, _KEY = "model.safetensors", "linear.weight"
-_INDEX = "model.safetensors.index.json"
 
 
 def save_projection(weight: Tensor, directory: Path) -> None:
@@ -61,10 +61,13 @@ def load_projection(directory: Path, hidden: int) -> Tensor | None:
         hidden: the width of the model's states.
 
     Raises:
-        CheckpointError: it cannot be read, or is of another model.
+        CheckpointError: it cannot be read, is of another model, or is not in the folder.
     """
     file = directory / MULTI_VECTOR / _DENSE / _WEIGHTS
+    again = f"copy {MULTI_VECTOR} again from the model that it is of, or delete it"
     if not file.is_file():
+        if file.parent.parent.is_dir():
+            raise CheckpointError(f"{file}: is missing; {again}")
         return None
     try:
         weight = load_file(file)[_KEY]
@@ -73,8 +76,10 @@ def load_projection(directory: Path, hidden: int) -> Tensor | None:
     if weight.ndim != 2 or weight.shape[1] != hidden:
         raise CheckpointError(
             f"{file}: {_KEY} is {list(weight.shape)}, and the model's states have {hidden} "
-            f"dimensions; copy {MULTI_VECTOR} again from the model that it is of, or delete it"
+            f"dimensions; {again}"
         )
+    if not len(weight) or not weight.is_floating_point() or not bool(weight.isfinite().all()):
+        raise CheckpointError(f"{file}: {_KEY} holds no finite numbers; {again}")
     return weight
 
 
@@ -89,7 +94,7 @@ def save_modules(directory: Path) -> None:
     for file in directory.iterdir():
         if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model"):
             shutil.copyfile(file, folder / file.name)
-    _write(folder / _INDEX, _index(directory))
+    _write(folder / WEIGHTS_INDEX, _index(directory))
     module = "sentence_transformers."
     kinds = (
         ("", "models.Transformer"),

@@ -28,11 +28,11 @@ def rerank_routes(service: Service) -> APIRouter:
     @router.post("/v1/rerank", operation_id="rerank")
     async def rerank(body: RerankRequest, request: Request) -> Response:
         """Order documents by the probability that each is the one meant, as `CAFe.rerank` does."""
-        from cafe.model.inference import (
-            match_question,
-        )  # late: the server listens before torch is imported
-
         service.check_model(body.model)
+        temperature = service.engine.model.temperature  # refuses while the model loads
+        # Late: the server listens before torch is imported.
+        from cafe.model.inference import match_question
+
         service.check_count(len(body.documents), "documents")
         reader = service.reader(request)
         query = await reader.content(body.query, "query")
@@ -48,7 +48,6 @@ def rerank_routes(service: Service) -> APIRouter:
         )
         tokens = sum(one.tokens for one in (*scores, *embeddings))
         service.metrics.tokens(tokens)
-        temperature = service.engine.model.temperature
         match, posterior = await service.run_in_thread(_rerank, embeddings, scores, temperature)
         results = [
             {"index": i, "relevance_score": float(posterior[i]), "match": float(match[i])}
