@@ -60,6 +60,9 @@ def test_the_negatives_are_those_of_the_models_own_scores(
         len(record["negative_messages"]) for record in records
     ]
     assert [e.target[0].text for e in back if e.target] == captioned
+    # Thoughts and groups name examples by their ids, so the mined file has those of its source.
+    assert [e.id for e in back] == [e.id for e in read_examples(captions).examples]
+    assert back[0].id != "1", "not the numbers of the lines"
     assert some > 10, "the random model still ranks some targets below the positive"
     assert f"{COUNT + 1} queries:" in done.output
 
@@ -134,3 +137,26 @@ def test_both_mean_scores_are_of_the_queries_with_negatives() -> None:
     )
     last = _formatted(found, count=2).splitlines()[-1]
     assert last.startswith("mean score of positives 0.700, of negatives 0.500 (of the 2 queries")
+
+
+def test_few_negatives_are_explained() -> None:
+    """A model that does not retrieve yet scores nearly everything above the positive."""
+    scores = np.array([[np.nan], [np.nan], [0.2]], dtype=np.float32)
+    rare = HardNegatives(np.array([[-1], [-1], [0]]), scores, np.full(3, 0.3, np.float32), 9)
+    often = HardNegatives(
+        np.array([[1], [-1], [0]]), np.nan_to_num(scores, nan=0.1), np.full(3, 0.3, np.float32), 9
+    )
+    assert "most queries have no negative: a model that ranks better" in _formatted(rare, count=1)
+    assert "most queries" not in _formatted(often, count=1)
+
+
+@pytest.mark.parametrize(("share", "few"), [(0.01, True), (0, False)])
+def test_few_neighbours_are_explained(
+    share: float, few: bool, captions: Path, small_dir: Path, tmp_path: Path
+) -> None:
+    options = ["--range", "0-9", "--batches", 3, "--max-share", share]
+    done = run(small_dir, captions, "--out", tmp_path / "groups.jsonl", *options)
+    assert done.exit_code == 0, done.output
+    removed = next(line for line in done.output.splitlines() if "too near the positive" in line)
+    assert removed.startswith("0 ") != few
+    assert ("most groups are random: a model that ranks better" in done.output) == few

@@ -51,6 +51,7 @@ def test_the_record_is_ms_swifts(tmp_path: Path) -> None:
     )
     negatives = [user("a mug"), user("see ", Image(str(tmp_path / "n.jpg")))]
     assert swift_record(example, negatives, tmp_path) == {
+        "id": "1",
         "messages": [{"role": "user", "content": "<image>what is it?"}],
         "images": ["deep/q.jpg"],
         "positive_messages": [

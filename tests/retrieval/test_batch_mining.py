@@ -133,9 +133,9 @@ def test_the_command_and_a_run_with_its_file(
     assert (code, "error" in err.lower()) == (0, False), err
     lines = printed.splitlines()
     assert lines[0] == f"{COUNT + 1} pairs in 4 groups of 4"
-    assert "its group" in lines[1]
-    assert "in random groups" in lines[2]
-    entry = yaml.safe_load("\n".join(lines[3:]))
+    assert "its group" in lines[2]
+    assert "in random groups" in lines[3]
+    entry = yaml.safe_load("\n".join(lines[4:]))
     assert entry == {
         "data": [{"path": str(captions), "groups": str(out)}],
         "batch": {"examples": 4},

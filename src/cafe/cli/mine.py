@@ -13,6 +13,8 @@ from cafe.cli.arguments import Model, PairsData, skipped_lines
 if TYPE_CHECKING:
     from cafe.metrics.mining import HardNegatives
 
+_MORE = "a model that ranks better, a wider --range, or --max-share 0 (no such limit) finds more"
+
 
 def command(
     model: Model,
@@ -35,7 +37,7 @@ def command(
             "--relative-margin",
             min=0,
             max=1,
-            help="Negatives score at most this share of the positive; 1: all below. "
+            help="Negatives score at most this share of the positive; 1: all below; 0: no limit. "
             "--relative-margin is its deprecated name.",
         ),
     ] = 0.95,
@@ -108,7 +110,10 @@ def _mine_batches(model: str, data: str, *, out: Path, size: int, **options: Any
         )
     pairs = sum(map(len, report.groups))
     print(f"{pairs:,} pairs in {len(report.groups):,} groups of {size}")
+    print(f"{report.removed:,} candidates scored too near the positive")
     print("of {:.1f} neighbours of a pair {:.1f} are in its group".format(*report.neighbours))
+    if report.neighbours[0] < 1:
+        print(f"few pairs have a neighbour, so most groups are random: {_MORE}")
     print(
         "mean score of a pair's best wrong target in its group {:.3f}, in random groups {:.3f}; in "
         "a recipe:".format(*report.hardest)
@@ -151,6 +156,8 @@ def _formatted(found: HardNegatives, count: int) -> str:
         f"{len(counts) - full - none} with fewer, {none} without",
         f"{found.removed} candidates scored too near the positive",
     ]
+    if 2 * none > len(counts):
+        lines.append(f"most queries have no negative: {_MORE}")
     if none < len(counts):
         # Of the same queries on both sides, each once: the limits hold between these means too.
         some = counts > 0

@@ -2,13 +2,14 @@ r"""Pairs, the candidates for hard negatives of their queries, and the file of t
 
 One record, in ms-swift's embedding format (its data loader, and this package's, read it):
 
-    {"messages": [{"role": "user", "content": "<image>"}], "images": ["1.jpg"],
+    {"id": "1", "messages": [{"role": "user", "content": "<image>"}], "images": ["1.jpg"],
      "positive_messages": [[{"role": "user", "content": "a red mug"}]], "positive_images": [[]],
      "negative_messages": [[{"role": "user", "content": "a blue mug"}]], "negative_images": [[]],
      "scores": [0.81, 0.74]}
 
-`scores` are the cosines of the positive and of each negative, which `data.*.scores` of a recipe
-reads; others leave the column out.
+`id` is that of the pair in the data it came from, so that thoughts and groups that were written for
+those fit this file, too. `scores` are the cosines of the positive and of each negative, which
+`data.*.scores` of a recipe reads; others leave the column out.
 Format: https://swift.readthedocs.io, "Embedding training". Each `<image>` is the position of an
 image. The format cannot contain answers (dialogues): keep the first file as a second source of the
 recipe, in `mode: chat`, and set `merge_by_image: true`.
@@ -103,6 +104,7 @@ def swift_record(
     except DataError as error:
         raise DataError(f"example {example.id!r}: {error}") from error
     return {
+        "id": example.id,
         "messages": messages,
         "images": images,
         "positive_messages": [positive[0]],

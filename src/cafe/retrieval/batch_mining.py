@@ -40,12 +40,14 @@ class GroupingReport:
     groups      ids of the pairs of each group
     neighbours  mean number of a pair's neighbours, and how many of them are in its group
     hardest     mean score of the best wrong target of a pair's group, and of as large random groups
+    removed     targets in the windows that `margin` and `max_share` left out
     skipped     one line for each record and each example that was left out
     """
 
     groups: list[list[str]]
     neighbours: tuple[float, float]
     hardest: tuple[float, float]
+    removed: int
     skipped: list[str]
 
 
@@ -141,6 +143,7 @@ def _grouped(
         [[pairs.examples[pair].id for pair in group] for group in groups],
         (sum(map(len, neighbours)) / len(queries), inside / len(queries)),
         (hardest, by_chance),
+        found.removed,
         [],
     )
 
