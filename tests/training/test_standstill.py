@@ -11,8 +11,10 @@ import torch
 
 from cafe.data.dataset import ExampleSet, ExampleSource
 from cafe.data.quarantine import Quarantine
+from cafe.model.rows.rows import Rows
 from cafe.training.contrastive import STALL_STEPS, StallDetector, no_negatives_warning
 from cafe.training.data import load_data
+from cafe.training.multi_vector import ReadEmbeddings
 from cafe.training.run import train
 from cafe.training.step import TrainingStep
 from helpers.runs import make_world, recipe
@@ -52,12 +54,12 @@ def test_a_run_whose_embeddings_are_all_alike_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("cafe.training.contrastive.STALL_STEPS", 3)
-    original = TrainingStep._pooled
-    monkeypatch.setattr(
-        TrainingStep,
-        "_pooled",
-        staticmethod(lambda hidden, rows: original(hidden, rows) * 0 + torch.ones(())),
-    )
+    original = TrainingStep._embedded
+
+    def alike(step: TrainingStep, hidden: torch.Tensor, rows: Rows) -> ReadEmbeddings:
+        return ReadEmbeddings(original(step, hidden, rows).pooled * 0 + torch.ones(()))
+
+    monkeypatch.setattr(TrainingStep, "_embedded", alike)
     train(recipe(world, tmp_path / "out"))
     assert caplog.text.count("the contrastive loss has stayed at ln(4) = 1.39") == 1
     assert "optimizer.learning_rate" in caplog.text
