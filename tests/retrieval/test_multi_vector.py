@@ -18,6 +18,7 @@ from cafe.model.multi_vector import add_token_projection, new_token_projection
 from cafe.model.vlm import CAFe
 from cafe.retrieval.indexing import build_index, model_facts
 from cafe.retrieval.search import Searcher
+from cafe.serving.routes.search import IndexSearch
 from helpers.images import noise
 from helpers.models import build_small_model
 
@@ -207,3 +208,14 @@ def test_the_command_line(late_dir: Path, photos: Path, tmp_path: Path) -> None:
     assert "tokens" not in hits[0]
     refused = CliRunner().invoke(app, ["index", "x", "y", "--to", "z", "--pool", "2"])
     assert refused.exit_code == 2
+
+
+def test_a_server_says_that_it_searches_by_embeddings(
+    index: str, late: CAFe, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = IndexSearch(Index.open(index))
+    assert "the server searches it by the embeddings" in caplog.text
+    hits = search(late.encode(photos / "5.png"), 3, None, None)
+    assert hits[0].id == "5.png"
+    dense = Searcher.open(index, late).search(photos / "5.png", top=3, multi_vector=False)
+    assert [hit.id for hit in hits] == [hit.id for hit in dense]

@@ -54,10 +54,10 @@ def command(
 ) -> None:
     """Search by words, by an image, or by both.
 
-    A hit's score is the cosine, also with --hybrid, which fuses the ranks of two orders. With
-    --rerank, match is how probable the model finds that the image shows what the text says, and
-    posterior, which orders the hits, how probable it is by score and match together that this is
-    the hit meant.
+    A hit's score is the cosine (in an index made with --multi-vector: MaxSim of the token vectors),
+    also with --hybrid, which fuses the ranks of two orders. With --rerank, match is how probable
+    the model finds that the image shows what the text says, and posterior, which orders the hits,
+    how probable it is by score and match together that this is the hit meant.
     """
     from cafe.index import Index
     from cafe.retrieval.search import Searcher
