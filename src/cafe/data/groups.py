@@ -47,7 +47,9 @@ def read_groups(path: Path) -> dict[str, int]:
         try:
             ids = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{location}: is no JSON ({error}); write it with cafe mine") from error
+            raise DataError(
+                f"{location}: is not JSON ({error}); write it with cafe mine"
+            ) from error
         if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
             raise DataError(f'{location}: expected a list of ids, as ["12", "40", "7"]')
         for one in ids:
