@@ -273,7 +273,7 @@ def test_without_the_contrastive_loss_nothing_is_added_to_embeddings(small_dir, 
 
 @pytest.mark.parametrize("name", ["joint", "base", "Upper", "a b", "../x"])
 def test_a_variant_needs_a_name_of_its_own(name, small_dir):
-    with pytest.raises(RecipeError, match="no name of a further arm"):
+    with pytest.raises(RecipeError, match="cannot name a further arm"):
         ablation(small_dir, variants=json.dumps({name: {}}))
 
 

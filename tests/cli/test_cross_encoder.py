@@ -164,7 +164,7 @@ def test_the_command(run: Any, small_dir: Path, tmp_path: Path) -> None:
     ):
         code, _, err = run("export", *arguments)
         assert (code, told in err) == (2, True), err
-    with pytest.raises(CheckpointError, match="is no cross-encoder"):
+    with pytest.raises(CheckpointError, match="is not a cross-encoder"):
         verify_cross_encoder(small_dir)
     with pytest.raises(CheckpointError, match="is a cross-encoder"):
         verify(reranker)

@@ -205,6 +205,15 @@ def test_the_card_says_how_embeddings_are_to_be_read(small_dir: Path, tmp_path: 
     assert "`encode(images, think=23)`" in card
     export(small_dir, tmp_path / "plain")
     assert "think" not in (tmp_path / "plain" / "README.md").read_text()
+    small = CAFe.from_pretrained(small_dir)
+    small.model.to(torch.bfloat16)
+    small.save_pretrained(tmp_path / "half")
+    export(tmp_path / "half", tmp_path / "of_half")
+    told = (
+        'in the type of the weights, bfloat16,\nunless they are told: `model_kwargs={"dtype": "flo'
+    )
+    assert told in (tmp_path / "of_half" / "README.md").read_text()
+    assert "unless they are told" not in card
 
 
 def test_a_tool_that_disagrees_is_named_and_nothing_is_left(

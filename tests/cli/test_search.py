@@ -59,7 +59,7 @@ def test_a_caption_that_is_read_is_not_left_out(small_dir: Path, tmp_path: Path)
     for name in ("a.txt", "b.txt"):
         (photos / name).write_text("a mug")
     done = run("index", small_dir, photos, "--to", tmp_path / "i")
-    assert "left out: 1 files that are no images (1 .txt)" in done.stdout
+    assert "left out: 1 file that is not an image (1 .txt)" in done.stdout
     (photos / "b.txt").unlink()
     done = run("index", small_dir, photos, "--to", tmp_path / "i")
     assert "left out" not in done.stdout
@@ -79,6 +79,8 @@ def test_thoughts_are_counted_kept_and_asked_for_again(small_dir: Path, tmp_path
     assert [hit["generated_caption"] for hit in hits] == model.write_captions(
         [photos / hit["id"] for hit in hits], max_new_tokens=5
     )
+    shown = run("search", to, "--image", image).stdout
+    assert all(hit["generated_caption"] in shown for hit in hits), "they have no text of their own"
     assert hits_of(to, "--image", image, "--think", 0)[0]["score"] < 0.9999
     assert run("index", "tiny", photos, "--to", to).stdout.startswith(f"{to}: 2 rows (2 unchanged)")
     done = run("index", "tiny", photos, "--to", to, "--think", 6)
@@ -106,7 +108,7 @@ def test_index_prints_what_changed_and_names_what_was_skipped(
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines() == [
         f"{to}: 6 rows (6 added, 5,001 skipped)",
-        "left out: 3 files that are no images (2 .mp4, 1 .md)",
+        "left out: 3 files that are not images (2 .mp4, 1 .md)",
         "search is exact",
     ]
     assert "skipped broken.jpg: not an image in a format that Pillow reads" in done.stderr

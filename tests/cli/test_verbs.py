@@ -198,7 +198,7 @@ def test_a_name_too_long_for_a_file_is_one_line(command_line, verb, tmp_path):
     code, _, err = command_line(*verb.split(), *model, name, *to)
     assert code == 2
     assert err.count("\n") == 1, err
-    assert "is no file: its name is too long" in err
+    assert "is not a file: its name is too long" in err
 
 
 def test_ctrl_c_is_exit_code_130_and_one_line(cafe, stand_in, tmp_path: Path):

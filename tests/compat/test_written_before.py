@@ -291,7 +291,8 @@ def test_hard_negatives_are_found_as_before(written: Path, command_line: Any):
     near = ("--range", "0-4", "--count", "2", "--relative-margin", "0")
     succeeds(command_line, "mine", "model", "data/captions.json", "--out", "new.jsonl", *near)
     mined = lines("new.jsonl")
-    scores = [record.pop("scores") for record in mined]  # which earlier versions did not write
+    scores = [record.pop("scores") for record in mined]  # which earlier versions did not write,
+    assert all(record.pop("id") for record in mined)  # nor these
     assert mined == lines("mined.jsonl")
     assert all(
         len(own) == 1 + len(r["negative_messages"]) for own, r in zip(scores, mined, strict=True)

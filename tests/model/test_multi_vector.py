@@ -16,6 +16,7 @@ from cafe.errors import CheckpointError
 from cafe.model.multi_vector import add_token_projection, new_token_projection
 from cafe.model.token_vectors import pooled
 from cafe.model.vlm import CAFe
+from cafe.release.release import export
 from cafe.release.verify import verify
 from helpers.models import build_small_model
 
@@ -209,6 +210,17 @@ def test_stock_sentence_transformers_still_loads_the_dense_model(
     assert late.get_embedding_dimension() == 64
     for value in INPUTS:
         assert np.array_equal(bare.encode([value]), late.encode([value]))
+
+
+def test_the_model_card_names_token_vectors(late_dir: Path, tmp_path: Path) -> None:
+    report = export(late_dir, tmp_path / "late")
+    card = (tmp_path / "late" / "README.md").read_text()
+    assert report.tokens == 16
+    assert "| token vectors | 16 numbers for every token" in card
+    assert '`MultiVectorEncoder("late/multi_vector")`' in card
+    build_small_model().save_pretrained(tmp_path / "without")
+    assert export(tmp_path / "without", tmp_path / "plain").tokens == 0
+    assert "token vectors" not in (tmp_path / "plain" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from cafe.model.multi_vector import add_token_projection, new_token_projection
 from cafe.model.vlm import CAFe
 from cafe.retrieval.indexing import build_index, model_facts
 from cafe.retrieval.search import Searcher
+from cafe.serving.routes.search import IndexSearch
 from helpers.images import noise
 from helpers.models import build_small_model
 
@@ -209,6 +210,7 @@ def test_the_command_line(late_dir: Path, photos: Path, tmp_path: Path) -> None:
     assert refused.exit_code == 2
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("bad", [0, -1, 0.5, float("nan"), float("inf")])
 def test_a_pool_that_cannot_be_leaves_no_index(
     late: CAFe, photos: Path, tmp_path: Path, bad: float
@@ -225,3 +227,14 @@ def test_a_thought_of_no_number_of_tokens_leaves_no_index(
     with pytest.raises(DataError, match=r"think=.*: give the largest number of tokens"):
         build_index(late, photos, tmp_path / "i", think=bad)
     assert Index.find(tmp_path / "i") is None
+=======
+def test_a_server_says_that_it_searches_by_embeddings(
+    index: str, late: CAFe, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = IndexSearch(Index.open(index))
+    assert "the server searches it by the embeddings" in caplog.text
+    hits = search(late.encode(photos / "5.png"), 3, None, None)
+    assert hits[0].id == "5.png"
+    dense = Searcher.open(index, late).search(photos / "5.png", top=3, multi_vector=False)
+    assert [hit.id for hit in hits] == [hit.id for hit in dense]
+>>>>>>> w-new1

@@ -299,10 +299,14 @@ def test_a_run_without_them_drops_a_projection_and_one_with_other_dimensions_fai
     ("objective", "message"),
     [
         ({"multi_vector_dims": [64, 256]}, "multi_vector_dims exceed multi_vector_dim, 128"),
+        (
+            {"multi_vector_dims": [64], "multi_vector_weight": 0},
+            "token vectors; set multi_vector_weight above 0",
+        ),
         ({"contrastive_weight": 0.0}, "multi_vector_weight is trained by a contrastive loss"),
         ({"compat": "official"}, "has no multi_vector_weight"),
     ],
 )
 def test_recipes_that_make_no_sense(objective: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        recipe_of(multi_vector_weight=1.0, **objective)
+        recipe_of(**{"multi_vector_weight": 1.0, **objective})

@@ -201,4 +201,4 @@ def _expected(error: CafeError | OSError) -> CafeError | None:
         return None
     # Asking whether a name is that of a file, as every verb does, fails for one that is too long.
     name = str(error.filename or "")
-    return CafeError(f"{name[:60]}… is no file: its name is too long ({len(name):,} characters)")
+    return CafeError(f"{name[:60]}… is not a file: its name is too long ({len(name):,} characters)")

@@ -87,4 +87,6 @@ def silent_note(count: int) -> str:
 def left_out_line(left_out: Counter[str]) -> str:
     """How many files of a folder were left out, by kind, the most frequent first."""
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
-    return f"left out: {left_out.total():,} files that are no images ({kinds})"
+    total = left_out.total()
+    what = "file that is not an image" if total == 1 else "files that are not images"
+    return f"left out: {total:,} {what} ({kinds})"

@@ -47,7 +47,7 @@ def command(
         typer.Option(
             min=2,
             metavar="SIZE",
-            help="Instead of negatives: groups of SIZE alike pairs, to share a batch (B3).",
+            help="Instead of negatives: groups of SIZE similar pairs that share a batch (B3).",
         ),
     ] = None,
     image_root: Annotated[

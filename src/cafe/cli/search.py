@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +40,7 @@ def command(
     hybrid: Annotated[
         bool,
         typer.Option(
-            "--hybrid", help="Order by the words of TEXT in texts, captions and thoughts, too."
+            "--hybrid", help="Also order by the words of TEXT in texts, captions and thoughts."
         ),
     ] = False,
     caption: CaptionOption = False,
@@ -54,10 +55,10 @@ def command(
 ) -> None:
     """Search by words, by an image, or by both.
 
-    A hit's score is the cosine, also with --hybrid, which fuses the ranks of two orders. With
-    --rerank, match is how probable the model finds that the image shows what the text says, and
-    posterior, which orders the hits, how probable it is by score and match together that this is
-    the hit meant.
+    A hit's score is the cosine (in an index made with --multi-vector: MaxSim of the token vectors),
+    also with --hybrid, which fuses the ranks of two orders. With --rerank, match is how probable
+    the model finds that the image shows what the text says, and posterior, which orders the hits,
+    how probable it is by score and match together that this is the hit meant.
     """
     from cafe.index import Index
     from cafe.retrieval.search import Searcher
@@ -118,6 +119,11 @@ def _as_json(hits: list[RankedHit], said: SearchAnswer | None) -> dict[str, Any]
     return {"hits": records, "answer": answer}
 
 
+def _text(metadata: Mapping[str, Any]) -> str:
+    """A hit's own text; without one, what a model wrote of its image, by which --hybrid orders."""
+    return str(metadata.get("text") or metadata.get("generated_caption") or "")
+
+
 def _show(hits: list[RankedHit], said: SearchAnswer | None) -> None:
     if not hits:
         print("no hits")
@@ -134,10 +140,7 @@ def _show(hits: list[RankedHit], said: SearchAnswer | None) -> None:
         table.add_column(name, justify="right")
     table.add_column("found", overflow="fold")
     names = [printable(hit.file or hit.id, sys.stdout) for hit in hits]
-    texts = [
-        printable(str(hit.hit.metadata.get("text") or "").replace("\n", " / "), sys.stdout)
-        for hit in hits
-    ]
+    texts = [printable(_text(hit.hit.metadata).replace("\n", " / "), sys.stdout) for hit in hits]
     if any(texts):
         table.add_column("text", overflow="ellipsis", no_wrap=True)
     for number, (hit, name, text) in enumerate(zip(hits, names, texts, strict=True), 1):

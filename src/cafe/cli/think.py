@@ -14,7 +14,10 @@ def command(
     model: Model,
     data: PairsData,
     out: Annotated[
-        Path, typer.Option(metavar="FILE.jsonl", help="Where to write; what it lacks is added.")
+        Path,
+        typer.Option(
+            metavar="FILE.jsonl", help="Where to write; a file that is there is continued."
+        ),
     ],
     keys: Annotated[
         list[str] | None,

@@ -71,7 +71,7 @@ def check_searchable(table: Any, uri: str) -> None:
         )
     raise NoTextsError(
         f"index {uri} has no texts to search by words: its items are images without captions; make "
-        "one in which a model writes them: cafe index … --caption"
+        "one of a data file with captions, or let a model write them: cafe index … --caption"
     )
 
 

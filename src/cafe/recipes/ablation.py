@@ -63,7 +63,7 @@ class Ablation(Section):
         if taken or bad is not None:
             name = bad if bad is not None else min(taken)
             raise ValueError(
-                f"variants has {name!r}, which is no name of a further arm; use lower-case "
+                f"variants has {name!r}, which cannot name a further arm; use lower-case "
                 "letters, digits and hyphens, and none of base, language, contrastive, joint"
             )
         fixed = next((k for v in self.variants.values() for k in v if k in _FIXED), None)

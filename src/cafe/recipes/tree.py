@@ -111,7 +111,7 @@ class Objective(Section):
     own states, which sentence-transformers reads as well, and vLLM does not."""
     multi_vector_weight: NotNegative = 0.0
     """Weight of a contrastive loss over the vectors of all tokens (MaxSim), which a projection of
-    its own makes; for `encode(multi_vector=True)`. 0 is off, and drops a projection."""
+    its own makes; for `encode_tokens`. 0 is off, and drops a projection."""
     multi_vector_dim: Count = 128
     """Dimension of these vectors."""
     multi_vector_dims: Annotated[list[Count], Field(min_length=1)] | None = None
@@ -157,6 +157,11 @@ class Objective(Section):
                 raise ValueError(f"{name} is for info_nce; set contrastive: info_nce, or drop it")
         if max(self.multi_vector_dims or [1]) > self.multi_vector_dim:
             raise ValueError(f"multi_vector_dims exceed multi_vector_dim, {self.multi_vector_dim}")
+        if self.multi_vector_dims and not self.multi_vector_weight:
+            raise ValueError(
+                "multi_vector_dims are of token vectors; set multi_vector_weight above 0, or drop "
+                "them"
+            )
         if self.soft_label_weight and self.soft_labels == "matcher" and not self.match_weight:
             raise ValueError(
                 "soft_labels: matcher needs match questions, which the matcher learns from; set "

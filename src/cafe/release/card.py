@@ -78,6 +78,11 @@ VLLM_MEAN = """\
 vLLM serves chat (`--runner generate`). It has no pooling over some of the tokens, so its embeddings
 would differ."""
 
+NOT_FLOAT32 = """\
+On a CPU `cafe` computes in float32. The other tools compute in the type of the weights, {weights},
+unless they are told: `model_kwargs={{"dtype": "float32"}}` for sentence-transformers,
+`dtype="float32"` for transformers."""
+
 NO_RESULTS = """\
 No results were provided. To add them, run `cafe evaluate {name} --json results`, then
 `cafe export … --results results`.
@@ -138,6 +143,7 @@ def model_card(
         states = f"[:, {-1 - averages}:-1].mean(1)"
     else:
         read, states = "the hidden state at the last token", "[:, -1]"
+    weights = facts.get("weights", "float32")
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     parts = [
         f"---\n{yaml.safe_dump(HEAD, sort_keys=False)}---",
@@ -145,6 +151,7 @@ def model_card(
         "A vision-language model that retrieves, reranks and answers, written by `cafe export`.",
         f"| | |\n|---|---|\n{rows}",
         USE.format(name=name, dimension=dimension, read=read, states=states).rstrip(),
+        "" if weights == "float32" else NOT_FLOAT32.format(weights=weights),
         VLLM_MEAN if averages else VLLM.format(name=name).rstrip(),
         "## Measured",
         _agreement_table(agreements),

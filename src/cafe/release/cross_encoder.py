@@ -167,7 +167,7 @@ def verify_cross_encoder(directory: str | Path) -> CrossEncoderReport:
     directory = locate(directory)
     if not is_cross_encoder(directory):
         raise CheckpointError(
-            f"{directory}: is no cross-encoder; write one: cafe export {directory} "
+            f"{directory}: is not a cross-encoder; write one: cafe export {directory} "
             "--cross-encoder DIR"
         )
     try:

@@ -21,6 +21,7 @@ from cafe.files import whole_directory
 from cafe.model.checkpoint.adapter import adapter_of, is_adapter, merge_into_base
 from cafe.model.checkpoint.directory import weights_dtype
 from cafe.model.checkpoint.locate import lasting_name, locate
+from cafe.model.multi_vector import token_projection_of
 from cafe.model.rows.prompts import trained_thought_tokens
 from cafe.model.vlm import CAFe
 from cafe.release.card import Agreement, CardTask, model_card
@@ -47,6 +48,7 @@ class ExportReport:
     dimension   of an embedding
     averages    how many latent tokens' states an embedding is the mean of; 0: the last token's
     agreements  of the other tools, when they were asked
+    tokens      dimension of the vector that each token has as well; 0: it has none
     thoughts    tokens of the longest thought that it was trained to embed after; 0: none
     """
 
@@ -62,6 +64,7 @@ class ExportReport:
     averages: int = 0
     agreements: tuple[Agreement, ...] = ()
     thoughts: int = 0
+    tokens: int = 0
 
 
 def export(
@@ -151,6 +154,7 @@ def _write_model(source: str | Path, directory: Path, merge: bool) -> ExportRepo
     family, dimension = str(model.model.config.model_type), model.embedding_dimension
     averages = model.collator.averages
     thoughts = trained_thought_tokens(model.model.config)
+    projection = token_projection_of(model.model)
     parameters = sum(p.numel() for p in model.model.parameters())
     del model  # so that two large models are never in memory together
     after = CAFe.from_pretrained(directory, dtype=torch.float32).encode(probes)
@@ -175,6 +179,7 @@ def _write_model(source: str | Path, directory: Path, merge: bool) -> ExportRepo
         dimension,
         averages,
         thoughts=thoughts,
+        tokens=0 if projection is None else projection.out_features,
     )
 
 
@@ -208,4 +213,9 @@ def _card(report: ExportReport, tasks: Sequence[CardTask]) -> str:
             f"{report.thoughts} tokens: `encode(images, think={report.thoughts})`"
         )
     name = report.directory.name
+    if report.tokens:
+        facts["token vectors"] = (
+            f"{report.tokens} numbers for every token, compared by MaxSim: `encode_tokens`; "
+            f'sentence-transformers: `MultiVectorEncoder("{name}/multi_vector")`'
+        )
     return model_card(name, report.dimension, facts, report.agreements, tasks, report.averages)

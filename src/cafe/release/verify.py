@@ -42,6 +42,7 @@ EXACT = 1e-4
 
 _POLL_SECONDS = 0.05
 _RESPONSE_SECONDS = 600
+_FLOAT32 = {"dtype": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,9 @@ def _transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray:
 def _sentence_transformers(directory: Path, probes: Sequence[Any]) -> np.ndarray:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(directory), device="cpu", trust_remote_code=False).float()
+    model = SentenceTransformer(
+        str(directory), device="cpu", trust_remote_code=False, model_kwargs=_FLOAT32
+    ).float()
     chats = [probe for probe in probes if isinstance(probe, list)]
     others = [probe for probe in probes if not isinstance(probe, list)]  # it cannot mix them
     return np.concatenate([model.encode(part, show_progress_bar=False) for part in (others, chats)])
@@ -230,7 +233,8 @@ def _multi_vector(directory: Path, probes: Sequence[Any]) -> np.ndarray:
     """The vectors of all tokens of all probes, one after another."""
     from sentence_transformers import MultiVectorEncoder
 
-    model = MultiVectorEncoder(str(directory / MULTI_VECTOR), device="cpu").float()
+    of_tokens = str(directory / MULTI_VECTOR)
+    model = MultiVectorEncoder(of_tokens, device="cpu", model_kwargs=_FLOAT32).float()
     found = [model.encode([probe], convert_to_numpy=True)[0] for probe in probes]
     return np.concatenate(found)
 

@@ -152,7 +152,7 @@ def _image_and_text(example: Example) -> tuple[Image, str]:
                 raise DataError(f"{len(shown)} images, expected one")
             if isinstance(shown[0], Image):
                 return shown[0], " ".join(text)
-    raise DataError("it is no pair of an image and a text, which is what is ranked here")
+    raise DataError("it is not a pair of an image and a text, which is what is ranked here")
 
 
 def _parts(side: Conversation) -> tuple[list[Image | Video], list[str]]:

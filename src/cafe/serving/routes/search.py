@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ from cafe.types import Hit
 if TYPE_CHECKING:
     from cafe.index import Index
 
+logger = logging.getLogger(__name__)
+
 
 class IndexSearch:
     """An index as a `cafe.serving.service.SearchFunction`.
@@ -32,6 +35,12 @@ class IndexSearch:
     def __init__(self, index: Index) -> None:
         self._searcher = Searcher(index)
         self._searcher.say_writer()
+        if index.model.pool is not None:
+            logger.warning(
+                "index %s: the server searches it by the embeddings; `cafe search` searches it by "
+                "the token vectors",
+                index.uri,
+            )
 
     @property
     def root(self) -> Path | None:
