@@ -57,7 +57,8 @@ def inspect(
 
     The detected format, the records that cannot be used, and for the first examples every sequence
     with its special tokens, token counts and images; learned tokens are in bold. For a recipe,
-    the first examples of each source as its objective trains them.
+    the first examples of each source as its objective trains them; latent tokens and thoughts are
+    shown by `cafe train --dry-run`.
     """
     from cafe.recipes import is_recipe, load_recipe, load_source
 
