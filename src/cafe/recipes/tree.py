@@ -111,7 +111,7 @@ class Objective(Section):
     own states, which sentence-transformers reads as well, and vLLM does not."""
     multi_vector_weight: NotNegative = 0.0
     """Weight of a contrastive loss over the vectors of all tokens (MaxSim), which a projection of
-    its own makes; for `encode(multi_vector=True)`. 0 is off, and drops a projection."""
+    its own makes; for `encode_tokens`. 0 is off, and drops a projection."""
     multi_vector_dim: Count = 128
     """Dimension of these vectors."""
     multi_vector_dims: Annotated[list[Count], Field(min_length=1)] | None = None
