@@ -205,3 +205,10 @@ def test_a_searcher_takes_the_words_of_its_query(index: Index) -> None:
         with pytest.raises(DataError, match="hybrid search needs words"):
             searcher.search(query, hybrid=True)
     assert not asked, "refused before anything is embedded"
+
+
+@pytest.mark.parametrize("top", [0, -1])
+def test_a_number_of_hits_that_is_none(index: Index, top: int) -> None:
+    for words in (None, "crown"):
+        with pytest.raises(DataError, match=f"top={top}: give the number of hits, 1 or more"):
+            index.search(direction(0), top, words=words)

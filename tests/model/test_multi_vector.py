@@ -233,6 +233,11 @@ def test_verify_compares_token_vectors_too(late_dir: Path, tmp_path: Path) -> No
     modules.write_text(json.dumps(json.loads(modules.read_text())[:3]))  # nothing normalises
     with pytest.raises(CheckpointError, match=r"MultiVectorEncoder embeds 9 probes"):
         verify(tmp_path / "copy")
+    (tmp_path / "copy/multi_vector/model.safetensors.index.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"MultiVectorEncoder cannot read it \(.*found in dir"
+    ):
+        verify(tmp_path / "copy")
 
 
 def test_weights_in_several_files(late_dir: Path, tmp_path: Path) -> None:

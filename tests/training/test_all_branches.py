@@ -93,8 +93,8 @@ def losses_of(scores: Tensor, reverse: Tensor, examples: list[Example]) -> Tenso
 
 
 def contrastive_pass(model: Any, examples: list[Example], weight: float, thoughts: bool) -> Tensor:
-    queries = [(thoughts and e.query_thought) or e.query for e in examples]
-    targets = [(thoughts and e.target_thought) or e.target for e in examples]
+    queries = [e.query_thought if thoughts and e.query_thought else e.query for e in examples]
+    targets = [e.target_thought if thoughts and e.target_thought else e.target for e in examples]
     negatives = [n for e in examples for n in e.negatives]
     sides = [embedded_states(model, side) for side in (queries, targets, negatives)]
     losses = []

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from cafe.errors import RecipeError
+from cafe.errors import CheckpointError, RecipeError
 from cafe.model.multi_vector import (
     add_token_projection,
     new_token_projection,
@@ -239,6 +239,24 @@ def test_a_run_trains_and_saves_them_and_resumes_bit_for_bit(world: Path, tmp_pa
     assert not any("token_projection" in name for name in weights(tmp_path / "whole"))
     vectors = CAFe.from_pretrained(whole.model_dir, device="cpu").encode_tokens("a red cat")
     assert vectors[0].shape[1] == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("on", "off", "message"),
+    [
+        (ON[:2], (), r"multi_vector_dim was 16 and is now null"),
+        ((), ON[:2], r"multi_vector_dim was null and is now 16"),
+        (("objective.latent_tokens=2",), (), r"latent_tokens was 2 and is now null"),
+    ],
+)
+def test_a_run_is_not_resumed_with_or_without_them(
+    world: Path, tmp_path: Path, on: tuple[str, ...], off: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(Killed):
+        train(recipe(world, tmp_path / "run", *on, "schedule.steps=4"), on_step=die_after(3))
+    with pytest.raises(CheckpointError, match=message):
+        train(recipe(world, tmp_path / "run", *off, "schedule.steps=4"), resume=True)
 
 
 @pytest.mark.slow

@@ -141,6 +141,12 @@ def one_run(uri: str) -> Iterator[None]:
         lock.release()
 
 
+def check_top(top: int) -> None:
+    """Raises DataError for a number of hits that is none."""
+    if top < 1:
+        raise DataError(f"top={top}: give the number of hits, 1 or more")
+
+
 def clauses(ids: Iterable[str]) -> Iterable[str]:
     """SQL conditions that select rows by id, up to 1,000 ids in each."""
     ordered = sorted(ids)

@@ -317,7 +317,7 @@ class Index:
         Args:
             query: a vector, float [d]; unit vectors of tokens, [n, dim], if the index has such
                 (`cafe.index.tokens`); or, if it was opened with `encode`, what that takes.
-            top: number of hits.
+            top: number of hits, 1 or more.
             where: as `cafe.index.condition.checked` takes it: "width > 640 AND text LIKE '%cat%'".
                 Where it leaves too few rows for an approximate index to pay, the search is exact.
             exact: do not use the approximate index.
@@ -328,8 +328,8 @@ class Index:
             DataError: a query of another dimension, a `where` that cannot be used, or words where
                 the index has no texts.
         """
-        vector = self._query(query)
-        count = None if where is None else self.count(where)
+        store.check_top(top)
+        vector, count = self._query(query), None if where is None else self.count(where)
         exact = exact or vector.ndim == 2 or (count is not None and count < APPROXIMATE_ROWS)
         condition = None if where is None else checked(where, self.columns)
         settings = None if exact else self.approximate

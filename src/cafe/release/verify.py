@@ -21,7 +21,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from cafe.errors import CafeError, CheckpointError
+from cafe.errors import CafeError, CheckpointError, first_line
 from cafe.model.checkpoint.adapter import is_adapter
 from cafe.model.checkpoint.directory import quiet
 from cafe.model.checkpoint.locate import locate
@@ -82,8 +82,8 @@ def verify(
         on_agreement: Called after each tool.
 
     Raises:
-        CheckpointError: a tool's embeddings differ, or the directory is an adapter, which no other
-            tool but peft loads.
+        CheckpointError: a tool's embeddings differ, it cannot read the directory, or that is an
+            adapter, which no other tool but peft loads.
         CafeError: a tool is not installed.
     """
     directory = locate(directory)
@@ -108,8 +108,16 @@ def verify(
         *([(f"{st}, MultiVectorEncoder", _multi_vector, of_tokens)] if late else ()),
     ]
     for tool, embed, expected in tools:
-        with quiet():
-            embeddings = np.asarray(embed(directory, probes), dtype=np.float32)
+        try:
+            with quiet():
+                embeddings = np.asarray(embed(directory, probes), dtype=np.float32)
+        except CafeError:
+            raise
+        except Exception as error:  # parsers of many files, which raise all kinds of exceptions
+            raise CheckpointError(
+                f"{directory}: {tool} cannot read it ({first_line(error)}); do not publish it, and "
+                "write it again with this version of cafe"
+            ) from error
         agreements.append(_compare(directory, tool, embeddings, expected, len(probes)))
         if on_agreement is not None:
             on_agreement(agreements[-1])

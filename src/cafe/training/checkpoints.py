@@ -215,12 +215,13 @@ class Checkpoints:
             (trained, self.trained, "changes what is trained; set it back"),
             (manifest["data"], self.data, order),
         ):
-            changed = [key for key, value in now.items() if before.get(key) != value]
+            # A setting that is off is not there: removed ones count, too.
+            changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
             if changed:
                 key = changed[0]
                 raise CheckpointError(
                     f"{folder}: {key} was {_as_yaml(before.get(key))} and is now "
-                    f"{_as_yaml(now[key])}, which {effect}, or start a new run in another "
+                    f"{_as_yaml(now.get(key))}, which {effect}, or start a new run in another "
                     "output_dir"
                 )
         different = [name for name, value in self.origin.items() if origin.get(name) != value]
