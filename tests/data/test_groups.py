@@ -35,12 +35,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-<<<<<<< HEAD
-        ('["1"]\n["2"\n', "line 2: is no JSON"),
-        ("[" * 100_000, "line 1: is no JSON"),
-=======
         ('["1"]\n["2"\n', "line 2: is not JSON"),
->>>>>>> w-new1
+        ("[" * 100_000, "line 1: is not JSON"),
         ('{"1": 2}\n', "line 1: expected a list of ids"),
         ("[1, 2]\n", "line 1: expected a list of ids"),
         ('["1", "2"]\n\n["2"]\n', "line 3: the id '2' is in a group already"),

@@ -210,7 +210,6 @@ def test_the_command_line(late_dir: Path, photos: Path, tmp_path: Path) -> None:
     assert refused.exit_code == 2
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("bad", [0, -1, 0.5, float("nan"), float("inf")])
 def test_a_pool_that_cannot_be_leaves_no_index(
     late: CAFe, photos: Path, tmp_path: Path, bad: float
@@ -227,7 +226,8 @@ def test_a_thought_of_no_number_of_tokens_leaves_no_index(
     with pytest.raises(DataError, match=r"think=.*: give the largest number of tokens"):
         build_index(late, photos, tmp_path / "i", think=bad)
     assert Index.find(tmp_path / "i") is None
-=======
+
+
 def test_a_server_says_that_it_searches_by_embeddings(
     index: str, late: CAFe, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -237,4 +237,3 @@ def test_a_server_says_that_it_searches_by_embeddings(
     assert hits[0].id == "5.png"
     dense = Searcher.open(index, late).search(photos / "5.png", top=3, multi_vector=False)
     assert [hit.id for hit in hits] == [hit.id for hit in dense]
->>>>>>> w-new1

@@ -46,15 +46,10 @@ def read_groups(path: Path) -> dict[str, int]:
         location = f"{path}, line {number + 1}"
         try:
             ids = json.loads(line)
-<<<<<<< HEAD
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{location}: is no JSON ({error}); write it with cafe mine") from error
-=======
-        except ValueError as error:
             raise DataError(
                 f"{location}: is not JSON ({error}); write it with cafe mine"
             ) from error
->>>>>>> w-new1
         if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
             raise DataError(f'{location}: expected a list of ids, as ["12", "40", "7"]')
         for one in ids:
