@@ -70,7 +70,7 @@ def test_a_pair_of_an_image_and_a_text_counts_whichever_is_the_query(tmp_path: P
     assert captions(shown(str(path))) == [("a mug",)]
     path.write_text(json.dumps(records))
     with pytest.raises(
-        DataError, match=r"1 records cannot be used.*no pair of an image and a text"
+        DataError, match=r"1 records cannot be used.*not a pair of an image and a text"
     ):
         shown(str(path))
 
