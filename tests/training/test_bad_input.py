@@ -177,6 +177,10 @@ def broken_shard(folder: Path) -> None:
             r"captions\.json: columns: image is 'photo', and there is no such column; there are co",
         ),
         (["attention=flash_attention_2"], "run.yaml: attention is flash_attention_2.*; set attent"),
+        (
+            ["objective.matryoshka_dims=[16, 1000]"],
+            r"objective\.matryoshka_dims has 1000, and .* have 64 dimensions; use widths up to 64",
+        ),
         (["batch.exmples=3"], "'batch.exmples=3': unknown recipe key .*; did you mean batch.exam"),
         (["max_rejected=0"], "1 of 8 records cannot be used, and 0 are allowed; fix the data. Th"),
     ],

@@ -190,6 +190,10 @@ def test_a_file_of_thoughts(tmp_path: Path) -> None:
         ("[" * 100_000, "line 1: is not JSON"),
         ('{"id": "example-0", "query": "\\ud800"}', "line 1: 'query': the text is not Unicode"),
         ('\n{"id": "a", "query": 3}', "line 2: 'query' is a number"),
+        (
+            '{"id": "a", "query": "x"}\n{"id": "a", "query": "x"}\n{"id": "a", "query": "y"}',
+            "line 3: another thought about 'a' than an earlier line has",
+        ),
         ('{"id": "other", "query": "x"}', "none of the 3 examples has one there"),
         ('{"id": "example-0", "query": " "}', "none of the 3 examples has one there"),
     ],

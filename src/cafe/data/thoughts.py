@@ -135,17 +135,23 @@ def read_thoughts(path: Path) -> dict[ThoughtKey, Thoughts]:
     """The thoughts of a file. An empty thought is none.
 
     Raises:
-        DataError: the file cannot be read, or a line of it is no thought; names the line.
+        DataError: the file cannot be read, or a line of it is not a thought, or another one than an
+            earlier line has of the same example; names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 may stand within a line
     except (OSError, UnicodeDecodeError) as error:
         raise cannot_be_read(path, error) from error
-    return dict(
-        _parsed(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    )
+    found: dict[ThoughtKey, Thoughts] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            key, thoughts = _parsed(line, f"{path}, line {number}")
+            if found.setdefault(key, thoughts) != thoughts:
+                raise DataError(
+                    f"{path}, line {number}: another thought about {key.id!r} than an earlier "
+                    "line has; keep one of them"
+                )
+    return found
 
 
 def thought_line(key: ThoughtKey, thoughts: Thoughts) -> str:

@@ -37,7 +37,7 @@ def load_model(recipe: Recipe, device: torch.device) -> CAFe:
     With `compat: official` it has the published templates, and the latent tokens of the objective.
 
     Raises:
-        RecipeError: `tuning` does not fit the model or the machine.
+        RecipeError: `tuning` or `objective` does not fit the model or the machine.
     """
     if recipe.tuning.kind == "qlora":
         vlm = _in_four_bits(recipe, device)
@@ -49,6 +49,12 @@ def load_model(recipe: Recipe, device: torch.device) -> CAFe:
         raise RecipeError(
             f"model: {recipe.model} is an adapter, and training starts from full weights. Merge "
             f"it first (cafe export {recipe.model} --to DIR --merge), then take DIR as the model"
+        )
+    widest, dimension = max(recipe.objective.matryoshka_dims or [0]), vlm.embedding_dimension
+    if widest > dimension:
+        raise RecipeError(
+            f"objective.matryoshka_dims has {widest}, and embeddings of {recipe.model} have "
+            f"{dimension} dimensions; use widths up to {dimension}"
         )
     if recipe.objective.compat == "official":
         if latent_count(vlm.model.config):
