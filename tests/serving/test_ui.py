@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from cafe.cli import app
 from cafe.data.scenes.write import write_scenes
 from cafe.index import Index
+from cafe.retrieval.indexing import build_index
 from cafe.serving.limits import Limits
 from cafe.serving.model_calls import CafeCalls
 from cafe.serving.routes.search import IndexSearch
@@ -163,6 +164,34 @@ def test_words_find_what_the_index_finds(page: Any, small_model: Any, index: Ind
     page.wait_for_function(
         "[...document.querySelectorAll('#gallery img')].every(i => i.naturalWidth > 0)"
     )
+
+
+def test_a_box_adds_the_order_by_words_where_there_are_captions(
+    browser: Any, page: Any, scenes: Path, small_dir: Path, small_model: Any, tmp_path: Path
+):
+    """An image whose caption is typed comes first, whatever the embeddings say."""
+    assert not page.locator("#hybrid").is_visible(), "this index has no texts"
+    uri = tmp_path / "index"
+    build_index(small_dir, scenes.parent / "captions.json", uri)
+    with_texts = Index.open(uri)
+    first = min(with_texts.search(small_model.encode(WORDS), COUNT), key=lambda hit: hit.id)
+    words = str(first.metadata["text"])
+    want = with_texts.search(small_model.encode(words), COUNT, words=words)
+    search_of = IndexSearch(with_texts)
+    settings = ServerSettings(name="small", port=0, page=True, limits=LIMITS)
+    server = Server(lambda: CafeCalls(small_model), settings, search_of, search_of.root)
+    server.start()
+    try:
+        wait_until(lambda: server.engine.loaded)
+        with opened(browser, server) as page:
+            page.locator("#hybrid input").check()
+            page.fill("#words input", words)
+            page.click("#search")
+            names = [Path(name).name for _, name in found(page)]
+    finally:
+        server.stop()
+    assert names == [Path(hit.id).name for hit in want]
+    assert names[0] == Path(first.id).name
 
 
 def test_an_image_finds_itself(page: Any, scenes: Path):
