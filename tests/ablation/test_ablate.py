@@ -215,25 +215,28 @@ def test_variants_are_trained_and_compared_with_joint(small_dir, tmp_path):
     variants = {
         "matcher": {"objective": {"match_weight": 0.5}},
         "thought": {"objective": {"thought_weight": 0.5}, "data.0.thoughts": "thoughts.jsonl"},
+        "late": {"objective": {"multi_vector_weight": 0.5, "multi_vector_dim": 8}},
     }
     made = ablation(
         _speaking(small_dir, tmp_path),
         seeds="[0]",
         sweep="[]",
         variants=json.dumps(variants),
-        tasks='["scenes-retrieval", "scenes-match"]',
+        tasks='["scenes-retrieval", "scenes-tokens", "scenes-match"]',
     )
     out = tmp_path / "out"
     run_ablation(made, out, console=quiet())
     logs = {name: read_log(out / name / "seed-0" / "log.jsonl")[0] for name in ("joint", *variants)}
-    assert [log.match is not None for log in logs.values()] == [False, True, False]
-    assert [log.thought is not None for log in logs.values()] == [False, False, True]
+    assert [log.match is not None for log in logs.values()] == [False, True, False, False]
+    assert [log.thought is not None for log in logs.values()] == [False, False, True, False]
     assert logs["matcher"].contrastive == pytest.approx(logs["joint"].contrastive, rel=1e-5)
     assert logs["thought"].language == pytest.approx(logs["joint"].language, rel=1e-5)
     found = json.loads((out / "results.json").read_text())
     assert {"matcher - joint", "thought - joint"} < set(found["differences"])
+    by_tokens = "scenes-tokens/image_to_text_recall@1"  # only of models that have token vectors
+    assert [name for name, arm in found["arms"].items() if by_tokens in arm["scores"]] == ["late"]
     text = (out / "results.md").read_text()
-    assert "| joint | matcher | thought |" in text
+    assert "| joint | matcher | thought | late |" in text
     assert "| statements judged rightly (chance 50) |" in text
     assert "matcher − joint" in text
     assert "**7. Does matcher find more than joint training alone?**" in text

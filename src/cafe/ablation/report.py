@@ -214,12 +214,12 @@ def _numbers(findings: Findings) -> Iterator[str]:
     arms += [arm for arm in findings.arms if arm.variant]
     head = tuple(_label(arm.name) for arm in arms)
     for group, rows in ROWS.items():
-        shown = {score: name for score, name in rows.items() if score in arms[0].scores}
+        shown = {s: name for s, name in rows.items() if any(s in arm.scores for arm in arms)}
         if shown:
             yield _table(
                 (group, *head),
                 [
-                    (name, *(_cell(score, arm.scores[score], arm) for arm in arms))
+                    (name, *(_cell(score, arm.scores.get(score), arm) for arm in arms))
                     for score, name in shown.items()
                 ],
             )
@@ -269,7 +269,9 @@ def _run(findings: Findings) -> Iterator[str]:
     yield f"Packages: {versions}."
 
 
-def _cell(score: str, measured: Measured, arm: ArmScores) -> str:
+def _cell(score: str, measured: Measured | None, arm: ArmScores) -> str:
+    if measured is None:
+        return "–"
     estimate, low, high = measured.interval
     text = _number(score, estimate)
     if high > low:

@@ -36,6 +36,8 @@ from cafe.training.log import read_log
 from cafe.training.run import train
 from cafe.training.stopping import Interrupted
 
+_OF_TOKEN_VECTORS = "scenes-tokens"
+
 
 def run_ablation(
     ablation: Ablation,
@@ -92,7 +94,8 @@ def run_ablation(
             _print(console, "The base describes the training scenes")
             write_thoughts(common.model, scenes / SCENE_FILES[0], out=thoughts)
     _print(console, "Evaluating the base")
-    base = _evaluate(folder, "base", common.model, folder.base_results, ablation)
+    tasks = _tasks(ablation, None)
+    base = _evaluate(folder, "base", common.model, folder.base_results, ablation, tasks)
     results: dict[Run, list[StoredResult]] = {}
     for number, (run, recipe) in enumerate(recipes.items(), 1):
         _print(console, f"Run {number} of {len(recipes)}: {run.name}")
@@ -112,13 +115,13 @@ def _run(
     folder: Folder, run: Run, recipe: Recipe, ablation: Ablation, *, keep_models: bool
 ) -> list[StoredResult]:
     """The results of one run; trains and evaluates its model unless they exist already."""
-    results, model = folder.results(run), folder.model(run)
-    kept = kept_results(results, ablation.tasks, ablation.test_scenes)
-    if len(kept) < len(ablation.tasks):
+    results, model, tasks = folder.results(run), folder.model(run), _tasks(ablation, recipe)
+    kept = kept_results(results, tasks, ablation.test_scenes)
+    if len(kept) < len(tasks):
         if not model.exists():
             _train(folder, run, recipe)
         shutil.rmtree(folder.run(run) / "checkpoints", ignore_errors=True)
-    evaluated = _evaluate(folder, run.name, str(model), results, ablation)
+    evaluated = _evaluate(folder, run.name, str(model), results, ablation, tasks)
     if not keep_models:
         shutil.rmtree(model, ignore_errors=True)
     return evaluated
@@ -138,17 +141,15 @@ def _train(folder: Folder, run: Run, recipe: Recipe) -> None:
 
 
 def _evaluate(
-    folder: Folder, name: str, model: str, results: Path, ablation: Ablation
+    folder: Folder, name: str, model: str, results: Path, ablation: Ablation, tasks: Sequence[str]
 ) -> list[StoredResult]:
-    """The results of all tasks, in their order; tasks with a result are not evaluated again.
+    """The results of the tasks, in their order; tasks with a result are not evaluated again.
 
     Raises:
         DataError: a task failed.
     """
     missing = [
-        task
-        for task in ablation.tasks
-        if task not in kept_results(results, ablation.tasks, ablation.test_scenes)
+        task for task in tasks if task not in kept_results(results, tasks, ablation.test_scenes)
     ]
     options = Options(limit=ablation.test_scenes, out=results)
     if missing:
@@ -156,8 +157,14 @@ def _evaluate(
             for outcome in run_tasks(lambda: CAFe.from_pretrained(model), model, missing, options):
                 if outcome.state == "failed":
                     raise DataError(f"{name}, {outcome.task}: {outcome.reason}")
-    kept = kept_results(results, ablation.tasks, ablation.test_scenes)
-    return [kept[task] for task in ablation.tasks]
+    kept = kept_results(results, tasks, ablation.test_scenes)
+    return [kept[task] for task in tasks]
+
+
+def _tasks(ablation: Ablation, recipe: Recipe | None) -> list[str]:
+    """The tasks of a run, or of the base: only models with token vectors are measured by them."""
+    late = recipe is not None and recipe.objective.multi_vector_weight > 0
+    return [task for task in ablation.tasks if late or task != _OF_TOKEN_VECTORS]
 
 
 def _training_seconds(folder: Folder, run: Run) -> float:
