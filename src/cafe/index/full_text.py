@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cafe.errors import DataError
-from cafe.index.rows import GENERATED_CAPTION, VECTOR
+from cafe.index.rows import GENERATED_CAPTION, VECTOR, hit_of
 from cafe.index.store import lance_errors
 from cafe.index.tokens import TOKENS
 from cafe.metrics.ranking import reciprocal_rank_fusion
@@ -58,12 +58,17 @@ def indexed_columns(table: Any) -> list[str]:
     return [name for name in TEXT_COLUMNS if any(name in index.columns for index in built)]
 
 
-def check_searchable(table: Any, uri: str) -> None:
-    """Raises NoTextsError where nothing can be searched by words; says what would help."""
+def searchable_columns(table: Any, uri: str) -> list[str]:
+    """The columns that can be searched by words, at least one.
+
+    Raises:
+        NoTextsError: there is none; says what would help.
+    """
     with lance_errors(uri):
-        searchable, texts = indexed_columns(table), _with_texts(table)
-    if searchable:
-        return
+        columns = indexed_columns(table)
+        texts = [] if columns else _with_texts(table)  # which reads the whole table
+    if columns:
+        return columns
     if texts:
         raise NoTextsError(
             f"index {uri} has texts, but was made before they could be searched; bring it up to "
@@ -96,14 +101,13 @@ def matching(
         shown: the columns of a hit's metadata.
 
     Raises:
-        NoTextsError: as `check_searchable` does.
+        NoTextsError: as `searchable_columns` does.
     """
     from lancedb.query import FullTextOperator, MultiMatchQuery
 
-    check_searchable(table, uri)
+    columns = searchable_columns(table, uri)
     few = " ".join([*dict.fromkeys(words.split())][:MAX_WORDS])
     with lance_errors(uri):
-        columns = indexed_columns(table)
         query = MultiMatchQuery(few, columns, boosts=None, operator=FullTextOperator.OR)
         search = table.search(query, query_type="fts").limit(top)
         column = VECTOR if vector.ndim == 1 else TOKENS
@@ -111,12 +115,7 @@ def matching(
         if where is not None:
             search = search.where(where, prefilter=True)
         rows = sorted(search.to_list(), key=lambda row: (-row["_score"], row["id"]))
-    return [
-        Hit(
-            row["id"], _score(vector, row[column]), {n: row[n] for n in shown if row[n] is not None}
-        )
-        for row in rows
-    ]
+    return [hit_of(row, _score(vector, row[column]), shown) for row in rows]
 
 
 def _score(query: np.ndarray, stored: Any) -> float:

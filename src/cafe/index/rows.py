@@ -204,14 +204,12 @@ def _fitting(value: Any, type: pa.DataType) -> Any:
 
 def hits_of(rows: Sequence[dict[str, Any]], shown: Sequence[str], asked: int) -> list[Hit]:
     """What a search returned; `asked` is the number of vectors that were searched for."""
-    return [
-        Hit(
-            row["id"],
-            1.0 - float(row["_distance"]) / asked,
-            {name: row[name] for name in shown if row[name] is not None},
-        )
-        for row in rows
-    ]
+    return [hit_of(row, 1.0 - float(row["_distance"]) / asked, shown) for row in rows]
+
+
+def hit_of(row: dict[str, Any], score: float, shown: Sequence[str]) -> Hit:
+    """A row of a search; its metadata are the `shown` columns that have a value."""
+    return Hit(row["id"], score, {name: row[name] for name in shown if row[name] is not None})
 
 
 def vectors_of(table: pa.Table) -> np.ndarray:

@@ -341,7 +341,7 @@ class Index:
 
     def check_words(self) -> None:
         """Raises NoTextsError where the index has no texts that can be searched by words."""
-        full_text.check_searchable(self._table, self.uri)
+        full_text.searchable_columns(self._table, self.uri)
 
     def count(self, where: str) -> int:
         """Number of rows that match `where`. Raises DataError for one that cannot be used."""
