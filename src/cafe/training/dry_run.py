@@ -26,7 +26,7 @@ from cafe.training.build import build_accelerator, build_collator, build_step, s
 from cafe.training.chunks import StepChunks
 from cafe.training.data import TrainingData, load_data
 from cafe.training.loader import StepData, Steps, check_answers_labelled
-from cafe.training.log import FURTHER_LOSSES, further_losses
+from cafe.training.log import further_losses, further_values
 from cafe.training.matching import check_matchable
 from cafe.training.optim import Parts, parts_of
 from cafe.training.run import as_recipe, data_warnings, earlier_run
@@ -207,8 +207,7 @@ def _measured(
         metrics = step(chunks)
         state.optimizer.step()
         contrastive, language = float(metrics.contrastive), float(metrics.language)
-        further = (getattr(metrics, name) for name in FURTHER_LOSSES)
-        further = [None if loss is None else float(loss) for loss in further]
+        further = further_values(metrics)
         if cuda:
             torch.cuda.synchronize(state.device)
     except torch.OutOfMemoryError as error:
@@ -219,7 +218,7 @@ def _measured(
     seconds = time.perf_counter() - started
     device = torch.cuda.max_memory_allocated(state.device) if cuda else None
     return MeasuredStep(
-        seconds, data_seconds, contrastive, language, peak_host_bytes(), device, *further
+        seconds, data_seconds, contrastive, language, peak_host_bytes(), device, **further
     )
 
 

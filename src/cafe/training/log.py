@@ -207,10 +207,16 @@ FURTHER_LOSSES = ("thought", "soft_label", "match", "multi_vector")
 `_weight`, in a recipe's `objective`."""
 
 
+def further_values(step: Any) -> dict[str, float | None]:
+    """Those of a step, by name; None: it is not trained."""
+    losses = ((name, getattr(step, name)) for name in FURTHER_LOSSES)
+    return {name: None if loss is None else float(loss) for name, loss in losses}
+
+
 def further_losses(step: Any, digits: str = ".3f") -> str:
     """Those of a step, as they follow the others in a message."""
-    losses = ((name, getattr(step, name)) for name in FURTHER_LOSSES)
-    return "".join(f", {name} {float(loss):{digits}}" for name, loss in losses if loss is not None)
+    losses = further_values(step).items()
+    return "".join(f", {name} {loss:{digits}}" for name, loss in losses if loss is not None)
 
 
 def _summary(record: StepRecord) -> str:

@@ -20,7 +20,7 @@ from cafe.training.contrastive import StallDetector
 from cafe.training.deepspeed import ZeroOptimizer
 from cafe.training.distributed import any_rank, max_over_ranks, sum_over_ranks
 from cafe.training.loader import StepData
-from cafe.training.log import FURTHER_LOSSES, Reporter, StepRecord, further_losses
+from cafe.training.log import Reporter, StepRecord, further_losses, further_values
 from cafe.training.optim import rate_share, set_learning_rates, warmup_steps
 from cafe.training.sharding import clip_sharded_grad_norm
 from cafe.training.state import TrainingState
@@ -205,10 +205,7 @@ class Loop:
         """The record of the step that was just done."""
         objective = self.step.objective
         contrastive, language = float(metrics.contrastive), float(metrics.language)
-        further = {
-            name: None if (loss := getattr(metrics, name)) is None else float(loss)
-            for name in FURTHER_LOSSES
-        }
+        further = further_values(metrics)
         row_tokens = sum_over_ranks(metrics.row_tokens, self.state.device)
         padding = sum_over_ranks(metrics.padding, self.state.device)
         with torch.no_grad():
