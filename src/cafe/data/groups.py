@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cafe.data.records import cannot_be_read
+from cafe.data.records import numbered_lines
 from cafe.errors import DataError, quoted
 from cafe.types import Example
 
@@ -35,15 +35,9 @@ def read_groups(path: Path) -> dict[str, int]:
         DataError: the file cannot be read, or a line is no list of ids, or names one that is in a
             group already; names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 may stand within a line
-    except (OSError, UnicodeDecodeError) as error:
-        raise cannot_be_read(path, error) from error
     groups: dict[str, int] = {}
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        location = f"{path}, line {number + 1}"
+    for number, line in numbered_lines(path):
+        location = f"{path}, line {number}"
         try:
             ids = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -55,7 +49,7 @@ def read_groups(path: Path) -> dict[str, int]:
         for one in ids:
             if one in groups:
                 raise DataError(f"{location}: the id {quoted(one)} is in a group already")
-            groups[one] = number
+            groups[one] = number - 1
     return groups
 
 

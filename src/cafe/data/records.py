@@ -67,6 +67,19 @@ def cannot_be_read(path: object, error: Exception) -> DataError:
     return DataError(f"{path}: cannot be read ({reason})")
 
 
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file that are not blank, each with its number, from 1.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 may stand within a line
+    except (OSError, UnicodeDecodeError) as error:
+        raise cannot_be_read(path, error) from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
 def kind(value: object) -> str:
     """The name of a value's JSON type, for messages."""
     match value:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cafe.data.records import cannot_be_read, kind
+from cafe.data.records import kind, numbered_lines
 from cafe.errors import DataError, check_unicode
 from cafe.types import Conversation, Example, Image, StoredImage, thought_about
 
@@ -138,19 +138,14 @@ def read_thoughts(path: Path) -> dict[ThoughtKey, Thoughts]:
         DataError: the file cannot be read, or a line of it is not a thought, or another one than an
             earlier line has of the same example; names the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 may stand within a line
-    except (OSError, UnicodeDecodeError) as error:
-        raise cannot_be_read(path, error) from error
     found: dict[ThoughtKey, Thoughts] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            key, thoughts = _parsed(line, f"{path}, line {number}")
-            if found.setdefault(key, thoughts) != thoughts:
-                raise DataError(
-                    f"{path}, line {number}: another thought about {key.id!r} than an earlier "
-                    "line has; keep one of them"
-                )
+    for number, line in numbered_lines(path):
+        key, thoughts = _parsed(line, f"{path}, line {number}")
+        if found.setdefault(key, thoughts) != thoughts:
+            raise DataError(
+                f"{path}, line {number}: another thought about {key.id!r} than an earlier line "
+                "has; keep one of them"
+            )
     return found
 
 

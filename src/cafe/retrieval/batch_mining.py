@@ -19,7 +19,7 @@ import numpy as np
 from cafe.data.groups import check_distinct_ids, group_line
 from cafe.data.negatives import Pairs
 from cafe.data.quarantine import add_skipped, log_skipped
-from cafe.files import replacing, writing
+from cafe.files import replacing
 from cafe.metrics.grouping import groups_of_neighbours, hardest_in_group, mutual_neighbours
 from cafe.metrics.mining import check_limits, hard_negatives
 from cafe.retrieval.mining import (
@@ -27,6 +27,7 @@ from cafe.retrieval.mining import (
     embedded_pairs,
     read_pairs,
     side_encoder,
+    write_lines,
 )
 
 if TYPE_CHECKING:
@@ -115,8 +116,7 @@ def mine_batches(
         pairs, queries, targets = embedded_pairs(encode, pairs, skip, show_progress_bar)
         report = _grouped(pairs, queries[pairs.query_of], targets, size, seed, window)
         if out is not None and unfinished is not None:
-            with writing(Path(out)):
-                unfinished.write_text("".join(map(group_line, report.groups)), encoding="utf-8")
+            write_lines(unfinished, map(group_line, report.groups), Path(out))
     return replace(report, skipped=skipped)
 
 

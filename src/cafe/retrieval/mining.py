@@ -8,7 +8,7 @@ ms-swift's embedding format (`cafe.data.negatives`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -124,7 +124,7 @@ def mine_hard_negatives(
         found = hard_negatives(rows, targets, pairs.relevant, count=count, **limits)
         examples = _with_negatives(pairs, found)
         if out is not None and unfinished is not None:
-            _write(unfinished, _lines(examples, root), Path(out))
+            write_lines(unfinished, _lines(examples, root), Path(out))
     return MiningReport(examples, found, skipped, root)
 
 
@@ -243,7 +243,7 @@ def _with_negatives(pairs: Pairs, found: HardNegatives) -> list[Example]:
     ]
 
 
-def _write(unfinished: Path, lines: Iterator[str], out: Path) -> None:
+def write_lines(unfinished: Path, lines: Iterable[str], out: Path) -> None:
     """Write what will become `out`. Raises DataError where the disk does not take it."""
     content = "".join(lines)
     with writing(out):
