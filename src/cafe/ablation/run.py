@@ -148,9 +148,8 @@ def _evaluate(
     Raises:
         DataError: a task failed.
     """
-    missing = [
-        task for task in tasks if task not in kept_results(results, tasks, ablation.test_scenes)
-    ]
+    before = kept_results(results, tasks, ablation.test_scenes)
+    missing = [task for task in tasks if task not in before]
     options = Options(limit=ablation.test_scenes, out=results)
     if missing:
         with folder.timed(f"{name}: measuring"):

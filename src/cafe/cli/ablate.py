@@ -52,8 +52,9 @@ def command(
     recipe = Path(recipes[0]) if recipes else None
     name = "ablate.yaml" if recipe is None else recipe.name
     with as_file(files("cafe.recipes") / name) as shipped:
-        own = recipe is not None and (recipe.exists() or not shipped.is_file())
-        ablation = load_ablation(recipe if own and recipe else shipped, overrides)
+        if recipe is None or (not recipe.exists() and shipped.is_file()):
+            recipe = shipped
+        ablation = load_ablation(recipe, overrides)
 
     from cafe.ablation.run import run_ablation
 

@@ -181,9 +181,8 @@ class Service:
         )
         from cafe.model.thoughts import after_thoughts
 
-        written: list[str | None] = [None] * len(conversations)
-        mixed_in = written
-        tokens = 0
+        nothing: list[str | None] = [None] * len(conversations)
+        written, tokens = nothing, 0
         if caption or think:
             longest = think or min(CAPTION_TOKENS, self.limits.new_tokens)
             written, tokens = await self._captions(request, conversations, longest)
@@ -191,8 +190,7 @@ class Service:
             conversations = after_thoughts(conversations, written)
             if any(written) and not trained:
                 self._warn_untrained()
-        else:
-            mixed_in = written
+        mixed_in = written if caption else nothing
         asked = inputs_and_captions(conversations, mixed_in)
         items = [WorkItem(conversation, number) for number, conversation in enumerate(asked)]
         results: list[Embedding] = await self.results(request, "embed", items)
