@@ -16,6 +16,7 @@ from cafe.evaluation import registry as tasks
 from cafe.evaluation.harness import mteb_task
 from cafe.evaluation.harness.mteb_encoder import MtebEncoder, load_encoder, model_meta
 from cafe.types import Image
+from helpers.models import build_small_model, with_token_vectors
 
 mteb = pytest.importorskip("mteb")
 
@@ -222,16 +223,8 @@ def test_data_that_cannot_be_loaded_is_one_error(recorder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def late_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
-    from cafe.model.multi_vector import add_token_projection, new_token_projection
-    from helpers.models import build_small_model
-
     directory = tmp_path_factory.mktemp("late")
-    model = build_small_model()
-    torch.manual_seed(3)
-    add_token_projection(model.model, new_token_projection(64, 16))
-    model.save_pretrained(directory)
+    with_token_vectors(build_small_model()).save_pretrained(directory)
     return directory
 
 

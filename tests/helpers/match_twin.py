@@ -48,14 +48,19 @@ def chosen_questions(
     return questions + [(images[i].content, texts[t].content, False) for i, t in wrong]
 
 
+def question_odds(model: CAFe, questions: list[tuple[Conversation, Conversation, bool]]) -> Tensor:
+    """The log-odds of yes of each question, written anew as a sequence of its own."""
+    rendered = [model.collator.render.prompt(match_question(i, t)) for i, t, _ in questions]
+    logits = model.lm_head(last_states(model, rendered))
+    yes, no = yes_no_tokens(model)
+    return logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
+
+
 def match_pass(model: CAFe, examples: list[Example], weight: float) -> tuple[Tensor, list[bool]]:
     """The loss of the questions, backpropagated with its weight; and which are right."""
     with torch.no_grad():
         questions = chosen_questions(model, examples)
-    rendered = [model.collator.render.prompt(match_question(i, t)) for i, t, _ in questions]
-    logits = model.lm_head(last_states(model, rendered))
-    yes, no = yes_no_tokens(model)
-    odds = logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
+    odds = question_odds(model, questions)
     right = torch.tensor([r for _, _, r in questions])
     loss = (
         functional.binary_cross_entropy_with_logits(odds[right], torch.ones_like(odds[right]))

@@ -34,6 +34,17 @@ def with_latent_mean(model: Any, count: int) -> Any:
     return CAFe(model.model, model.processor).eval()
 
 
+def with_token_vectors(model: Any) -> Any:
+    """The model with a random projection of its tokens' states to 16 coordinates."""
+    import torch
+
+    from cafe.model.multi_vector import add_token_projection, new_token_projection
+
+    torch.manual_seed(3)
+    add_token_projection(model.model, new_token_projection(SMALL["language_width"], 16))
+    return model
+
+
 def in_float64(model: Any) -> Any:
     """The model in float64, its RMS norms too, which compute in float32 whatever they are given.
 

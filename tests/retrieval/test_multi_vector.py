@@ -20,7 +20,7 @@ from cafe.retrieval.indexing import build_index, model_facts
 from cafe.retrieval.search import Searcher
 from cafe.serving.routes.search import IndexSearch
 from helpers.images import noise
-from helpers.models import build_small_model
+from helpers.models import build_small_model, with_token_vectors
 
 COUNT = 7
 
@@ -28,10 +28,7 @@ COUNT = 7
 @pytest.fixture(scope="module")
 def late_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("late")
-    model = build_small_model()
-    torch.manual_seed(3)
-    add_token_projection(model.model, new_token_projection(64, 16))
-    model.save_pretrained(directory)
+    with_token_vectors(build_small_model()).save_pretrained(directory)
     return directory
 
 

@@ -16,18 +16,16 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.nn import functional
 
-from cafe.model.inference import yes_no_tokens
 from cafe.model.multi_vector import (
     add_token_projection,
     new_token_projection,
     token_projection_of,
 )
-from cafe.model.rows.matching import match_question
 from cafe.model.rows.rows import identity
 from cafe.recipes import Objective
 from cafe.types import Example, thought_about, user
 from helpers.marks import slow
-from helpers.match_twin import chosen_questions, match_pass
+from helpers.match_twin import chosen_questions, match_pass, question_odds
 from helpers.models import build_small_model, in_float64, with_latent_mean
 from helpers.processes import free_port
 from helpers.ranks import scored, step_of, worker
@@ -35,7 +33,6 @@ from helpers.twin import (
     all_states,
     embedded_states,
     gradients,
-    last_states,
     make_examples,
     run_step,
     three_passes,
@@ -167,10 +164,7 @@ def _stored(examples: list[Example]) -> list[tuple[Any, list[Any], Tensor]]:
 def _judged(model: Any, examples: list[Example]) -> list[tuple[Any, list[Any], Tensor]]:
     """The match questions about each image and each text that is no hard negative."""
     questions = chosen_questions(model, examples)
-    rendered = [model.collator.render.prompt(match_question(i, t)) for i, t, _ in questions]
-    logits = model.lm_head(last_states(model, rendered))
-    yes, no = yes_no_tokens(model)
-    odds = logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
+    odds = question_odds(model, questions)
     negatives = {identity(n) for e in examples for n in e.negatives}
     found = []
     # A text or an image that occurs twice among the pairs has an embedding, and an anchor, each.

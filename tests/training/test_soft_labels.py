@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from cafe.errors import DataError, RecipeError
-from cafe.model.inference import yes_no_tokens
-from cafe.model.rows.matching import match_question
 from cafe.recipes import Objective, load_recipe
 from cafe.training.run import train
 from cafe.types import Example, Image, user
 from helpers.captioned_noise import write_captioned_noise
-from helpers.match_twin import chosen_questions, match_pass
+from helpers.match_twin import chosen_questions, match_pass, question_odds
 from helpers.models import build_small_model, in_float64
 from helpers.processes import free_port
 from helpers.ranks import scored, step_of, worker
@@ -77,10 +75,7 @@ def matcher_pass(model: Any, examples: list[Example]) -> Tensor:
     """Every question anew, as a sequence of its own; embeddings anew for every comparison."""
     with torch.no_grad():
         questions = chosen_questions(model, examples)
-        rendered = [model.collator.render.prompt(match_question(i, t)) for i, t, _ in questions]
-        logits = model.lm_head(last_states(model, rendered))
-        yes, no = yes_no_tokens(model)
-        odds = logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
+        odds = question_odds(model, questions)
     negatives = {key(n) for e in examples for n in e.negatives}
     losses = []
     for side in (0, 1):
