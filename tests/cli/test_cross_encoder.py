@@ -14,7 +14,7 @@ import torch
 import cafe.release.cross_encoder as module
 from cafe.errors import CheckpointError
 from cafe.model.checkpoint.sentence_transformers_files import is_cross_encoder
-from cafe.model.inference import log_odds, match_odds, yes_no_tokens
+from cafe.model.judging import log_odds, match_odds, yes_no_tokens
 from cafe.model.rerank import ANSWER_TOKENS_KEY
 from cafe.model.vlm import CAFe
 from cafe.release.cross_encoder import (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cafe.model.inference import yes_no_tokens
+from cafe.model.judging import yes_no_tokens
 from cafe.model.rows.matching import match_question
 from cafe.model.rows.rows import identity
 from cafe.model.vlm import CAFe

@@ -105,7 +105,7 @@ def test_each_witness_can_overrule_the_others(
         won = [any(w in (text, f'"{text}"') or f'"{w}"' in text for w in before) for text in said]
         return -999.0 * torch.tensor(won)
 
-    monkeypatch.setattr(best_of.inference, witness, against)
+    monkeypatch.setattr(best_of.judging, witness, against)
     now = [own[0].text for own in ranked(model, 4, temperature=3.0)]
     overruled = [a != b for a, b in zip(now, before, strict=True)]
     assert overruled == [True, witness == "log_likelihood", True], "of two images none is asked"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cafe.model.head import token_log_probs, token_logits
-from cafe.model.inference import _answer_ids, log_odds, yes_over_no
+from cafe.model.judging import _answer_ids, log_odds, yes_over_no
 from cafe.model.rows.inputs import as_conversation
 from cafe.model.rows.matching import match_question
 from cafe.model.vlm import CAFe

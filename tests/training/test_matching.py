@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from cafe.errors import RecipeError, TrainingError
-from cafe.model.inference import match_odds
+from cafe.model.judging import match_odds
 from cafe.model.rows.matching import match_question
 from cafe.recipes import Objective
 from cafe.training.contrastive import gathered_batch

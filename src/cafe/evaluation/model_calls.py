@@ -24,7 +24,7 @@ import torch
 
 from cafe.model import teacher_forced
 from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT
-from cafe.model.inference import log_odds
+from cafe.model.judging import log_odds
 from cafe.model.rerank import trained_temperature
 from cafe.model.rows.matching import match_question
 from cafe.model.teacher_forced import TeacherForcedScores

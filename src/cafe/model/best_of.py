@@ -26,7 +26,7 @@ import numpy as np
 from torch.nn import functional
 
 from cafe.errors import DataError
-from cafe.model import inference
+from cafe.model import inference, judging
 from cafe.model.inference import InferenceModel
 from cafe.model.rerank import softmax, trained_temperature
 from cafe.model.rows.matching import match_question
@@ -166,7 +166,7 @@ def _log_p(
         for conversation, own in zip(conversations, texts, strict=True)
         for text in own
     ]
-    return _filled(answered, -np.inf, lambda c: inference.log_likelihood(model, c, batch_size))
+    return _filled(answered, -np.inf, lambda c: judging.log_likelihood(model, c, batch_size))
 
 
 def _log_odds(
@@ -184,7 +184,7 @@ def _log_odds(
         for images, own in zip(visual, texts, strict=True)
         for text in own
     ]
-    return _filled(questions, np.nan, lambda q: inference.log_odds(model, q, batch_size))
+    return _filled(questions, np.nan, lambda q: judging.log_odds(model, q, batch_size))
 
 
 def _filled(

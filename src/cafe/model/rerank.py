@@ -31,7 +31,7 @@ TEMPERATURE_KEY = "contrastive_temperature"
 
 ANSWER_TOKENS_KEY = "classifier_from_token"
 """In config.json, vLLM's name: the two tokens, for no and for yes, that a score is read from.
-Without it every spelling counts (`cafe.model.inference.yes_no_tokens`)."""
+Without it every spelling counts (`cafe.model.judging.yes_no_tokens`)."""
 
 
 class Reranked(NamedTuple):

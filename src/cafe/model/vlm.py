@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cafe.model import inference
+from cafe.model import inference, judging
 from cafe.model.attention import SdpaWhileGenerating, layer_windows, row_sharing
 from cafe.model.best_of import best
 from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT, write_captions
@@ -348,7 +348,7 @@ class CAFe(TokenEncoder, nn.Module):
         Returns:
             The probability of "yes" to the matching question, float32.
         """
-        odds = inference.match_odds(self, query, candidates, batch_size)
+        odds = judging.match_odds(self, query, candidates, batch_size)
         return odds.sigmoid().numpy()
 
     def rerank(
@@ -373,7 +373,7 @@ class CAFe(TokenEncoder, nn.Module):
         Returns:
             `match` (as `score`) and `posterior`, which orders best; [n] each.
         """
-        odds = inference.match_odds(self, query, candidates, batch_size).numpy()
+        odds = judging.match_odds(self, query, candidates, batch_size).numpy()
         if cosines is None:
             both = [*as_messages([query]), *as_messages(candidates)]
             vectors = self.encode(both, batch_size=batch_size)

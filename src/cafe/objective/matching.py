@@ -121,7 +121,7 @@ def log_odds(
     """Log P("yes") - log P("no") of the next token, from these words' rows of the language head.
 
     In float32 (float64 of float64), also under autocast: a bfloat16 logit near 10 is off by up to
-    1/32. It is the number that `CAFe.score` reads (`cafe.model.inference.yes_over_no`).
+    1/32. It is the number that `CAFe.score` reads (`cafe.model.judging.yes_over_no`).
 
     Args:
         states: final hidden states, at the last token of each question.

@@ -37,7 +37,7 @@ from cafe.model.checkpoint.directory import quiet, weights_dtype
 from cafe.model.checkpoint.locate import locate
 from cafe.model.checkpoint.sentence_transformers_files import is_cross_encoder
 from cafe.model.head import token_log_probs
-from cafe.model.inference import log_odds
+from cafe.model.judging import log_odds
 from cafe.model.rerank import ANSWER_TOKENS_KEY, named_answer_tokens
 from cafe.model.rows.inputs import as_conversation
 from cafe.model.rows.matching import match_question

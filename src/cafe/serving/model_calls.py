@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cafe.errors import DataError
-from cafe.model.inference import yes_over_no
+from cafe.model.judging import yes_over_no
 from cafe.model.rerank import trained_temperature
 from cafe.model.rows.prompts import trained_thought_tokens
 from cafe.model.vlm import CAFe

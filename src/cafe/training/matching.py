@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cafe.errors import DataError, RecipeError, TrainingError
-from cafe.model.inference import yes_no_tokens
+from cafe.model.judging import yes_no_tokens
 from cafe.model.rows.chunk import Chunk
 from cafe.model.rows.matching import (
     IMAGE_TARGET,

@@ -31,7 +31,7 @@ def rerank_routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         temperature = service.engine.model.temperature  # refuses while the model loads
         # Late: the server listens before torch is imported.
-        from cafe.model.inference import match_question
+        from cafe.model.rows.matching import match_question
 
         service.check_count(len(body.documents), "documents")
         reader = service.reader(request)
