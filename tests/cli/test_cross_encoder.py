@@ -14,7 +14,7 @@ import torch
 import cafe.release.cross_encoder as module
 from cafe.errors import CheckpointError
 from cafe.model.checkpoint.sentence_transformers_files import is_cross_encoder
-from cafe.model.judging import log_odds, match_odds, yes_no_tokens
+from cafe.model.judging import judge, log_odds, yes_no_tokens
 from cafe.model.rerank import ANSWER_TOKENS_KEY
 from cafe.model.vlm import CAFe
 from cafe.release.cross_encoder import (
@@ -62,7 +62,7 @@ def test_the_stock_class_scores_pairs_as_cafe_does(written: Path) -> None:
     names = [type(part).__name__ for part in theirs]
     assert names == ["Transformer", "LogitScore"]
     for image in images():
-        want = match_odds(ours, image, STATEMENTS, 8).numpy()
+        want = judge(ours, image, STATEMENTS, 8, "question").numpy()
         assert np.ptp(want) > 1e-2, "the statements must be told apart"
         for size in (1, 3):
             found = odds(theirs, [(image, text) for text in STATEMENTS], batch_size=size)

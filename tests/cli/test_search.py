@@ -200,6 +200,11 @@ def test_rerank_judges_the_first_hits_and_top_cuts_afterwards(indexed: tuple[Pat
         assert hit["match"] == pytest.approx(own.match, abs=1e-5)
         assert hit["posterior"] == pytest.approx(own.posterior, abs=1e-5)
     assert judged[4:] == hits_of(uri, "a cat", "--top", COUNT)[4:]
+    likely = hits_of(uri, "a cat", "--rerank", 4, "--rerank-by", "likelihood")
+    own = searcher.rerank("a cat", searcher.search("a cat", 4), by="likelihood")
+    assert [hit["id"] for hit in likely[:4]] == [hit.id for hit in own]
+    assert likely[0]["log_likelihood"] == pytest.approx(own[0].log_likelihood, abs=1e-4)
+    assert "match" not in likely[0]
     two = hits_of(uri, "a cat", "--top", 2, "--rerank", 5)
     five = searcher.rerank("a cat", searcher.search("a cat", 5))
     assert [hit["id"] for hit in two] == [hit.id for hit in five[:2]]

@@ -18,7 +18,7 @@ from cafe.evaluation.scenes.hallucination import (
     scenes_throne,
 )
 from cafe.evaluation.scenes.held_out import SceneItem, scene_items
-from cafe.evaluation.scenes.matching import RERANKED, scenes_match
+from cafe.evaluation.scenes.matching import RERANKED, scenes_likelihood, scenes_match
 from cafe.evaluation.scenes.mmeb import SETS, scenes_mmeb
 from cafe.evaluation.scenes.retrieval import ONE_WORD, hard_captions, scenes_retrieval
 from cafe.evaluation.scenes.tokens import scenes_tokens
@@ -331,6 +331,27 @@ def test_a_judge_without_an_opinion_changes_no_order(scenes):
     assert scores["match_ece"] == 0  # P = 1/2, and half of the statements are true
     assert scores["match_word_accuracy"] == scores["match_order_accuracy"] == 0
     assert scores["image_to_text_gain@1"] == scores["text_to_image_gain@1"] == 0
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_judge_by_likelihood_finds_what_it_prefers(scenes, knows: bool):
+    """By word counts, nothing but a wrong word shows: order is a tie, and a tie is a miss."""
+    own = {item.image.key: item.caption.lower().split() for item in scenes}
+
+    def log_p(pairs: Sequence[tuple[Any, str]]) -> np.ndarray:
+        if not knows:
+            return np.zeros(len(pairs), np.float32)
+        right = [set(own[i.key]) >= set(text.lower().split()) for i, text in pairs]
+        return np.where(right, -1.0, -99.0).astype(np.float32)
+
+    scores = scenes_likelihood(random_unit(1), log_p, 0.05, scenes).scores
+    assert scores["likelihood_order_accuracy"] <= scores["likelihood_word_accuracy"]
+    assert (scores["likelihood_accuracy"] > 0.5) == knows
+    for way in ("image_to_text", "text_to_image"):
+        assert (scores[f"{way}_gain@1"] > 0) == knows
+    if not knows:
+        assert scores["likelihood_word_accuracy"] == scores["likelihood_accuracy"] == 0
+    assert "match_ece" not in scores
 
 
 def test_each_question_is_asked_once_and_those_about_an_image_together(scenes):

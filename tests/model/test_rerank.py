@@ -12,7 +12,9 @@ import pytest
 
 from cafe.errors import CheckpointError, DataError
 from cafe.model.rerank import DEFAULT_TEMPERATURE, reranked, trained_temperature
+from cafe.model.teacher_forced import score_examples
 from cafe.model.vlm import CAFe
+from cafe.types import CAPTION_REQUEST, Example, Image, Message, user
 from helpers.images import noise
 
 IMAGES = [noise(seed) for seed in range(4)]
@@ -48,7 +50,7 @@ def test_the_surest_answers_keep_their_order():
 
 
 def test_cosines_and_candidates_must_be_as_many():
-    with pytest.raises(ValueError, match=r"cosines \(2,\) and log-odds \(3,\)"):
+    with pytest.raises(ValueError, match=r"cosines \(2,\) and judged \(3,\)"):
         reranked(np.zeros(2), np.zeros(3), 0.05)
 
 
@@ -66,8 +68,35 @@ def test_rerank_weighs_the_models_own_embeddings_and_answers(small_model: CAFe):
     # The other way: texts about one image.
     texts = ["a red cat", "a small bus at the top left"]
     by_image = small_model.rerank(IMAGES[0], texts)
+    assert by_image.match is not None
     assert by_image.match[0] == pytest.approx(match[0], abs=1e-6)
     assert small_model.rerank(text, []).posterior.shape == (0,)
+
+
+def test_by_likelihood_the_second_witness_is_the_caption(small_model: CAFe):
+    """Both directions, against teacher forcing one pair at a time."""
+
+    def log_p(image: Any, text: str) -> float:
+        dialogue = (*user(Image(image), CAPTION_REQUEST), Message("assistant", (text,)))
+        (scored,) = score_examples(small_model, [Example("one", dialogues=(dialogue,))])
+        return -scored.answers[0].nll_nats
+
+    texts = ["a red cat", "a small bus at the top left", "a cat red"]
+    for query, candidates, pairs in (
+        (texts[0], IMAGES, [(image, texts[0]) for image in IMAGES]),
+        (IMAGES[1], texts, [(IMAGES[1], text) for text in texts]),
+    ):
+        cosines = small_model.encode(candidates) @ small_model.encode(query)
+        found = small_model.rerank(query, candidates, by="likelihood", batch_size=2)
+        expected = [log_p(*pair) for pair in pairs]
+        assert found.match is None
+        assert found.log_likelihood is not None
+        np.testing.assert_allclose(found.log_likelihood, expected, rtol=1e-4)
+        products = np.exp(cosines / DEFAULT_TEMPERATURE + np.array(expected) - np.max(expected))
+        np.testing.assert_allclose(found.posterior, products / products.sum(), rtol=1e-2)
+    assert len({round(value, 3) for value in expected}) == 3, "the order of words counts"
+    with pytest.raises(ValueError, match="by='guess': rerank by question or by likelihood"):
+        small_model.rerank("a cat", IMAGES, by="guess")  # pyright: ignore[reportArgumentType]
 
 
 def test_what_cannot_be_compared_is_told(small_model: CAFe):

@@ -19,7 +19,7 @@ from transformers import AutoConfig, LlavaOnevisionConfig
 
 from cafe.errors import DataError
 from cafe.index import Index, Origin
-from cafe.model import inference
+from cafe.model import judging
 from cafe.model.tiny import IMAGE_PIXELS, ONE_IMAGE_KEY
 from cafe.model.vlm import CAFe
 from cafe.retrieval.indexing import build_index
@@ -197,8 +197,8 @@ def test_reranking_orders_the_best_by_cosine_and_judgement_together(
     searcher: Searcher, model: CAFe, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The small model answers nearly alike, and as its embeddings say: let them disagree.
-    odds = inference.log_odds
-    monkeypatch.setattr(inference, "log_odds", lambda *a: 20 * (odds(*a).mean() - odds(*a)))
+    odds = judging.log_odds
+    monkeypatch.setattr(judging, "log_odds", lambda *a: 20 * (odds(*a).mean() - odds(*a)))
     plain = searcher.search("a cat", COUNT)
     judged = searcher.rerank("a cat", plain, 4)
     four = ids(plain[:4])
@@ -222,6 +222,22 @@ def test_reranking_orders_the_best_by_cosine_and_judgement_together(
     assert searcher.rerank("a cat", []) == []
     both = {"text": "a cat", "image": photos / "1.png"}
     assert searcher.rerank(both, plain, 4) == judged, "of a text with an image, the text"
+
+
+def test_hits_are_ordered_by_the_likelihood_of_the_query_as_their_caption(
+    searcher: Searcher, model: CAFe, photos: Path
+) -> None:
+    plain = searcher.search("a cat", COUNT)
+    judged = searcher.rerank("a cat", plain, 4, by="likelihood")
+    images = [photos / hit.id for hit in plain[:4]]
+    cosines = np.array([hit.score for hit in plain[:4]])
+    want = model.rerank("a cat", images, cosines, by="likelihood")
+    assert ids(judged[:4]) == [plain[i].id for i in np.argsort(-want.posterior)]
+    of = dict(zip(ids(plain[:4]), want.log_likelihood, strict=True))
+    for hit in judged[:4]:
+        assert hit.log_likelihood == pytest.approx(of[hit.id], abs=1e-4)
+        assert hit.match is None
+    assert judged[4:] == plain[4:]
 
 
 def test_reranking_images_by_an_image_is_a_clear_error(searcher: Searcher, photos: Path) -> None:

@@ -15,6 +15,7 @@ import openai
 import PIL.Image
 import pytest
 
+from cafe.model.rerank import RerankBy
 from cafe.model.thoughts import UNTRAINED
 from cafe.model.vlm import CAFe
 from cafe.serving.model_calls import CafeCalls
@@ -352,26 +353,34 @@ def shown_locally(seed: int, text: str) -> list[Any]:
 # ---------------------------------------------------------------------- the rest
 
 
+@pytest.mark.parametrize("by", ["question", "likelihood"])
 @pytest.mark.parametrize("swapped", [False, True])
-def test_documents_are_ordered_as_rerank_orders_them(server: Server, tiny: CAFe, swapped: bool):
+def test_documents_are_ordered_as_rerank_orders_them(
+    server: Server, tiny: CAFe, swapped: bool, by: RerankBy
+):
     texts = ["a red cat", "a big lemon at the top right", "two dogs", "a bus", "a blue house"]
     images = [data_uri(sample_image(seed)) for seed in range(5)]
     if swapped:
         body = {"query": "a big lemon", "documents": [{"image": url} for url in images]}
-        want = tiny.rerank("a big lemon", [sample_image(seed) for seed in range(5)])
+        want = tiny.rerank("a big lemon", [sample_image(seed) for seed in range(5)], by=by)
     else:
         part = {"type": "image_url", "image_url": {"url": images[0]}}
         body = {"query": {"content": [part]}, "documents": texts}
-        want = tiny.rerank(sample_image(0), texts)
-    status, reply, _ = request(server, "/v1/rerank", body | {"model": "tiny", "top_n": 4})
+        want = tiny.rerank(sample_image(0), texts, by=by)
+    status, reply, _ = request(
+        server, "/v1/rerank", body | {"model": "tiny", "top_n": 4, "rerank_by": by}
+    )
     assert status == 200
     order = np.argsort(-want.posterior)[:4].tolist()
     assert [r["index"] for r in reply["results"]] == order
     found = [r["relevance_score"] for r in reply["results"]]
     assert np.allclose(found, want.posterior[order], rtol=1e-3)
-    assert np.allclose([r["match"] for r in reply["results"]], want.match[order], atol=1e-5)
+    name = "match" if by == "question" else "log_likelihood"
+    judged = getattr(want, name)
+    assert np.allclose([r[name] for r in reply["results"]], judged[order], rtol=1e-4, atol=1e-5)
     if not swapped:
-        assert order != np.argsort(-want.match)[:4].tolist(), "the cosine counts"
+        if by == "question":
+            assert order != np.argsort(-judged)[:4].tolist(), "the cosine counts"
         assert [r["document"]["text"] for r in reply["results"]] == [texts[i] for i in order]
 
 

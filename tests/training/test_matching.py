@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from cafe.errors import RecipeError, TrainingError
-from cafe.model.judging import match_odds
+from cafe.model.judging import judge
 from cafe.model.rows.matching import match_question
 from cafe.recipes import Objective
 from cafe.training.contrastive import gathered_batch
@@ -138,7 +138,7 @@ def test_its_odds_are_those_that_score_reads(model: Any) -> None:
     question, vision = model.collator.prompt_rows([match_question(image, text)])
     states = model.hidden_at(question, vision)
     found = Matcher.of(model).log_odds(states, model.lm_head)
-    read = match_odds(model, image[0].content[0], [text[0].text], 8)
+    read = judge(model, image[0].content[0], [text[0].text], 8, "question")
     torch.testing.assert_close(found.float(), read)
 
 

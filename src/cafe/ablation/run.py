@@ -36,7 +36,11 @@ from cafe.training.log import read_log
 from cafe.training.run import train
 from cafe.training.stopping import Interrupted
 
-_OF_TOKEN_VECTORS = "scenes-tokens"
+_TRAINED_FOR = {
+    "scenes-tokens": lambda objective: objective.multi_vector_weight > 0,
+    "scenes-thoughts": lambda objective: objective.thought_weight > 0,
+}
+"""Tasks that only some models are measured by: those that were trained for it."""
 
 
 def run_ablation(
@@ -161,9 +165,12 @@ def _evaluate(
 
 
 def _tasks(ablation: Ablation, recipe: Recipe | None) -> list[str]:
-    """The tasks of a run, or of the base: only models with token vectors are measured by them."""
-    late = recipe is not None and recipe.objective.multi_vector_weight > 0
-    return [task for task in ablation.tasks if late or task != _OF_TOKEN_VECTORS]
+    """The tasks of a run, or of the base (None)."""
+    return [
+        task
+        for task in ablation.tasks
+        if task not in _TRAINED_FOR or (recipe is not None and _TRAINED_FOR[task](recipe.objective))
+    ]
 
 
 def _training_seconds(folder: Folder, run: Run) -> float:

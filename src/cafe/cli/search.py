@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,15 @@ from cafe.errors import printable
 if TYPE_CHECKING:
     from cafe.retrieval.search import RankedHit, SearchAnswer
     from cafe.types import Image
+
+_JUDGED = ("match", "log_likelihood", "posterior")
+
+
+class RerankBy(StrEnum):
+    """What `--rerank` goes by."""
+
+    question = "question"
+    likelihood = "likelihood"
 
 
 def command(
@@ -34,6 +44,12 @@ def command(
         int | None,
         typer.Option(min=1, help="Rerank the top N hits with the model."),
     ] = None,
+    rerank_by: Annotated[
+        RerankBy,
+        typer.Option(
+            help="The yes/no question, or how likely the text is as the image's caption.",
+        ),
+    ] = RerankBy.question,
     where: Annotated[
         str | None, typer.Option(metavar="SQL", help='Only rows like "width > 640".')
     ] = None,
@@ -57,8 +73,9 @@ def command(
 
     A hit's score is the cosine (in an index made with --multi-vector: MaxSim of the token vectors),
     also with --hybrid, which fuses the ranks of two orders. With --rerank, match is how probable
-    the model finds that the image shows what the text says, and posterior, which orders the hits,
-    how probable it is by score and match together that this is the hit meant.
+    the model finds that the image shows what the text says (by likelihood: log P of the text as its
+    caption), and posterior, which orders the hits, how probable it is by score and match together
+    that this is the hit meant.
     """
     from cafe.index import Index
     from cafe.retrieval.search import Searcher
@@ -77,7 +94,7 @@ def command(
         query, max(top, rerank or 0), where, caption=caption, think=think, hybrid=hybrid
     )
     if rerank is not None:
-        hits = searcher.rerank(query, hits, rerank)
+        hits = searcher.rerank(query, hits, rerank, by=rerank_by.value)
     hits = hits[:top]
     said = searcher.answer(text, hits) if answer and text and hits else None
     if as_json:
@@ -106,7 +123,7 @@ def _as_json(hits: list[RankedHit], said: SearchAnswer | None) -> dict[str, Any]
         {
             "id": hit.id,
             "score": hit.score,
-            **({} if hit.match is None else {"match": hit.match, "posterior": hit.posterior}),
+            **{name: value for name in _JUDGED if (value := getattr(hit, name)) is not None},
             "file": hit.file,
             **hit.hit.metadata,
         }
@@ -132,19 +149,19 @@ def _show(hits: list[RankedHit], said: SearchAnswer | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    judged = any(hit.match is not None for hit in hits)
+    judged = [name for name in _JUDGED if any(getattr(hit, name) is not None for hit in hits)]
     table = Table(box=None, pad_edge=False)
     table.add_column("", justify="right")
     table.add_column("score", justify="right")
-    for name in ("match", "posterior") if judged else ():
-        table.add_column(name, justify="right")
+    for name in judged:
+        table.add_column(name.replace("_", " "), justify="right")
     table.add_column("found", overflow="fold")
     names = [printable(hit.file or hit.id, sys.stdout) for hit in hits]
     texts = [printable(_text(hit.hit.metadata).replace("\n", " / "), sys.stdout) for hit in hits]
     if any(texts):
         table.add_column("text", overflow="ellipsis", no_wrap=True)
     for number, (hit, name, text) in enumerate(zip(hits, names, texts, strict=True), 1):
-        values = (hit.match, hit.posterior) if judged else ()
+        values = [getattr(hit, name) for name in judged]
         judgement = ["" if value is None else f"{value:.3f}" for value in values]
         # `Text`, because square brackets in a name are not markup.
         cells = (f"{hit.score:.3f}", *judgement, Text(name))

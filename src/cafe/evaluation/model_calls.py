@@ -24,9 +24,9 @@ import torch
 
 from cafe.model import teacher_forced
 from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT
-from cafe.model.judging import log_odds
+from cafe.model.judging import log_likelihood, log_odds
 from cafe.model.rerank import trained_temperature
-from cafe.model.rows.matching import match_question
+from cafe.model.rows.matching import caption_dialogue, match_question
 from cafe.model.teacher_forced import TeacherForcedScores
 from cafe.precision import ComputePrecision, warn_if_emulated
 from cafe.ranks import Rank
@@ -58,6 +58,7 @@ class Calls(Protocol):
     def generate(self, conversations: Sequence[Conversation], max_new_tokens: int) -> list[str]: ...
     def score_examples(self, examples: Sequence[Example]) -> list[TeacherForcedScores]: ...
     def match_odds(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray: ...
+    def log_likelihood(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray: ...
     @property
     def temperature(self) -> float:
         """That the embeddings were trained with (`cafe.model.rerank`)."""
@@ -65,6 +66,10 @@ class Calls(Protocol):
 
     def with_prompt(self, prompt: str) -> Self:
         """A copy that embeds with another prompt (`cafe.model.rows.prompts`)."""
+        ...
+
+    def with_captions(self, caption: UseOfCaptions) -> Self:
+        """A copy that embeds images with the model's own captions, or after them."""
         ...
 
 
@@ -94,6 +99,9 @@ class ModelCalls:
 
     def with_prompt(self, prompt: str) -> Self:
         return replace(self, prompt=prompt)
+
+    def with_captions(self, caption: UseOfCaptions) -> Self:
+        return replace(self, caption=caption)
 
     def encode(self, inputs: Sequence[Image | str | Conversation]) -> np.ndarray:
         with self._autocast():
@@ -129,6 +137,11 @@ class ModelCalls:
         with self._autocast():
             return log_odds(self.model, questions, 4 * self.score_batch).numpy()
 
+    def log_likelihood(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray:
+        dialogues = [caption_dialogue(user(image), user(text)) for image, text in pairs]
+        with self._autocast():
+            return log_likelihood(self.model, dialogues, 4 * self.score_batch).numpy()
+
     @property
     def temperature(self) -> float:
         return trained_temperature(self.model.model.config)
@@ -149,14 +162,18 @@ class CachedCalls:
 
     calls: Calls
     prompt: str = ""
+    caption: UseOfCaptions = False
     known: dict[Hashable, Any] = field(default_factory=dict)
     inputs: list[object] = field(default_factory=list)
 
     def with_prompt(self, prompt: str) -> Self:
         return replace(self, calls=self.calls.with_prompt(prompt), prompt=prompt)
 
+    def with_captions(self, caption: UseOfCaptions) -> Self:
+        return replace(self, calls=self.calls.with_captions(caption), caption=caption)
+
     def encode(self, inputs: Sequence[Image | str | Conversation]) -> np.ndarray:
-        keys = [("encode", self.prompt, content_key(value)) for value in inputs]
+        keys = [("encode", self.prompt, self.caption, content_key(v)) for v in inputs]
         return np.stack(self._all(keys, inputs, self.calls.encode))
 
     def encode_tokens(self, inputs: Sequence[Image | str]) -> list[np.ndarray]:
@@ -171,6 +188,9 @@ class CachedCalls:
 
     def match_odds(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray:
         return self.calls.match_odds(pairs)
+
+    def log_likelihood(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray:
+        return self.calls.log_likelihood(pairs)
 
     @property
     def temperature(self) -> float:
@@ -196,6 +216,9 @@ class DistributedCalls:
     def with_prompt(self, prompt: str) -> Self:
         return replace(self, calls=self.calls.with_prompt(prompt))
 
+    def with_captions(self, caption: UseOfCaptions) -> Self:
+        return replace(self, calls=self.calls.with_captions(caption))
+
     def encode(self, inputs: Sequence[Image | str | Conversation]) -> np.ndarray:
         return np.stack(self.rank.share(inputs, lambda own: list(self.calls.encode(own))))
 
@@ -210,6 +233,10 @@ class DistributedCalls:
 
     def match_odds(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray:
         shared = self.rank.share(pairs, lambda own: list(self.calls.match_odds(own)))
+        return np.asarray(shared, dtype=np.float32)
+
+    def log_likelihood(self, pairs: Sequence[tuple[Image, str]]) -> np.ndarray:
+        shared = self.rank.share(pairs, lambda own: list(self.calls.log_likelihood(own)))
         return np.asarray(shared, dtype=np.float32)
 
     @property

@@ -16,6 +16,7 @@ from cafe.evaluation.datasets.rows import RowSource
 from cafe.evaluation.harness import mteb_task
 from cafe.evaluation.mmeb import tasks as mmeb
 from cafe.evaluation.mmeb.groups import FRAMES
+from cafe.evaluation.model_calls import UseOfCaptions, caption_settings
 from cafe.evaluation.scenes import hallucination as scenes_hallucination
 from cafe.evaluation.scenes import matching as scenes_matching
 from cafe.evaluation.scenes import mmeb as scenes_mmeb
@@ -129,6 +130,18 @@ def _scenes_match(setup: TaskSetup) -> TaskResult:
     )
 
 
+def _scenes_likelihood(setup: TaskSetup) -> TaskResult:
+    calls = setup.calls
+    return scenes_matching.scenes_likelihood(
+        calls.encode, calls.log_likelihood, calls.temperature, _scenes(setup)
+    )
+
+
+def _scenes_retrieval(setup: TaskSetup, caption: UseOfCaptions | None = None) -> TaskResult:
+    calls = setup.calls if caption is None else setup.calls.with_captions(caption)
+    return scenes_retrieval.scenes_retrieval(calls.encode, _scenes(setup))
+
+
 def _scenes_pope(setup: TaskSetup, every_kind: bool) -> TaskResult:
     asked = scenes_hallucination.scene_questions(_scenes(setup), every_kind=every_kind)
     return pope.pope(setup.calls.score_examples, setup.calls.generate, asked)
@@ -192,13 +205,18 @@ TASKS: dict[str, Task] = {
     "caption": Task(_caption, _OWN_WORDS),
     "presence": Task(_presence, _greedy("as the data set asks", presence.MAX_NEW_TOKENS)),
     "gap": Task(_gap, _EMBED),
-    "scenes-retrieval": Task(
-        lambda s: scenes_retrieval.scenes_retrieval(s.calls.encode, _scenes(s)), _EMBED
+    "scenes-retrieval": Task(_scenes_retrieval, _EMBED),
+    "scenes-captions": Task(
+        partial(_scenes_retrieval, caption=True), _EMBED | caption_settings(True)
+    ),
+    "scenes-thoughts": Task(
+        partial(_scenes_retrieval, caption="think"), _EMBED | caption_settings("think")
     ),
     "scenes-tokens": Task(
         lambda s: scenes_tokens.scenes_tokens(s.calls.encode_tokens, _scenes(s)), _EMBED
     ),
     "scenes-match": Task(_scenes_match, {"question": MATCH_QUESTION}),
+    "scenes-likelihood": Task(_scenes_likelihood, {"prompt": CAPTION_REQUEST}),
     "scenes-mmeb": Task(lambda s: scenes_mmeb.scenes_mmeb(s.calls.encode, _scenes(s)), _EMBED),
     "scenes-pope": Task(partial(_scenes_pope, every_kind=False), _SCENE_POPE),
     "scenes-pope-all": Task(partial(_scenes_pope, every_kind=True), _SCENE_POPE),
@@ -250,7 +268,9 @@ SUITES: dict[Suite, tuple[str, ...]] = {
     "paper": _PAPER,
     "all": (
         *_QUICK,
+        "scenes-captions",
         "scenes-match",
+        "scenes-likelihood",
         "scenes-pope-all",
         *_PAPER,
         "captioning",

@@ -33,8 +33,9 @@ Encode = Callable[[Sequence[Image | str | Conversation]], "Float[np.ndarray, 'n 
 Generate = Callable[[Sequence[Conversation], int], list[str]]
 """Conversations and a maximum number of new tokens -> greedy answers, in order."""
 
-MatchOdds = Callable[[Sequence[tuple[Image, str]]], "Float[np.ndarray, ' n']"]
-"""Images with statements -> log-odds of "yes" to the match question, float32 [n], in order."""
+Judge = Callable[[Sequence[tuple[Image, str]]], "Float[np.ndarray, ' n']"]
+"""Images with texts -> log-odds of "yes" to the match question, or log P(text | image); float32
+[n], in order."""
 
 ScoreExamples = Callable[[Sequence[Example]], "list[TeacherForcedScores]"]
 """Examples -> their embeddings and the teacher-forced scores of their answers, in order."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cafe.model.head import token_log_probs, token_logits
 from cafe.model.inference import InferenceModel, Vision, batches
-from cafe.model.rerank import named_answer_tokens
+from cafe.model.rerank import RerankBy, named_answer_tokens
 from cafe.model.rows.inputs import Input, Inputs, as_conversation, as_messages
-from cafe.model.rows.matching import match_question
+from cafe.model.rows.matching import caption_dialogue, match_question
 from cafe.model.rows.rows import Rows
 from cafe.types import Conversation
 
@@ -42,13 +42,33 @@ def log_odds(
     return result
 
 
-def match_odds(
-    model: InferenceModel, query: Input, candidates: Inputs, batch_size: int
+def judge(
+    model: InferenceModel, query: Input, candidates: Inputs, batch_size: int, by: RerankBy
 ) -> Float[Tensor, " n"]:
-    """`log_odds` of the matching question between the query and each candidate."""
-    conversation = as_conversation(query)
-    questions = [match_question(conversation, candidate) for candidate in as_messages(candidates)]
-    return log_odds(model, questions, batch_size)
+    """What the model says of the query with each candidate, one side an image, the other a text.
+
+    Args:
+        model: the model.
+        query: one side.
+        candidates: the other sides.
+        batch_size: pairs per forward.
+        by: "question", for the log-odds of the match question; or "likelihood", for
+            log P(text | image) in nats, of the text as the image's caption.
+
+    Returns:
+        float32 on the CPU.
+
+    Raises:
+        DataError: a pair that is not an image and a text.
+        ValueError: another `by`.
+    """
+    conversation, others = as_conversation(query), as_messages(candidates)
+    if by == "question":
+        return log_odds(model, [match_question(conversation, o) for o in others], batch_size)
+    if by == "likelihood":
+        dialogues = [caption_dialogue(conversation, other) for other in others]
+        return log_likelihood(model, dialogues, batch_size)
+    raise ValueError(f"by={by!r}: rerank by question or by likelihood")
 
 
 def yes_over_no(

@@ -1,4 +1,4 @@
-"""Reranking: the evidence of the embedding and of the yes/no question, added.
+"""Reranking: the evidence of the embedding, and of what the model says of each pair, added.
 
 Contrastive training makes cosine / temperature the log-ratio of a candidate's probability given
 this query to its probability without one, up to a constant (van den Oord et al., arXiv 1807.03748,
@@ -9,12 +9,18 @@ independent (naive Bayes), with a uniform prior over the candidates, they give
 
 Ordering by P(yes) alone would discard the first score, and the match question was trained on one
 image at a time: nothing made its answers comparable between images.
+
+In place of the question's log-odds, the likelihood of the text as the image's caption may be the
+second score, log P(text | image) in nats (VisualGPTScore, arXiv 2306.01879). It reads a text word
+by word, each with another look at the image, so it knows which object is where and which single
+word is wrong. It is comparable between images of one text; between texts, a short or common one
+scores higher, so it orders texts of one kind, such as captions, and not a word against a page.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -22,6 +28,9 @@ from cafe.errors import CheckpointError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+RerankBy = Literal["question", "likelihood"]
+"""The second score: the odds of "yes" to the match question, or log P(text | image)."""
 
 DEFAULT_TEMPERATURE = 0.05
 """For a model whose configuration names none: the published logit scale of 20."""
@@ -37,34 +46,44 @@ Without it every spelling counts (`cafe.model.judging.yes_no_tokens`)."""
 class Reranked(NamedTuple):
     """Scores of each candidate, in the candidates' order.
 
-    match      float32 [n]: the probability of "yes" to each candidate's match question
-    posterior  float64 [n], sum 1: the probability that this candidate is the one meant, if one is
+    posterior       float64 [n], sum 1: the probability that this candidate is the one meant, if
+                    one is
+    match           float32 [n]: the probability of "yes" to each candidate's match question; None
+                    by likelihood
+    log_likelihood  float32 [n]: log P(text | image), in nats; None by question
     """
 
-    match: Float[np.ndarray, " n"]
     posterior: Float[np.ndarray, " n"]
+    match: Float[np.ndarray, " n"] | None = None
+    log_likelihood: Float[np.ndarray, " n"] | None = None
 
 
 def reranked(
-    cosines: Float[np.ndarray, " n"], log_odds: Float[np.ndarray, " n"], temperature: float
+    cosines: Float[np.ndarray, " n"],
+    judged: Float[np.ndarray, " n"],
+    temperature: float,
+    by: RerankBy = "question",
 ) -> Reranked:
     """Combine both scores.
 
     Args:
         cosines: of the query's embedding with each candidate's.
-        log_odds: log P(yes) / P(no) of each match question.
+        judged: log P(yes) / P(no) of each match question; or log P(text | image).
         temperature: of the contrastive training (`trained_temperature`).
+        by: which of these `judged` is.
 
     Raises:
         ValueError: different lengths.
     """
-    if cosines.shape != log_odds.shape or cosines.ndim != 1:
-        raise ValueError(f"cosines {cosines.shape} and log-odds {log_odds.shape}: use [n] and [n]")
-    odds = log_odds.astype(np.float64)
-    match = (0.5 * (1 + np.tanh(odds / 2))).astype(np.float32)  # the sigmoid, without overflow
-    if len(odds) == 0:
-        return Reranked(match, odds)
-    return Reranked(match, softmax(cosines.astype(np.float64) / temperature + odds))
+    if cosines.shape != judged.shape or cosines.ndim != 1:
+        raise ValueError(f"cosines {cosines.shape} and judged {judged.shape}: use [n] and [n]")
+    second = judged.astype(np.float64)
+    evidence = cosines.astype(np.float64) / temperature + second
+    posterior = softmax(evidence) if len(evidence) else evidence
+    if by == "likelihood":
+        return Reranked(posterior, log_likelihood=judged.astype(np.float32))
+    match = (0.5 * (1 + np.tanh(second / 2))).astype(np.float32)  # the sigmoid, without overflow
+    return Reranked(posterior, match)
 
 
 def softmax(evidence: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -28,7 +28,7 @@ from cafe.model.inference import Vision
 from cafe.model.last_layer import compute_last_layer_at, prepare
 from cafe.model.latent import averaged_tokens, latent_text
 from cafe.model.quantization import EmbeddingPrecision
-from cafe.model.rerank import Reranked, reranked, trained_temperature
+from cafe.model.rerank import RerankBy, Reranked, reranked, trained_temperature
 from cafe.model.rows.collate import Collator
 from cafe.model.rows.inputs import EncodeOptions, Input, Inputs, as_messages, is_many
 from cafe.model.rows.inspect import embedding_contract
@@ -348,7 +348,7 @@ class CAFe(TokenEncoder, nn.Module):
         Returns:
             The probability of "yes" to the matching question, float32.
         """
-        odds = judging.match_odds(self, query, candidates, batch_size)
+        odds = judging.judge(self, query, candidates, batch_size, "question")
         return odds.sigmoid().numpy()
 
     def rerank(
@@ -357,28 +357,30 @@ class CAFe(TokenEncoder, nn.Module):
         candidates: Sequence[Input],
         cosines: Float[np.ndarray, " n"] | None = None,
         *,
+        by: RerankBy = "question",
         batch_size: int = 32,
     ) -> Reranked:
-        """Judge candidates by their embeddings and by `score` together.
+        """Judge candidates by their embeddings, and by what the model says of each pair.
 
         >>> model.rerank(image, ["a red square", "a blue dog"]).posterior.round(2)
         array([0.61, 0.39])
 
         Args:
-            query: as for `score`, and so are `candidates` and `batch_size`.
+            query: as for `score`.
             candidates: what to judge.
             cosines: of the query with the candidates, from a search; None: embed them now.
-            batch_size: inputs per forward.
+            by: `score`'s question; or "likelihood", of the text as the image's caption.
+            batch_size: as in `score`.
 
         Returns:
-            `match` (as `score`) and `posterior`, which orders best; [n] each.
+            `posterior`, which orders best, and `match` (as `score`) or `log_likelihood`; [n] each.
         """
-        odds = judging.match_odds(self, query, candidates, batch_size).numpy()
+        judged = judging.judge(self, query, candidates, batch_size, by).numpy()
         if cosines is None:
             both = [*as_messages([query]), *as_messages(candidates)]
             vectors = self.encode(both, batch_size=batch_size)
             cosines = vectors[1:] @ vectors[0]
-        return reranked(np.asarray(cosines), odds, trained_temperature(self.model.config))
+        return reranked(np.asarray(cosines), judged, trained_temperature(self.model.config), by)
 
     @staticmethod
     def similarity(

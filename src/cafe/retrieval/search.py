@@ -10,7 +10,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from cafe.retrieval.multi_vector import searched_by_tokens
 from cafe.types import Hit, Image, Part, user
 
 if TYPE_CHECKING:
+    from cafe.model.rerank import RerankBy
     from cafe.model.rows.inputs import Input
     from cafe.model.vlm import CAFe
 
@@ -48,15 +49,17 @@ class RankedHit:
     hit        the row that was found, and its cosine with the query
     file       path of its image; None: the hit is a text, or its image is no file of an indexed
                folder
+    posterior  probability that this is the hit meant, by the cosine and the next of these together
     match      probability that the image shows what the text says, as the model answers
-    posterior  probability that this is the hit meant, by `match` and cosine together
-    `match` and `posterior` are None where the model was not asked (`cafe.model.rerank`).
+    log_likelihood  log-probability of the text as the image's caption, in nats
+    The last three are None where the model was not asked (`cafe.model.rerank`).
     """
 
     hit: Hit
     file: str | None
-    match: float | None = None
     posterior: float | None = None
+    match: float | None = None
+    log_likelihood: float | None = None
 
     @property
     def id(self) -> str:
@@ -206,7 +209,12 @@ class Searcher:
         return [RankedHit(hit, self._file(hit, walked)) for hit in found]
 
     def rerank(
-        self, query: Input, hits: Sequence[RankedHit], top: int | None = None
+        self,
+        query: Input,
+        hits: Sequence[RankedHit],
+        top: int | None = None,
+        *,
+        by: RerankBy = "question",
     ) -> list[RankedHit]:
         """Order hits by the posterior: by the cosine and by the model's own judgement.
 
@@ -215,9 +223,11 @@ class Searcher:
                 a {"text", "image"} dict the text counts.
             hits: as `search` returned them.
             top: judge the first `top` of them only, and leave the others behind these; None: all.
+            by: what the model judges by (`CAFe.rerank`).
 
         Returns:
-            The same hits; those that were judged have a `match` and a `posterior`.
+            The same hits; those that were judged have a `posterior`, and a `match` or, by
+            likelihood, a `log_likelihood`.
 
         Raises:
             DataError: a hit is of the query's own kind, or its image is gone.
@@ -237,10 +247,12 @@ class Searcher:
         # Those of token vectors are no cosines of embeddings, which the posterior is about.
         by_tokens = searched_by_tokens(self.index, None)
         cosines = None if by_tokens else np.array([one.score for one in judged])
-        match, posterior = self._model.rerank(asked, [_part(one) for one in judged], cosines)
+        ranked = self._model.rerank(asked, [_part(one) for one in judged], cosines, by=by)
+        order = np.argsort(-ranked.posterior, kind="stable").tolist()
+        scores = {name: values for name, values in ranked._asdict().items() if values is not None}
         return [
-            RankedHit(judged[i].hit, judged[i].file, float(match[i]), float(posterior[i]))
-            for i in np.argsort(-posterior, kind="stable")
+            replace(judged[i], **{name: float(values[i]) for name, values in scores.items()})
+            for i in order
         ] + others
 
     def answer(self, question: str, hits: Sequence[RankedHit]) -> SearchAnswer:

@@ -38,7 +38,8 @@ class Prompt:
 class WorkItem:
     """One unit of work.
 
-    content   a conversation to embed or score, or a prompt to answer
+    content   a conversation to embed or score (a yes/no question, or a request with its answer), or
+              a prompt to answer
     number    its index in the request, for error messages
     """
 
@@ -66,9 +67,9 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """log P(yes) / P(no) that an image shows what a text says."""
+    """log P(yes) / P(no) of a question; or log P of the answer that ends a conversation."""
 
-    log_odds: float
+    value: float
     tokens: int
 
 

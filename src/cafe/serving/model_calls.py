@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from cafe.errors import DataError
+from cafe.model.head import token_log_probs
 from cafe.model.judging import yes_over_no
 from cafe.model.rerank import trained_temperature
 from cafe.model.rows.prompts import trained_thought_tokens
+from cafe.model.rows.rows import Rows
 from cafe.model.vlm import CAFe
 from cafe.serving.decoding import Generation
 from cafe.serving.messages import Embedding, Score, WorkItem
@@ -83,10 +85,27 @@ class CafeCalls:
 
     @torch.inference_mode()
     def score(self, items: list[WorkItem]) -> list[Score]:
-        """Score yes/no prompts (`cafe.model.rows.matching`). Raises as `embed` does."""
+        """Score yes/no prompts and answers (`cafe.model.judging`). Raises as `embed` does."""
+        scores: dict[int, Score] = {}
+        for answered in (False, True):
+            chosen = [i for i, item in enumerate(items) if _is_answered(item) is answered]
+            if chosen:
+                score = self._likelihoods if answered else self._yes_odds
+                values, counts = score([items[i] for i in chosen])
+                scores |= zip(chosen, map(Score, values, counts), strict=True)
+        return [scores[i] for i in range(len(items))]
+
+    def _yes_odds(self, items: list[WorkItem]) -> tuple[list[float], list[int]]:
         pooled, counts = self._states(items, self._collator.prompt_rows)
-        odds = self._odds(pooled).tolist()
-        return [Score(o, count) for o, count in zip(odds, counts, strict=True)]
+        return self._odds(pooled).tolist(), counts
+
+    def _likelihoods(self, items: list[WorkItem]) -> tuple[list[float], list[int]]:
+        """Log P of the answer that ends each conversation (`cafe.model.judging`), in nats."""
+        rows, vision, owner = self._collator.answer_rows(*_named(items))
+        counts = self._checked(rows, items)
+        states = self._model.hidden_at(rows, vision, rows.label_source)
+        log_p, _ = token_log_probs(self._model, states, rows.label_ids)
+        return torch.zeros(len(items)).index_add(0, owner, log_p.cpu()).tolist(), counts
 
     def generate(self, items: list[WorkItem]) -> Generation:
         """Prepare a generation; its first step reads the prompts."""
@@ -97,7 +116,12 @@ class CafeCalls:
         self, items: list[WorkItem], collate: Callable[..., tuple[Any, dict[str, Tensor]]]
     ) -> tuple[Tensor, list[int]]:
         """Hidden states [n, hidden] at the pooled tokens, and each item's number of tokens."""
-        rows, vision = collate([_conversation(item) for item in items], [i.number for i in items])
+        rows, vision = collate(*_named(items))
+        counts = self._checked(rows, items)
+        return self._model.hidden_at(rows, vision), counts
+
+    def _checked(self, rows: Rows, items: list[WorkItem]) -> list[int]:
+        """Each item's number of tokens. Raises DataError for an input that is too long."""
         # Each item has a row of its own, and its last token is the pooled one.
         counts = (rows.pooled % rows.input_ids.shape[1] + 1).tolist()
         for item, count in zip(items, counts, strict=True):
@@ -106,7 +130,16 @@ class CafeCalls:
                     f"input {item.number}: {count} tokens exceed the model's limit of "
                     f"{self.max_tokens}"
                 )
-        return self._model.hidden_at(rows, vision), counts
+        return counts
+
+
+def _is_answered(item: WorkItem) -> bool:
+    return _conversation(item)[-1].role == "assistant"
+
+
+def _named(items: list[WorkItem]) -> tuple[list[Conversation], list[int]]:
+    """The conversations, and what messages call them."""
+    return [_conversation(item) for item in items], [item.number for item in items]
 
 
 def _conversation(item: WorkItem) -> Conversation:

@@ -151,6 +151,7 @@ class RerankRequest(Request):
     model: Text | None = None
     query: Text | Content
     documents: Many[Text | Content]
+    rerank_by: Literal["question", "likelihood"] = "question"
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = True
     user: Text | None = None

@@ -24,7 +24,7 @@ from cafe.errors import DataError
 from cafe.model.rows.assembly import Orders, ReadSequence, RowLayout, embedding_order
 from cafe.model.rows.rows import Rows
 from cafe.model.rows.trie import TokenSequence
-from cafe.types import MATCH_QUESTION, Conversation, Example, Image, Message
+from cafe.types import CAPTION_REQUEST, MATCH_QUESTION, Conversation, Example, Image, Message
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -44,15 +44,29 @@ def match_question(a: Conversation, b: Conversation) -> Conversation:
     Raises:
         DataError: unless one side is one image and the other is text.
     """
+    image, statement = _image_and_text(a, b)
+    return (Message("user", (image, MATCH_QUESTION.format(statement=statement))),)
+
+
+def caption_dialogue(a: Conversation, b: Conversation) -> Conversation:
+    """The request for a caption of the image (one side), with the text (the other) as its answer.
+
+    Raises:
+        DataError: unless one side is one image and the other is text.
+    """
+    image, text = _image_and_text(a, b)
+    return (Message("user", (image, CAPTION_REQUEST)), Message("assistant", (text,)))
+
+
+def _image_and_text(a: Conversation, b: Conversation) -> tuple[Image, str]:
     sides = [[p for m in side for p in m.content] for side in (a, b)]
     image_side, text_side = sorted(
         sides, key=lambda side: not any(isinstance(p, Image) for p in side)
     )
-    statement = " ".join(p for p in text_side if isinstance(p, str))
+    text = " ".join(p for p in text_side if isinstance(p, str))
     match image_side:
-        case [Image() as image] if len(statement) and all(isinstance(p, str) for p in text_side):
-            question = MATCH_QUESTION.format(statement=statement)
-            return (Message("user", (image, question)),)
+        case [Image() as image] if len(text) and all(isinstance(p, str) for p in text_side):
+            return image, text
     raise DataError(
         "score compares one image with a text: one side must be a single image, the other text only"
     )

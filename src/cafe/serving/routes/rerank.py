@@ -18,7 +18,7 @@ from cafe.serving.schema import Content, RerankRequest
 from cafe.serving.service import Service, as_api_errors
 
 if TYPE_CHECKING:
-    from cafe.model.rerank import Reranked
+    from cafe.model.rerank import RerankBy, Reranked
 
 
 def rerank_routes(service: Service) -> APIRouter:
@@ -31,7 +31,7 @@ def rerank_routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         temperature = service.engine.model.temperature  # refuses while the model loads
         # Late: the server listens before torch is imported.
-        from cafe.model.rows.matching import match_question
+        from cafe.model.rows.matching import caption_dialogue, match_question
 
         service.check_count(len(body.documents), "documents")
         reader = service.reader(request)
@@ -40,19 +40,26 @@ def rerank_routes(service: Service) -> APIRouter:
             *[reader.content(d, f"documents.{i}") for i, d in enumerate(body.documents)]
         )
         with as_api_errors():
-            questions = [match_question(query, document) for document in documents]
-        pairs = [WorkItem(question, number) for number, question in enumerate(questions)]
+            ask = match_question if body.rerank_by == "question" else caption_dialogue
+            pairs = [WorkItem(ask(query, one), number) for number, one in enumerate(documents)]
         sides = [WorkItem(query), *(WorkItem(one, number) for number, one in enumerate(documents))]
         scores, embeddings = await asyncio.gather(
             service.results(request, "score", pairs), service.results(request, "embed", sides)
         )
         tokens = sum(one.tokens for one in (*scores, *embeddings))
         service.metrics.tokens(tokens)
-        match, posterior = await service.run_in_thread(_rerank, embeddings, scores, temperature)
+        ranked = await service.run_in_thread(
+            _rerank, embeddings, scores, temperature, body.rerank_by
+        )
         results = [
-            {"index": i, "relevance_score": float(posterior[i]), "match": float(match[i])}
+            {"index": i, "relevance_score": float(ranked.posterior[i])}
+            | {
+                name: float(values[i])
+                for name in ("match", "log_likelihood")
+                if (values := getattr(ranked, name)) is not None
+            }
             | ({"document": _echo(body.documents[i])} if body.return_documents else {})
-            for i in np.argsort(-posterior, kind="stable")[: body.top_n].tolist()
+            for i in np.argsort(-ranked.posterior, kind="stable")[: body.top_n].tolist()
         ]
         return json_response(
             {
@@ -66,8 +73,10 @@ def rerank_routes(service: Service) -> APIRouter:
     return router
 
 
-def _rerank(embeddings: list[Embedding], scores: list[Score], temperature: float) -> Reranked:
-    """The match probability and posterior of each document.
+def _rerank(
+    embeddings: list[Embedding], scores: list[Score], temperature: float, by: RerankBy
+) -> Reranked:
+    """The scores of each document.
 
     embeddings   of the query, then of the documents
     scores       of the documents
@@ -76,8 +85,8 @@ def _rerank(embeddings: list[Embedding], scores: list[Score], temperature: float
 
     vectors = np.stack([one.vector for one in embeddings])
     query, *documents = unit_vectors(vectors, vectors.shape[1])
-    odds = np.array([score.log_odds for score in scores])
-    return reranked(np.stack(documents) @ query, odds, temperature)
+    judged = np.array([score.value for score in scores])
+    return reranked(np.stack(documents) @ query, judged, temperature, by)
 
 
 def _echo(document: str | Content) -> dict[str, Any]:
