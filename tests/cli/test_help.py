@@ -64,6 +64,7 @@ SURFACE = {
         "--image",
         "--top",
         "--rerank",
+        "--rerank-by",
         "--where",
         "--hybrid",
         "--caption",

@@ -405,6 +405,69 @@ def qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
     return Qwen3VLForConditionalGeneration(config), processor
 
 
+def _qwen3_5(sizes: Sizes, config: Any, model: Any, **text: Any) -> tuple[Any, Any]:
+    """Two layers in three are linear attention; the last one is not."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    words = _qwen_words()
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
+        tokenizer=words,
+        video_processor=Qwen3VLVideoProcessor(**_qwen_pixels(sizes)),
+        chat_template=_QWEN_CHAT.replace("You are a helpful assistant.", ""),
+    )
+    return model(
+        config(
+            vision_config={
+                "depth": sizes.layers,
+                "hidden_size": sizes.width,
+                "intermediate_size": 2 * sizes.width,
+                "out_hidden_size": sizes.width,
+                "num_heads": sizes.heads,
+                "patch_size": PATCH,
+                "num_position_embeddings": 16,
+            },
+            text_config={
+                **sizes.text(words),
+                "num_hidden_layers": sizes.layers + 1,
+                "layer_types": ["linear_attention"] * sizes.layers + ["full_attention"],
+                "head_dim": sizes.head,
+                "linear_key_head_dim": sizes.head // 2,
+                "linear_value_head_dim": sizes.head // 2,
+                "linear_num_key_heads": sizes.heads,
+                "linear_num_value_heads": 2 * sizes.heads,
+                "rope_parameters": {
+                    **sizes.mrope([2, 1, 1]),
+                    "mrope_interleaved": True,
+                    "partial_rotary_factor": 0.5,
+                },
+                **text,
+            },
+            **_qwen_ids(words),
+        )
+    ), processor
+
+
+def qwen3_5(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    return _qwen3_5(sizes, Qwen3_5Config, Qwen3_5ForConditionalGeneration)
+
+
+def qwen3_5_moe(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+    return _qwen3_5(
+        sizes,
+        Qwen3_5MoeConfig,
+        Qwen3_5MoeForConditionalGeneration,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=sizes.width,
+        shared_expert_intermediate_size=sizes.width,
+    )
+
+
 def gemma3(sizes: Sizes) -> tuple[Any, Any]:
     """An image has 16 tokens, the sliding window 10."""
     from transformers import (
@@ -569,6 +632,8 @@ FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
         qwen2_vl,
         qwen2_5_vl,
         qwen3_vl,
+        qwen3_5,
+        qwen3_5_moe,
         gemma3,
         internvl,
         idefics3,

@@ -49,7 +49,8 @@ def in_float64(model: Any) -> Any:
     """The model in float64, its RMS norms too, which compute in float32 whatever they are given.
 
     Rotations of the Qwen towers stay in float32: there, equal inputs give equal outputs, and
-    gradients agree to about 1e-6.
+    gradients agree to about 1e-6. transformers' gated delta rule computes in float32, too: in its
+    place the recurrence is written out, token by token.
     """
     import types
 
@@ -62,9 +63,76 @@ def in_float64(model: Any) -> Any:
             hidden, hidden.shape[-1:], norm.weight + offset, epsilon
         )
 
+    def exact_gated(norm: Any, hidden: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        normed = torch.nn.functional.rms_norm(
+            hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon
+        )
+        return normed * torch.nn.functional.silu(gate)
+
     model = model.double()
+    write_out_delta_rules(model.model.get_decoder())
+    if hasattr(model.model.config.get_text_config(), "num_experts"):
+        model.model.set_experts_implementation("eager")  # the grouped product knows no float64
+    for norm in [m for m in model.modules() if type(m).__name__.endswith("RMSNormGated")]:
+        norm.forward = types.MethodType(exact_gated, norm)
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     assert norms
     for norm in norms:
         norm.forward = types.MethodType(exact, norm)
     return model
+
+
+def write_out_delta_rules(decoder: Any) -> None:
+    """Compute gated delta rules in float64 by their recurrence, where transformers is called."""
+    import sys
+
+    import torch
+
+    from cafe.model import delta_rule
+
+    for layer in decoder.layers:
+        module: Any = sys.modules[type(layer).__module__]
+        own = getattr(module, "torch_chunk_gated_delta_rule", None)
+        if own is None or hasattr(own, "_written_out"):
+            continue
+
+        def rule(query: Any, *args: Any, own: Any = own, **kwargs: Any) -> Any:
+            plain = query.dtype == torch.float64 and "segments" not in kwargs
+            return (recurrence if plain else own)(query, *args, **kwargs)
+
+        rule._written_out = True  # type: ignore[attr-defined]
+        rule._cafe_branches = True  # type: ignore[attr-defined]
+        module.torch_chunk_gated_delta_rule = rule
+    assert delta_rule.LINEAR == "linear_attention"
+
+
+def recurrence(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    g: Any,
+    beta: Any,
+    initial_state: Any = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Any, Any]:
+    """The gated delta rule, one token after the other, as its definition says."""
+    import torch
+
+    heads = value.shape[2] // key.shape[2]
+    query, key = (x.repeat_interleave(heads, dim=2) for x in (query, key))
+    if use_qk_l2norm_in_kernel:
+        query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
+    state = initial_state
+    if state is None:
+        n, _, heads, size = key.shape
+        state = value.new_zeros(n, heads, size, value.shape[3])
+    outputs = []
+    for t in range(query.shape[1]):
+        state = state * g[:, t].exp()[..., None, None]
+        known = torch.einsum("nhkv,nhk->nhv", state, key[:, t])
+        change = beta[:, t, :, None] * (value[:, t] - known)
+        state = state + torch.einsum("nhk,nhv->nhkv", key[:, t], change)
+        outputs.append(torch.einsum("nhkv,nhk->nhv", state, query[:, t]))
+    return torch.stack(outputs, dim=1) / key.shape[3] ** 0.5, state

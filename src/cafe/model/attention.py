@@ -12,16 +12,20 @@ from typing import Any, Literal
 import torch
 
 from cafe.errors import FamilyError
+from cafe.model.delta_rule import LINEAR
 from cafe.model.families import Family
 from cafe.model.rows.rows import Rows
 from cafe.model.rows.trie import AttentionRule, padding_mask
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
-    """How far each kind of layer of the language model sees, in tokens; None: to the beginning.
+    """How far each kind of attention layer of the language model sees; None: to the beginning.
+
+    In tokens. Layers that carry a state (`cafe.model.delta_rule`) see nothing, and are not in it.
 
     Raises:
-        FamilyError: a kind of layer whose attention is neither full nor a sliding window.
+        FamilyError: a kind of layer that is neither attention, full or in a sliding window, nor
+            linear attention.
     """
     text = config.get_text_config()
     if getattr(text, "use_bidirectional_attention", False):
@@ -34,12 +38,17 @@ def layer_windows(config: Any) -> dict[str, int | None]:
         return {"every": window}
     known = {"full_attention": None, "sliding_attention": window}
     for kind in kinds:
-        if kind not in known:
+        if kind not in (*known, LINEAR):
             raise FamilyError(
                 f"model type {config.model_type!r}: its {kind!r} layers cannot share a row; "
-                f"cafe supports {' and '.join(known)}"
+                f"cafe supports {', '.join((*known, LINEAR))}"
             )
-    return {kind: known[kind] for kind in sorted(set(kinds))}
+    return {kind: known[kind] for kind in sorted(set(kinds) - {LINEAR})}
+
+
+def carries_state(config: Any) -> bool:
+    """Whether layers of the language model carry a state along the sequence."""
+    return LINEAR in (getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def row_sharing(config: Any, family: Family) -> Literal["trie", "none"]:
@@ -74,8 +83,12 @@ def attention_masks(rows: Rows, model: Any, windows: dict[str, int | None]) -> A
     # A window as long as a whole row hides nothing.
     effective = {k: w if w is not None and w < length else None for k, w in windows.items()}
     masks = {window: mask_of(rows, model, window) for window in set(effective.values())}
+    by_kind = {kind: masks[window] for kind, window in effective.items()}
+    if carries_state(model.config):
+        # Padding is on the right, and branches are kept apart by `segments`.
+        return {**by_kind, LINEAR: None}
     if len(windows) > 1:
-        return {kind: masks[window] for kind, window in effective.items()}
+        return by_kind
     mask = masks[next(iter(effective.values()))]
     # transformers would take None for "guess the mask from positions", and takes "every token is
     # real" for the causal kernel.

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cafe.model.attention import attention_masks
+from cafe.model.attention import attention_masks, carries_state
 from cafe.model.families import Family
 from cafe.model.families.base import distinct_features, features_in_order
 from cafe.model.last_layer import compute_last_layer_at, recomputes_last_layer
 from cafe.model.rows.rows import Rows
+from cafe.model.rows.segments import Segments
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,6 +55,7 @@ def hidden_states(
                 position_ids=block.positions,
                 mm_encoder_outputs=features_of_rows(model, family, features, block),
                 use_cache=False,
+                **branches(block, model),
             ).last_hidden_state
         missing = rows.input_ids.shape[1] - computed.shape[1]
         states.append(functional.pad(computed, (0, 0, 0, missing)) if missing else computed)
@@ -64,6 +66,16 @@ def hidden_states(
         # Every rank must run the tower's backward, or the others wait for its gradients.
         hidden = hidden + 0 * sum(features[i].sum() for i in unused)
     return hidden
+
+
+def branches(rows: Rows, model: Any) -> dict[str, Any]:
+    """What layers that carry a state need to know of rows that branch (`cafe.model.delta_rule`).
+
+    Nothing where every row is one sequence: then transformers' own kernels are right.
+    """
+    if rows.plain or not carries_state(model.config):
+        return {}
+    return {"segments": Segments.of(rows.subtree_end)}
 
 
 def features_of_rows(

@@ -21,6 +21,7 @@ from cafe.model.best_of import best
 from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT, write_captions
 from cafe.model.checkpoint.directory import load_pretrained, save_checkpoint
 from cafe.model.encoding import Encoding, encode_inputs
+from cafe.model.delta_rule import allow_branches
 from cafe.model.families import family_of
 from cafe.model.families.base import distinct_features
 from cafe.model.hidden import features_of_rows, hidden_states
@@ -68,6 +69,7 @@ class CAFe(TokenEncoder, nn.Module):
         self.family = family_of(model.config)
         self._trained_prompts = TrainedPrompts(model.config)
         self._windows = layer_windows(model.config)
+        allow_branches(model.get_decoder())
         self._sdpa_while_generating = SdpaWhileGenerating(model.config)
         prepare(model.get_decoder())
         unused = self.family.unused(model.config)

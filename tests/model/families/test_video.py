@@ -22,7 +22,8 @@ from helpers import builders, plain
 from helpers.family_examples import EXACT, A, turn
 from helpers.images import noise
 
-NATIVE = {"llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm"}
+QWEN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"}
+NATIVE = {"llava_onevision", *QWEN, "internvl", "smolvlm"}
 
 
 def video(seed: int, frames: int, width: int = 64, height: int = 48) -> Video:

@@ -16,6 +16,7 @@ from cafe.model.families.internvl import InternVL
 from cafe.model.families.llava_next import LlavaNext
 from cafe.model.families.llava_onevision import LlavaOnevision
 from cafe.model.families.qwen2_vl import Qwen2VL, Qwen25VL
+from cafe.model.families.qwen3_5 import Qwen35, Qwen35MoE
 from cafe.model.families.qwen3_vl import Qwen3VL
 
 _FAMILIES: dict[str, Family] = {
@@ -26,6 +27,8 @@ _FAMILIES: dict[str, Family] = {
         Qwen2VL(),
         Qwen25VL(),
         Qwen3VL(),
+        Qwen35(),
+        Qwen35MoE(),
         Gemma3(),
         InternVL(),
         Idefics3(),
