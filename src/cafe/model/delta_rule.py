@@ -216,7 +216,7 @@ def gated_delta_rule(
     with torch.autocast(value.device.type, enabled=False):
         query, key = (x.to(dtype).repeat_interleave(groups, dim=2) for x in (query, key))
         if normalise:
-            query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
+            query, key = (_normalised(x) for x in (query, key))
         query = query * query.shape[-1] ** -0.5
         # [n, heads, t, ...]
         query, key, values = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
@@ -229,6 +229,10 @@ def gated_delta_rule(
             output, state = _chunk(*part, state.to(dtype))
             outputs.append(output)
         return torch.cat(outputs, dim=2).transpose(1, 2).to(value.dtype), state
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 def _chunk(
