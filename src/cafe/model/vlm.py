@@ -20,8 +20,8 @@ from cafe.model.attention import SdpaWhileGenerating, layer_windows, row_sharing
 from cafe.model.best_of import best
 from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT, write_captions
 from cafe.model.checkpoint.directory import load_pretrained, save_checkpoint
-from cafe.model.encoding import Encoding, encode_inputs
 from cafe.model.delta_rule import allow_branches
+from cafe.model.encoding import Encoding, encode_inputs
 from cafe.model.families import family_of
 from cafe.model.families.base import distinct_features
 from cafe.model.hidden import features_of_rows, hidden_states
@@ -335,12 +335,10 @@ class CAFe(TokenEncoder, nn.Module):
     def score(
         self, query: Input, candidates: Sequence[Input], *, batch_size: int = 32
     ) -> Float[np.ndarray, " n"]:
-        """How well each candidate matches the query, judged separately for each candidate.
+        """How well each candidate matches the query, each by itself; `rerank` orders them better.
 
         >>> model.score(image, ["a dog", "an empty scene"]).round(2)  # as in `generate`
         array([0.01, 0.04], dtype=float32)
-
-        `rerank`, which also weighs the embeddings, orders search results better.
 
         Args:
             query: one image, with texts as candidates; or a text, with images as candidates.
