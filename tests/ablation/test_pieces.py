@@ -56,10 +56,10 @@ def test_every_variant_has_the_same_claims_fixed_beforehand():
     found = questions(["one", "two"])
     assert found[: len(QUESTIONS)] == QUESTIONS
     added = found[len(QUESTIONS) :]
-    assert [q.text.split()[1] for q in added] == ["one", "one", "two", "two"]
-    by_variant = [[(c.score, c.other, c.sign, c.above) for c in q.claims] for q in added]
-    assert by_variant[:2] == by_variant[2:]
-    margins = {(c.score, c.other): (c.sign, c.above) for c in added[1].claims}
+    assert [q.text.split()[1] for q in added] == ["one"] * 3 + ["two"] * 3
+    by_variant = [[(c.score, c.baseline, c.sign, c.above) for c in q.claims] for q in added]
+    assert by_variant[:3] == by_variant[3:]
+    margins = {(c.score, c.other): (c.sign, c.above) for c in added[2].claims}
     assert margins[("presence/question_accuracy", "joint")] == (1, -0.02)
     assert margins[("caption/caption_loss", "joint")] == (-1, -0.02)
 

@@ -1,7 +1,8 @@
 """The claims that an ablation tests, fixed before anything is measured, and their verdicts.
 
-A claim is about one score of two arms: `arm - scale * other`, with the sign that makes larger
-better, exceeds a threshold. It is supported if the whole 95 % interval exceeds it, not supported if
+A claim is about one score of two arms, or about two scores of one arm: `arm - scale * other`, with
+the sign that makes larger better, exceeds a threshold. With scale 0 it is about the arm alone. It
+is supported if the whole 95 % interval exceeds it, not supported if
 no part of the interval does, and not decided otherwise.
 """
 
@@ -22,7 +23,8 @@ Verdict = Literal["supported", "not supported", "not decided", "not measured"]
 class Claim:
     """`sign * (arm - scale * other) > above`, for one score.
 
-    statement   the same in words
+    statement     the same in words
+    other_score   the score of `other`, where it is another one
     """
 
     statement: str
@@ -32,6 +34,12 @@ class Claim:
     sign: int
     above: float = 0.0
     scale: float = 1.0
+    other_score: str | None = None
+
+    @property
+    def baseline(self) -> str:
+        """The score of `other`."""
+        return self.other_score or self.score
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,16 @@ GAP = "gap/modality_gap"
 WORD = "scenes-retrieval/hard_word_accuracy"
 ORDER = "scenes-retrieval/hard_order_accuracy"
 MATCH = "scenes-match/match_accuracy"
-GAINS = tuple(f"scenes-match/{way}_gain@1" for way in ("image_to_text", "text_to_image"))
+WAYS = {"image_to_text": "image → text", "text_to_image": "text → image"}
+GAINS = tuple(f"scenes-match/{way}_gain@1" for way in WAYS)
+LIKELIER_WORD = "scenes-likelihood/likelihood_word_accuracy"
+LIKELIER_ORDER = "scenes-likelihood/likelihood_order_accuracy"
+
+
+TRAINED_FOR = {
+    "scenes-thoughts": "R@1: better read after a thought",
+    "scenes-tokens": "R@1: better by token vectors",
+}
 
 
 def _non_inferior(
@@ -75,6 +92,15 @@ def _hallucinates_less(other: str) -> tuple[Claim, ...]:
         Claim("higher THRONE F0.5", THRONE, JOINT, other, 1),
         Claim("higher POPE accuracy", POPE, JOINT, other, 1),
     )
+
+
+def _more(score: str, what: str, baseline: str, arm: str = JOINT) -> Claim:
+    """One score of an arm is larger than another one of the same arm."""
+    return Claim(what, score, arm, arm, 1, other_score=baseline)
+
+
+def _at_least(score: str, what: str, goal: float) -> Claim:
+    return Claim(f"{what}: at least {100 * goal:g}", score, JOINT, JOINT, 1, goal, scale=0.0)
 
 
 QUESTIONS = (
@@ -125,15 +151,71 @@ QUESTIONS = (
             Claim("narrower than after language-only training", GAP, JOINT, LANGUAGE, -1),
         ),
     ),
+    ClaimGroup(
+        "Do the words of the jointly trained model find more than its embedding?",
+        (
+            *(
+                _more(
+                    f"scenes-captions/{way}_recall@1",
+                    f"{name}, R@1: more with its captions mixed into the embeddings",
+                    f"scenes-retrieval/{way}_recall@1",
+                )
+                for way, name in WAYS.items()
+            ),
+            *(
+                _more(
+                    f"scenes-likelihood/{way}_reranked@1",
+                    f"{name}, R@1: more with ten reranked by the likelihood of the caption",
+                    f"scenes-retrieval/{way}_recall@1",
+                )
+                for way, name in WAYS.items()
+            ),
+            *(
+                _more(
+                    f"scenes-likelihood/{way}_reranked@1",
+                    f"{name}, R@1: more reranked by the likelihood than by the match question",
+                    f"scenes-match/{way}_reranked@1",
+                )
+                for way, name in WAYS.items()
+            ),
+            _more(LIKELIER_WORD, "captions with one wrong word: more by likelihood", WORD),
+            _more(LIKELIER_ORDER, "captions with two objects swapped: more by likelihood", ORDER),
+        ),
+    ),
+    ClaimGroup(
+        "Does the jointly trained model reach the goals that were set?",
+        (
+            *(
+                _at_least(
+                    f"scenes-likelihood/{way}_reranked@1",
+                    f"{name}, R@1, ten reranked by likelihood",
+                    0.95,
+                )
+                for way, name in WAYS.items()
+            ),
+            *(
+                _at_least(
+                    f"scenes-likelihood/{way}_gain@1", f"{name}, gain of reranking by it", 0.15
+                )
+                for way, name in WAYS.items()
+            ),
+            _at_least(LIKELIER_WORD, "captions with one wrong word, by likelihood", 0.80),
+            _at_least(LIKELIER_ORDER, "captions with two objects swapped, by likelihood", 0.75),
+            _at_least(MATCH, "match question, near misses", 0.88),
+        ),
+    ),
 )  # fmt: skip
 
 
 def questions(variants: Sequence[str] = ()) -> tuple[ClaimGroup, ...]:
-    """All questions of an ablation: those of the loss weights, and two for each variant."""
+    """All questions of an ablation: those of the loss weights, and three for each variant.
+
+    A question of which no score is measured has no place in a report.
+    """
     return (*QUESTIONS, *(question for name in variants for question in _of_variant(name)))
 
 
-def _of_variant(name: str) -> tuple[ClaimGroup, ClaimGroup]:
+def _of_variant(name: str) -> tuple[ClaimGroup, ...]:
     """What a variant of the joint training finds, and what it costs, the same for every variant."""
     better = {
         I2T: "image → text, R@1",
@@ -149,6 +231,19 @@ def _of_variant(name: str) -> tuple[ClaimGroup, ClaimGroup]:
             f"Does {name} find more than joint training alone?",
             tuple(
                 Claim(f"{what}: better", score, name, JOINT, 1) for score, what in better.items()
+            ),
+        ),
+        ClaimGroup(
+            f"Does {name} find more in the way that it was trained for than by its embedding?",
+            tuple(
+                _more(
+                    f"{task}/{way}_recall@1",
+                    f"{words}, {how}",
+                    f"scenes-retrieval/{way}_recall@1",
+                    name,
+                )
+                for task, how in TRAINED_FOR.items()
+                for way, words in WAYS.items()
             ),
         ),
         ClaimGroup(

@@ -62,9 +62,17 @@ def mean_interval(runs: Sequence[Samples], score: str) -> Interval:
 
 
 def difference_interval(
-    runs: Mapping[int, Samples], others: Mapping[int, Samples], score: str, *, scale: float = 1.0
+    runs: Mapping[int, Samples],
+    others: Mapping[int, Samples],
+    score: str,
+    *,
+    scale: float = 1.0,
+    other_score: str | None = None,
 ) -> Interval:
     """The mean of `run - scale * other` over the seeds that both have; both map seeds to rows.
+
+    The score of the others is `other_score`, if it is given; resamples of the scenes are the same
+    for all tasks, so two scores of one model are paired by scene, too.
 
     Raises:
         ValueError: they have no seed in common.
@@ -72,5 +80,6 @@ def difference_interval(
     common = [seed for seed in runs if seed in others]
     if not common:
         raise ValueError("the two arms have no seed in common")
-    rows = [runs[seed][score] - scale * others[seed][score] for seed in common]
+    baseline = other_score or score
+    rows = [runs[seed][score] - scale * others[seed][baseline] for seed in common]
     return interval_over_seeds(np.stack(rows), confidence=CONFIDENCE)

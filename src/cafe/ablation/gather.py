@@ -125,9 +125,12 @@ def _scores(runs: Sequence[Samples]) -> dict[str, Measured]:
 
 def _claim_difference(claim: Claim, rows: Mapping[str, Mapping[int, Samples]]) -> Interval | None:
     arm, other = rows[claim.arm], rows[claim.other]
-    if claim.score not in next(iter(arm.values())):
+    measured = (claim.score, arm), (claim.baseline, other)
+    if any(score not in next(iter(runs.values())) for score, runs in measured):
         return None
-    return difference_interval(arm, other, claim.score, scale=claim.scale)
+    return difference_interval(
+        arm, other, claim.score, scale=claim.scale, other_score=claim.other_score
+    )
 
 
 def _map(results: Sequence[StoredResult]) -> Cloud | None:

@@ -51,6 +51,27 @@ ROWS: dict[str, dict[str, str]] = {
         "scenes-match/image_to_text_gain@1": "gain of reranking, image → text",
         "scenes-match/text_to_image_gain@1": "gain of reranking, text → image",
     },
+    "Likelihood of the caption": {
+        "scenes-likelihood/likelihood_accuracy": "own caption above a near miss (chance 50)",
+        claims.LIKELIER_WORD: "one word differs (chance 25)",
+        claims.LIKELIER_ORDER: "two objects swapped (chance 50)",
+        "scenes-likelihood/image_to_text_reranked@1": "image → text R@1, reranked",
+        "scenes-likelihood/text_to_image_reranked@1": "text → image R@1, reranked",
+        "scenes-likelihood/image_to_text_gain@1": "gain of reranking, image → text",
+        "scenes-likelihood/text_to_image_gain@1": "gain of reranking, text → image",
+    },
+    "Embedded with own captions": {
+        "scenes-captions/image_to_text_recall@1": "image → text R@1",
+        "scenes-captions/text_to_image_recall@1": "text → image R@1",
+        "scenes-captions/hard_word_accuracy": "one word differs (chance 25)",
+        "scenes-captions/hard_order_accuracy": "two objects swapped (chance 50)",
+    },
+    "Read after a thought": {
+        "scenes-thoughts/image_to_text_recall@1": "image → text R@1",
+        "scenes-thoughts/text_to_image_recall@1": "text → image R@1",
+        "scenes-thoughts/hard_word_accuracy": "one word differs (chance 25)",
+        "scenes-thoughts/hard_order_accuracy": "two objects swapped (chance 50)",
+    },
     "Late interaction": {
         "scenes-tokens/image_to_text_recall@1": "image → text R@1",
         "scenes-tokens/text_to_image_recall@1": "text → image R@1",
@@ -182,7 +203,12 @@ def _about(findings: Findings) -> str:
 def _answers(findings: Findings) -> Iterator[str]:
     intervals = dict(findings.claims)
     variants = [arm.name for arm in findings.arms if arm.variant]
-    for number, question in enumerate(questions(variants), 1):
+    asked = [
+        question
+        for question in questions(variants)
+        if any(intervals[claim] is not None for claim in question.claims)
+    ]
+    for number, question in enumerate(asked, 1):
         lines = [(claim, intervals[claim]) for claim in question.claims]
         verdicts: list[Verdict] = [verdict(claim, interval) for claim, interval in lines]
         yield f"**{number}. {question.text}** {_sentence(answer(verdicts))}"
@@ -197,11 +223,13 @@ def _sentence(text: str) -> str:
 def _claim_row(findings: Findings, claim: Claim, interval: Interval | None) -> tuple[str, ...]:
     if interval is None:
         return claim.statement, "–", "–", verdict(claim, interval)
+    sides = [(claim.arm, claim.score), (claim.other, claim.baseline)][: 2 if claim.scale else 1]
     values = [
-        f"{_label(name)} {_number(claim.score, findings.arm(name).scores[claim.score].interval[0])}"
-        for name in (claim.arm, claim.other)
+        f"{_label(name)} {_number(score, findings.arm(name).scores[score].interval[0])}"
+        for name, score in sides
     ]
-    scaled = "" if claim.scale == 1 else f" (from {claim.scale:g} × {_label(claim.other)})"
+    whole = claim.scale in (0, 1)
+    scaled = "" if whole else f" (from {claim.scale:g} × {_label(claim.other)})"
     shown = _signed(claim.score, interval) + scaled
     return claim.statement, ", ".join(values), shown, f"**{verdict(claim, interval)}**"
 
