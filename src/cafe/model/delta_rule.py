@@ -221,14 +221,21 @@ def gated_delta_rule(
         # [n, heads, t, ...]
         query, key, values = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
         log_decay, beta = (x.to(dtype).transpose(1, 2) for x in (log_decay, beta))
-        if state is None:
-            state = value.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1], dtype=dtype)
+        shape = (*key.shape[:2], key.shape[-1], value.shape[-1])
+        carried = value.new_zeros(shape, dtype=dtype) if state is None else state.to(dtype)
         outputs = []
         for begin in range(0, query.shape[2], CHUNK):
-            part = (x[:, :, begin : begin + CHUNK] for x in (query, key, values, log_decay, beta))
-            output, state = _chunk(*part, state.to(dtype))
+            at = slice(begin, begin + CHUNK)
+            output, carried = _chunk(
+                query[:, :, at],
+                key[:, :, at],
+                values[:, :, at],
+                log_decay[:, :, at],
+                beta[:, :, at],
+                carried,
+            )
             outputs.append(output)
-        return torch.cat(outputs, dim=2).transpose(1, 2).to(value.dtype), state
+        return torch.cat(outputs, dim=2).transpose(1, 2).to(value.dtype), carried
 
 
 def _normalised(x: Tensor) -> Tensor:
