@@ -6,8 +6,9 @@ Scenes of the split "test" are generated from a seed and indexed by `cafe index`
 the first ones are the queries. A hit is correct if its image contains exactly the objects that the
 caption names (and has its background, if the caption names one), so an image with the same content
 is no error. The reranked order is that of the function behind `cafe search --rerank`; `match alone`
-orders by the model's answer only. Intervals are 95 % bootstrap intervals over captions. The last
-line is `rerank_gain: X [low, high]`, reranked minus plain, paired.
+orders by the model's answer only, `by likelihood` as `--rerank-by likelihood` does. Intervals are
+95 % bootstrap intervals over captions. The last lines are `rerank_gain: X [low, high]`, reranked
+minus plain, paired, and `likelihood_gain`, the same by likelihood.
 """
 
 from __future__ import annotations
@@ -66,18 +67,21 @@ def main() -> None:
             hits = searcher.search(vector, given.rerank)
             found = searcher.rerank(entry.caption, hits)
             by_match = max(found, key=lambda one: one.match or 0.0)
+            likely = searcher.rerank(entry.caption, hits, by="likelihood")
             good = {hit.id: fits(truth[hit.id].scene, entry.scene, entry.caption) for hit in hits}
-            first = (hits[0], by_match, found[0])
+            first = (hits[0], by_match, found[0], likely[0])
             right.append([*(good[hit.id] for hit in first), any(good.values())])
 
     print(f"{given.scenes:,} images, {len(asked)} captions, the {given.rerank} best reranked\n")
-    cosine, match, both, within = np.array(right).T
+    cosine, match, both, likely, within = np.array(right).T
     print(formatted("R@1, cosine", cosine))
     print(formatted("R@1, match alone", match))
     print(formatted("R@1, reranked", both))
+    print(formatted("R@1, by likelihood", likely))
     print(formatted(f"R@{given.rerank}", within), "\n")
-    gain = paired_interval(both, cosine)
-    print(f"rerank_gain: {gain.estimate:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
+    for name, reranked in (("rerank", both), ("likelihood", likely)):
+        gain = paired_interval(reranked, cosine)
+        print(f"{name}_gain: {gain.estimate:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
 
 
 if __name__ == "__main__":
