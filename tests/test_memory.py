@@ -36,3 +36,34 @@ def test_memory_that_was_freed_is_kept() -> None:
 
     assert page_faults("keep", 16) < 2000
     assert page_faults("plain", 40) > 10_000, "page faults are not seen here"
+
+
+_TAKE_MANY_AND_RETURN = """
+from cafe.memory import keep_memory, return_memory
+keep_memory()
+import torch
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+torch.ones(1 << 18).sum()
+taken = [torch.ones(1 << 20) for _ in range(64)]  # 4 MiB each
+full = resident()
+last = taken.pop()
+del taken  # below the last one, where nothing is trimmed by itself
+kept = resident()
+return_memory()
+print(full - kept, kept - resident())
+"""
+
+
+@pytest.mark.slow
+def test_kept_memory_can_be_returned() -> None:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("glibc only")
+    done = subprocess.run(
+        [sys.executable, "-c", _TAKE_MANY_AND_RETURN], check=True, capture_output=True, text=True
+    )
+    freed, returned = map(int, done.stdout.split())
+    assert freed < 50, "it was not kept"
+    assert returned > 200
