@@ -368,14 +368,8 @@ def qwen2_5_vl(sizes: Sizes) -> tuple[Any, Any]:
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-def qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
+def _qwen3_vl(sizes: Sizes, config: Any, model: Any, **text: Any) -> tuple[Any, Any]:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     words = _qwen_words()
     processor = Qwen3VLProcessor(
@@ -384,25 +378,48 @@ def qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
         video_processor=Qwen3VLVideoProcessor(**_qwen_pixels(sizes)),
         chat_template=_QWEN_CHAT.replace("You are a helpful assistant.", ""),
     )
-    config = Qwen3VLConfig(
-        vision_config={
-            "depth": sizes.layers,
-            "hidden_size": sizes.width,
-            "intermediate_size": 2 * sizes.width,
-            "out_hidden_size": sizes.width,
-            "num_heads": sizes.heads,
-            "patch_size": PATCH,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
-        text_config={
-            **sizes.text(words),
-            "head_dim": sizes.head,
-            "rope_parameters": {**sizes.mrope([4, 2, 2]), "mrope_interleaved": True},
-        },
-        **_qwen_ids(words),
+    return model(
+        config(
+            vision_config={
+                "depth": sizes.layers,
+                "hidden_size": sizes.width,
+                "intermediate_size": 2 * sizes.width,
+                "out_hidden_size": sizes.width,
+                "num_heads": sizes.heads,
+                "patch_size": PATCH,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            text_config={
+                **sizes.text(words),
+                "head_dim": sizes.head,
+                "rope_parameters": {**sizes.mrope([4, 2, 2]), "mrope_interleaved": True},
+                **text,
+            },
+            **_qwen_ids(words),
+        )
+    ), processor
+
+
+def qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    return _qwen3_vl(sizes, Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+
+
+def qwen3_vl_moe(sizes: Sizes) -> tuple[Any, Any]:
+    """The first layer's MLP is dense, the others are mixtures of experts."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    return _qwen3_vl(
+        sizes,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=sizes.width,
+        mlp_only_layers=[0],
     )
-    return Qwen3VLForConditionalGeneration(config), processor
 
 
 def _qwen3_5(sizes: Sizes, config: Any, model: Any, **text: Any) -> tuple[Any, Any]:
@@ -632,6 +649,7 @@ FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
         qwen2_vl,
         qwen2_5_vl,
         qwen3_vl,
+        qwen3_vl_moe,
         qwen3_5,
         qwen3_5_moe,
         gemma3,

@@ -22,7 +22,7 @@ from helpers import builders, plain
 from helpers.family_examples import EXACT, A, turn
 from helpers.images import noise
 
-QWEN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"}
+QWEN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"}
 NATIVE = {"llava_onevision", *QWEN, "internvl", "smolvlm"}
 
 

@@ -17,7 +17,7 @@ from cafe.model.families.llava_next import LlavaNext
 from cafe.model.families.llava_onevision import LlavaOnevision
 from cafe.model.families.qwen2_vl import Qwen2VL, Qwen25VL
 from cafe.model.families.qwen3_5 import Qwen35, Qwen35MoE
-from cafe.model.families.qwen3_vl import Qwen3VL
+from cafe.model.families.qwen3_vl import Qwen3VL, Qwen3VLMoE
 
 _FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -27,6 +27,7 @@ _FAMILIES: dict[str, Family] = {
         Qwen2VL(),
         Qwen25VL(),
         Qwen3VL(),
+        Qwen3VLMoE(),
         Qwen35(),
         Qwen35MoE(),
         Gemma3(),
