@@ -485,6 +485,90 @@ def qwen3_5_moe(sizes: Sizes) -> tuple[Any, Any]:
     )
 
 
+GLM = (
+    "{{- '[gMASK]<sop>' -}}{%- for message in messages -%}"
+    "{{- '<|' + message['role'] + '|>\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}"
+    "{{- '<|begin_of_image|><|image|><|end_of_image|>' -}}{%- elif part['type'] == 'video' -%}"
+    "{{- '<|begin_of_video|><|video|><|end_of_video|>' -}}"
+    "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>\n' -}}{%- endif -%}"
+)
+
+
+def _glm4v(
+    sizes: Sizes, config: Any, model: Any, processor: Any, image: Any, video: Any
+) -> tuple[Any, Any]:
+    edges = [f"<|{end}_of_{what}|>" for what in ("image", "video") for end in ("begin", "end")]
+    roles = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"]
+    words = tokenizer(
+        ["<|endoftext|>", *roles, *edges, "<|image|>", "<|video|>"],
+        {"image_token": "<|image|>", "video_token": "<|video|>"},
+        eos="<|endoftext|>",
+        pad="<|endoftext|>",
+    )
+    # These sizes are of a pair of frames, and of a whole video.
+    pixels, clip = _qwen_pixels(sizes), _qwen_pixels(sizes)
+    pixels["size"] = {name: 2 * size for name, size in pixels["size"].items()}
+    clip["size"] = {"shortest_edge": 2 * 16 * 16, "longest_edge": 6 * sizes.image**2}
+    image_id, video_id, *ids = words.convert_tokens_to_ids(["<|image|>", "<|video|>", *edges])
+    names = [f"{what}_{end}_token_id" for what in ("image", "video") for end in ("start", "end")]
+    return model(
+        config(
+            vision_config={
+                "model_type": "glm4v_vision",
+                "depth": sizes.layers,
+                "hidden_size": sizes.width,
+                "intermediate_size": 2 * sizes.width,
+                "out_hidden_size": sizes.width,
+                "num_heads": sizes.heads,
+                "image_size": sizes.view,
+                "patch_size": PATCH,
+            },
+            text_config={
+                "model_type": "glm4v_text",
+                **sizes.text(words),
+                "rope_parameters": {**sizes.mrope([2, 1, 1]), "partial_rotary_factor": 0.5},
+            },
+            image_token_id=image_id,
+            video_token_id=video_id,
+            **dict(zip(names, ids, strict=True)),
+        )
+    ), processor(
+        image_processor=image(**pixels),
+        tokenizer=words,
+        video_processor=video(**clip),
+        chat_template=GLM,
+    )
+
+
+def glm4v(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import (
+        Glm4vConfig,
+        Glm4vForConditionalGeneration,
+        Glm4vImageProcessor,
+        Glm4vProcessor,
+        Glm4vVideoProcessor,
+    )
+
+    classes = Glm4vConfig, Glm4vForConditionalGeneration, Glm4vProcessor
+    return _glm4v(sizes, *classes, Glm4vImageProcessor, Glm4vVideoProcessor)
+
+
+def glm46v(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import (
+        Glm46VConfig,
+        Glm46VForConditionalGeneration,
+        Glm46VImageProcessor,
+        Glm46VProcessor,
+        Glm46VVideoProcessor,
+    )
+
+    classes = Glm46VConfig, Glm46VForConditionalGeneration, Glm46VProcessor
+    return _glm4v(sizes, *classes, Glm46VImageProcessor, Glm46VVideoProcessor)
+
+
 def gemma3(sizes: Sizes) -> tuple[Any, Any]:
     """An image has 16 tokens, the sliding window 10."""
     from transformers import (
@@ -652,6 +736,8 @@ FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
         qwen3_vl_moe,
         qwen3_5,
         qwen3_5_moe,
+        glm4v,
+        glm46v,
         gemma3,
         internvl,
         idefics3,

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from cafe.errors import FamilyError
 from cafe.model.families.base import Family, Grid, ProcessedImages
 from cafe.model.families.gemma3 import Gemma3
+from cafe.model.families.glm4v import Glm4V, Glm46V
 from cafe.model.families.idefics3 import Idefics3, SmolVLM
 from cafe.model.families.internvl import InternVL
 from cafe.model.families.llava_next import LlavaNext
@@ -30,6 +31,8 @@ _FAMILIES: dict[str, Family] = {
         Qwen3VLMoE(),
         Qwen35(),
         Qwen35MoE(),
+        Glm4V(),
+        Glm46V(),
         Gemma3(),
         InternVL(),
         Idefics3(),
