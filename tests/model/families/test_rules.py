@@ -210,6 +210,16 @@ def test_an_answer_begins_as_the_template_writes_it_and_turns_end_where_it_says(
     assert model.collator.pooled_token == "<end_of_utterance>"
 
 
+def test_an_answer_that_the_template_does_not_close_ends_with_eos(tmp_path: Path):
+    model = CAFe.from_pretrained(builders.build("glm4v", tmp_path / "glm4v"))
+    asked = (*turn(A, "Is it?", "yes"), *turn("Why?", "so"))
+    first, second = model.collator.render.answers(asked)
+    assert first.text.endswith("Is it?<|assistant|>\nyes<|endoftext|>")
+    assert first.text[-first.labelled :] == "yes<|endoftext|>"
+    assert second.text.endswith("yes<|user|>\nWhy?<|assistant|>\nso<|endoftext|>")
+    assert model.collator.pooled_token == "<|endoftext|>"
+
+
 def test_examples_that_share_a_image_share_its_tokens(tmp_path: Path):
     model = CAFe.from_pretrained(builders.build("qwen3_vl", tmp_path / "qwen3_vl"))
     example = Example("e", dialogues=(turn(A, "Is it?", "yes"), turn(A, B, "Which?", "no")))
