@@ -569,6 +569,66 @@ def glm46v(sizes: Sizes) -> tuple[Any, Any]:
     return _glm4v(sizes, *classes, Glm46VImageProcessor, Glm46VVideoProcessor)
 
 
+MISTRAL_3 = (
+    "{{- bos_token -}}{%- for message in messages -%}"
+    "{%- set mark = {'user': ['[INST]', '[/INST]'], 'assistant': ['', '</s>'], "
+    "'system': ['[SYSTEM_PROMPT]', '[/SYSTEM_PROMPT]']}[message['role']] -%}{{- mark[0] -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{- '[IMG]' -}}"
+    "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- mark[1] -}}{%- endfor -%}"
+)
+
+
+def mistral3(sizes: Sizes) -> tuple[Any, Any]:
+    """With Ministral 3, whose queries grow with their position: here from the eighth on."""
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        PixtralImageProcessor,
+        PixtralProcessor,
+    )
+
+    marks = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    words = tokenizer(
+        ["<s>", "</s>", "<pad>", *marks, "[IMG]", "[IMG_BREAK]", "[IMG_END]"],
+        {},
+        eos="</s>",
+        pad="<pad>",
+        bos_token="<s>",
+    )
+    processor = PixtralProcessor(
+        image_processor=PixtralImageProcessor(size={"longest_edge": sizes.image}),
+        tokenizer=words,
+        patch_size=PATCH,
+        spatial_merge_size=2,
+        chat_template=MISTRAL_3,
+    )
+    config = Mistral3Config(
+        vision_config={
+            "model_type": "pixtral",
+            **sizes.tower(),
+            "image_size": sizes.image,
+            "patch_size": PATCH,
+        },
+        text_config={
+            "model_type": "ministral3",
+            **sizes.text(words),
+            "head_dim": sizes.head,
+            "bos_token_id": words.bos_token_id,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        image_token_index=processor.image_token_id,
+    )
+    return Mistral3ForConditionalGeneration(config), processor
+
+
 def gemma3(sizes: Sizes) -> tuple[Any, Any]:
     """An image has 16 tokens, the sliding window 10."""
     from transformers import (
@@ -738,6 +798,7 @@ FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
         qwen3_5_moe,
         glm4v,
         glm46v,
+        mistral3,
         gemma3,
         internvl,
         idefics3,

@@ -16,6 +16,7 @@ from cafe.model.families.idefics3 import Idefics3, SmolVLM
 from cafe.model.families.internvl import InternVL
 from cafe.model.families.llava_next import LlavaNext
 from cafe.model.families.llava_onevision import LlavaOnevision
+from cafe.model.families.mistral3 import Mistral3
 from cafe.model.families.qwen2_vl import Qwen2VL, Qwen25VL
 from cafe.model.families.qwen3_5 import Qwen35, Qwen35MoE
 from cafe.model.families.qwen3_vl import Qwen3VL, Qwen3VLMoE
@@ -33,6 +34,7 @@ _FAMILIES: dict[str, Family] = {
         Qwen35MoE(),
         Glm4V(),
         Glm46V(),
+        Mistral3(),
         Gemma3(),
         InternVL(),
         Idefics3(),
