@@ -629,6 +629,101 @@ def mistral3(sizes: Sizes) -> tuple[Any, Any]:
     return Mistral3ForConditionalGeneration(config), processor
 
 
+def lfm2_vl(sizes: Sizes) -> tuple[Any, Any]:
+    """Images over 2,048 pixels are split into tiles. The last layer is a convolution."""
+    from transformers import (
+        Lfm2VlConfig,
+        Lfm2VlForConditionalGeneration,
+        Lfm2VlImageProcessor,
+        Lfm2VlProcessor,
+    )
+
+    named = {
+        "image_token": "<image>",
+        "image_start_token": "<|image_start|>",
+        "image_end_token": "<|image_end|>",
+        "image_thumbnail_token": "<|img_thumbnail|>",
+    }
+    tiles = [f"<|img_row_{r}_col_{c}|>" for r in range(1, 5) for c in range(1, 5)]
+    chat = ["<|startoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    words = tokenizer(
+        [*chat, *named.values(), *tiles],
+        named,
+        eos="<|im_end|>",
+        pad="<|pad|>",
+        bos_token="<|startoftext|>",
+    )
+    processor = Lfm2VlProcessor(
+        Lfm2VlImageProcessor(
+            encoder_patch_size=PATCH,
+            tile_size=sizes.view,
+            max_tiles=4,
+            min_image_tokens=1,
+            max_image_tokens=sizes.patches // 4,
+        ),
+        words,
+        chat_template="{{- bos_token -}}" + chat_ml("<image>"),
+    )
+    config = Lfm2VlConfig(
+        vision_config={
+            "model_type": "siglip2_vision_model",
+            **sizes.tower(),
+            "patch_size": PATCH,
+            "num_patches": sizes.patches,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "lfm2",
+            **sizes.text(words),
+            "num_hidden_layers": sizes.layers + 1,
+            "layer_types": ["conv"] * (sizes.layers - 1) + ["full_attention", "conv"],
+            "block_auto_adjust_ff_dim": False,
+            "initializer_range": 0.1,  # or the convolutions' states would hardly count
+        },
+        image_token_id=processor.image_token_id,
+        projector_hidden_size=sizes.width,
+    )
+    return Lfm2VlForConditionalGeneration(config), processor
+
+
+def lfm3_vl(sizes: Sizes) -> tuple[Any, Any]:
+    """All three kinds of layers; the window of one of them has 12 tokens."""
+    from transformers import (
+        Lfm3VlConfig,
+        Lfm3VlForConditionalGeneration,
+        Lfm3VlProcessor,
+        Qwen2VLImageProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    words = _qwen_words()
+    processor = Lfm3VlProcessor(
+        image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
+        tokenizer=words,
+        video_processor=Qwen3VLVideoProcessor(**_qwen_pixels(sizes)),
+        chat_template=_QWEN_CHAT.replace("You are a helpful assistant.", ""),
+    )
+    config = Lfm3VlConfig(
+        vision_config={
+            **sizes.tower(),
+            "num_key_value_heads": sizes.heads // 2,
+            "patch_size": PATCH,
+            "layer_types": ["conv"] * (sizes.layers - 1) + ["full_attention"],
+        },
+        text_config={
+            "model_type": "lfm3",
+            **sizes.text(words),
+            "num_hidden_layers": sizes.layers + 1,
+            "layer_types": ["conv"] * (sizes.layers - 1) + ["sliding_attention", "full_attention"],
+            "head_dim": sizes.head,
+            "sliding_window": sizes.window or 12,
+        },
+        projector_hidden_size=sizes.width,
+        **_qwen_ids(words),
+    )
+    return Lfm3VlForConditionalGeneration(config), processor
+
+
 def gemma3(sizes: Sizes) -> tuple[Any, Any]:
     """An image has 16 tokens, the sliding window 10."""
     from transformers import (
@@ -799,6 +894,8 @@ FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
         glm4v,
         glm46v,
         mistral3,
+        lfm2_vl,
+        lfm3_vl,
         gemma3,
         internvl,
         idefics3,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from cafe.errors import FamilyError
-from cafe.model.delta_rule import LINEAR
+from cafe.model.delta_rule import STATEFUL
 from cafe.model.families import Family
 from cafe.model.rows.rows import Rows
 from cafe.model.rows.trie import AttentionRule, padding_mask
@@ -25,7 +25,7 @@ def layer_windows(config: Any) -> dict[str, int | None]:
 
     Raises:
         FamilyError: a kind of layer that is neither attention, full or in a sliding window, nor
-            linear attention.
+            one whose state can follow branches.
     """
     text = config.get_text_config()
     if getattr(text, "use_bidirectional_attention", False):
@@ -38,17 +38,17 @@ def layer_windows(config: Any) -> dict[str, int | None]:
         return {"every": window}
     known = {"full_attention": None, "sliding_attention": window}
     for kind in kinds:
-        if kind not in (*known, LINEAR):
+        if kind not in (*known, *STATEFUL):
             raise FamilyError(
                 f"model type {config.model_type!r}: its {kind!r} layers cannot share a row; "
-                f"cafe supports {', '.join((*known, LINEAR))}"
+                f"cafe supports {', '.join((*known, *STATEFUL))}"
             )
-    return {kind: known[kind] for kind in sorted(set(kinds) - {LINEAR})}
+    return {kind: known[kind] for kind in sorted(set(kinds) - set(STATEFUL))}
 
 
-def carries_state(config: Any) -> bool:
-    """Whether layers of the language model carry a state along the sequence."""
-    return LINEAR in (getattr(config.get_text_config(), "layer_types", None) or ())
+def stateful_layers(config: Any) -> set[str]:
+    """The kinds of layers of the language model that carry a state along the sequence."""
+    return set(STATEFUL) & set(getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def row_sharing(config: Any, family: Family) -> Literal["trie", "none"]:
@@ -84,9 +84,9 @@ def attention_masks(rows: Rows, model: Any, windows: dict[str, int | None]) -> A
     effective = {k: w if w is not None and w < length else None for k, w in windows.items()}
     masks = {window: mask_of(rows, model, window) for window in set(effective.values())}
     by_kind = {kind: masks[window] for kind, window in effective.items()}
-    if carries_state(model.config):
+    if stateful := stateful_layers(model.config):
         # Padding is on the right, and branches are kept apart by `segments`.
-        return {**by_kind, LINEAR: None}
+        return {**by_kind, **dict.fromkeys(stateful)}
     if len(windows) > 1:
         return by_kind
     mask = masks[next(iter(effective.values()))]

@@ -104,6 +104,7 @@ def test_a_window_measured_in_row_indices_would_be_noticed(
         difference = float((family_model(rows, vision) - right).abs().max())
     has_window = family_model.family.model_type in {
         "gemma3",
+        "lfm3_vl",
         "llava_next",
         "llava_onevision",
         "qwen2_vl",

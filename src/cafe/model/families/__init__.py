@@ -14,6 +14,7 @@ from cafe.model.families.gemma3 import Gemma3
 from cafe.model.families.glm4v import Glm4V, Glm46V
 from cafe.model.families.idefics3 import Idefics3, SmolVLM
 from cafe.model.families.internvl import InternVL
+from cafe.model.families.lfm2_vl import Lfm2VL, Lfm3VL
 from cafe.model.families.llava_next import LlavaNext
 from cafe.model.families.llava_onevision import LlavaOnevision
 from cafe.model.families.mistral3 import Mistral3
@@ -35,6 +36,8 @@ _FAMILIES: dict[str, Family] = {
         Glm4V(),
         Glm46V(),
         Mistral3(),
+        Lfm2VL(),
+        Lfm3VL(),
         Gemma3(),
         InternVL(),
         Idefics3(),

@@ -155,6 +155,17 @@ def flat(groups: Sequence[Sequence[PIL.Image.Image]]) -> list[PIL.Image.Image]:
     return [image for group in groups for image in group]
 
 
+def not_thinner(image: PIL.Image.Image, ratio: int) -> PIL.Image.Image:
+    """The image, broadened where one side is more than `ratio` times the other.
+
+    For processors that fail on images whose shorter side they would scale to nothing.
+    """
+    least = math.ceil(max(image.size) / ratio)
+    if min(image.size) >= least:
+        return image
+    return image.resize((max(image.width, least), max(image.height, least)))
+
+
 def one_by_one(processor: Any, clips: Sequence[Clip]) -> tuple[Tensor, list[str]]:
     """Process each clip separately: all frames [frames, ...] and each clip's placeholder."""
     frames, placeholders = [], []

@@ -8,13 +8,12 @@ mask of its square that separates them: its memory grows with the square of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
 from typing import Any
 
 import PIL.Image
 from torch import Tensor
 
-from cafe.model.families.base import Family, ProcessedImages, flat
+from cafe.model.families.base import Family, ProcessedImages, flat, not_thinner
 
 
 class Mistral3(Family):
@@ -29,7 +28,7 @@ class Mistral3(Family):
         self, processor: Any, groups: Sequence[Sequence[PIL.Image.Image]]
     ) -> ProcessedImages:
         longest = processor.image_processor.size["longest_edge"]
-        images = [_not_too_thin(image, longest) for image in flat(groups)]
+        images = [not_thinner(image, longest) for image in flat(groups)]
         # The processor's own fact, not the image processor's: sides are multiples of merged patches.
         side = processor.patch_size * processor.spatial_merge_size
         inputs = processor.image_processor(images, patch_size=side, return_tensors="pt")
@@ -46,11 +45,3 @@ class Mistral3(Family):
         return tuple(
             f"model.vision_tower.transformer.layers.{i}." for i in range(highest, layers)
         )
-
-
-def _not_too_thin(image: PIL.Image.Image, longest: int) -> PIL.Image.Image:
-    """The image, broadened where transformers would scale its shorter side to no pixels."""
-    least = ceil(max(image.size) / longest)
-    if min(image.size) >= least:
-        return image
-    return image.resize((max(image.width, least), max(image.height, least)))
