@@ -775,6 +775,108 @@ def gemma3(sizes: Sizes) -> tuple[Any, Any]:
     return Gemma3ForConditionalGeneration(config), processor
 
 
+GEMMA_4 = (
+    "{{- bos_token -}}{%- for message in messages -%}"
+    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
+    "{{- '<|turn>' + role + '\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] | trim -}}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '\n\n<|image|>\n\n' -}}"
+    "{%- elif part['type'] == 'video' -%}{{- '\n\n<|video|>\n\n' -}}"
+    "{%- else -%}{{- part['text'] | trim -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- '<turn|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{- '<|turn>model\n<|channel>thought\n<channel|>' -}}{%- endif -%}"
+)
+
+
+def gemma4(sizes: Sizes, **text: Any) -> tuple[Any, Any]:
+    """All that the published models have, in one. An image has up to 70 tokens, the window 12.
+
+    The last two layers take keys and values from the two before.
+    """
+    from transformers import (
+        Gemma4AudioFeatureExtractor,
+        Gemma4Config,
+        Gemma4ForConditionalGeneration,
+        Gemma4ImageProcessor,
+        Gemma4Processor,
+        Gemma4VideoProcessor,
+    )
+
+    named = {
+        "image_token": "<|image|>",
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "audio_token": "<|audio|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+    }
+    turns = ["<|turn>", "<turn|>", "<|channel>", "<channel|>"]
+    words = tokenizer(
+        ["<pad>", "<eos>", "<bos>", *turns, *named.values(), "<|video|>"],
+        named,
+        eos="<turn|>",
+        pad="<pad>",
+        bos_token="<bos>",
+    )
+    pixels = {"patch_size": PATCH // 2, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    processor = Gemma4Processor(
+        feature_extractor=Gemma4AudioFeatureExtractor(),
+        image_processor=Gemma4ImageProcessor(**pixels),
+        tokenizer=words,
+        video_processor=Gemma4VideoProcessor(**pixels),
+        image_seq_length=70,
+        chat_template=GEMMA_4,
+    )
+    attention = {"num_key_value_heads": sizes.heads // 2, "head_dim": sizes.head}
+    ids = words.convert_tokens_to_ids
+    config = Gemma4Config(
+        vision_config={
+            **sizes.tower(),
+            **attention,
+            "patch_size": PATCH // 2,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 160,
+            "standardize": True,
+        },
+        audio_config={
+            "hidden_size": sizes.width,
+            "num_hidden_layers": 1,
+            "num_attention_heads": sizes.heads,
+            "subsampling_conv_channels": [4, 2],
+            "output_proj_dims": sizes.width,
+        },
+        text_config={
+            **sizes.text(words),
+            **attention,
+            "global_head_dim": 2 * sizes.head,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "attention_k_eq_v": True,
+            "sliding_window": sizes.window or 12,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": len(words),
+            "use_bidirectional_attention": "vision",
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": sizes.width,
+            "bos_token_id": words.bos_token_id,
+            **text,
+        },
+        boi_token_id=ids("<|image>"),
+        eoi_token_id=ids("<image|>"),
+        image_token_id=ids("<|image|>"),
+        video_token_id=ids("<|video|>"),
+        boa_token_id=ids("<|audio>"),
+        eoa_token_index=ids("<audio|>"),
+        audio_token_id=ids("<|audio|>"),
+    )
+    return Gemma4ForConditionalGeneration(config), processor
+
+
 def internvl(sizes: Sizes) -> tuple[Any, Any]:
     from transformers import (
         GotOcr2ImageProcessor,
@@ -880,7 +982,7 @@ def idefics3(sizes: Sizes) -> tuple[Any, Any]:
     return Idefics3ForConditionalGeneration(_smol_config(sizes, words, Idefics3Config)), processor
 
 
-FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
+FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
     family.__name__: family
     for family in (
         llava_onevision,
@@ -897,6 +999,7 @@ FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
         lfm2_vl,
         lfm3_vl,
         gemma3,
+        gemma4,
         internvl,
         idefics3,
         smolvlm,
@@ -905,10 +1008,17 @@ FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
 NAMES = tuple(FAMILIES)
 
 
-def build(name: str, directory: Path, sizes: Sizes | None = None) -> Path:
-    """Write the tiny model `name` to `directory`, as transformers itself writes it."""
+def build(name: str, directory: Path, sizes: Sizes | None = None, **text: Any) -> Path:
+    """Write the tiny model `name` to `directory`, as transformers itself writes it.
+
+    Args:
+        name: one of `NAMES`.
+        directory: where to.
+        sizes: other than the smallest.
+        text: fields of the language model's configuration, for families that take them.
+    """
     torch.manual_seed(0)
-    model, processor = FAMILIES[name](sizes or Sizes())
+    model, processor = FAMILIES[name](sizes or Sizes(), **text)
     with torch.no_grad():
         for parameter in model.parameters():
             # Norms and biases start alike, and some projections at zero: that would hide errors.

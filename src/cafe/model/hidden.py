@@ -51,7 +51,7 @@ def hidden_states(
         with compute_last_layer_at(*indices) if read_only else nullcontext():
             computed = model.model(
                 input_ids=block.input_ids,
-                attention_mask=attention_masks(block, model, windows),
+                attention_mask=attention_masks(block, model, windows, family.bidirectional_layers),
                 position_ids=block.positions,
                 mm_encoder_outputs=features_of_rows(model, family, features, block),
                 use_cache=False,

@@ -61,7 +61,9 @@ def random_model(name: str) -> Any:
     return builders.FAMILIES[name](builders.Sizes())[0].model
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm46v"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm46v"]
+)
 @settings(max_examples=30, deadline=None)
 @given(
     parts=st.lists(

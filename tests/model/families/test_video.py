@@ -24,7 +24,7 @@ from helpers.images import noise
 
 QWEN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"}
 GLM = {"glm4v", "glm46v"}
-NATIVE = {"llava_onevision", *QWEN, *GLM, "lfm3_vl", "internvl", "smolvlm"}
+NATIVE = {"llava_onevision", *QWEN, *GLM, "lfm3_vl", "gemma4", "internvl", "smolvlm"}
 ALONE = {"smolvlm", *GLM}
 """Whose images and videos cannot share a call of transformers: SmolVLM's processor overwrites the
 images with the videos, and GLM-4V's model counts the placeholders of both as either's."""

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from cafe.errors import FamilyError
 from cafe.model.families.base import Family, Grid, ProcessedImages
 from cafe.model.families.gemma3 import Gemma3
+from cafe.model.families.gemma4 import Gemma4
 from cafe.model.families.glm4v import Glm4V, Glm46V
 from cafe.model.families.idefics3 import Idefics3, SmolVLM
 from cafe.model.families.internvl import InternVL
@@ -39,6 +40,7 @@ _FAMILIES: dict[str, Family] = {
         Lfm2VL(),
         Lfm3VL(),
         Gemma3(),
+        Gemma4(),
         InternVL(),
         Idefics3(),
         SmolVLM(),

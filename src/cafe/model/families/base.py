@@ -56,11 +56,15 @@ class Family(Protocol):
                  `…ForConditionalGeneration` model; together they cover every parameter
     bidirectional_image_attention   whether the tokens of one image attend to each other in both
                               directions
+    bidirectional_layers      in which kinds of layers (`layer_types`) they do; None: in all
+    token_types               what `generate` calls the input that marks the tokens of images
     """
 
     model_type: str
     parts: dict[str, tuple[str, ...]]
     bidirectional_image_attention: bool = False
+    bidirectional_layers: tuple[str, ...] | None = None
+    token_types: str = "token_type_ids"
 
     def marker(self, processor: Any) -> str:
         """The text that a chat template writes for one image."""

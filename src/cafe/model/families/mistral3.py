@@ -42,6 +42,4 @@ class Mistral3(Family):
         chosen, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
         chosen = [chosen] if isinstance(chosen, int) else chosen
         highest = max(layer if layer >= 0 else layers + 1 + layer for layer in chosen)
-        return tuple(
-            f"model.vision_tower.transformer.layers.{i}." for i in range(highest, layers)
-        )
+        return tuple(f"model.vision_tower.transformer.layers.{i}." for i in range(highest, layers))
