@@ -487,13 +487,13 @@ def qwen3_5_moe(sizes: Sizes) -> tuple[Any, Any]:
 
 GLM = (
     "{{- '[gMASK]<sop>' -}}{%- for message in messages -%}"
-    "{{- '<|' + message['role'] + '|>\n' -}}"
+    "{{- '<|' + message['role'] + '|>\\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
     "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}"
     "{{- '<|begin_of_image|><|image|><|end_of_image|>' -}}{%- elif part['type'] == 'video' -%}"
     "{{- '<|begin_of_video|><|video|><|end_of_video|>' -}}"
     "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>\n' -}}{%- endif -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
 )
 
 
@@ -778,15 +778,14 @@ def gemma3(sizes: Sizes) -> tuple[Any, Any]:
 GEMMA_4 = (
     "{{- bos_token -}}{%- for message in messages -%}"
     "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
-    "{{- '<|turn>' + role + '\n' -}}"
+    "{{- '<|turn>' + role + '\\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] | trim -}}{%- else -%}"
     "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{{- '\n\n<|image|>\n\n' -}}"
-    "{%- elif part['type'] == 'video' -%}{{- '\n\n<|video|>\n\n' -}}"
+    "{%- if part['type'] == 'image' -%}{{- '\\n\\n<|image|>\\n\\n' -}}"
+    "{%- elif part['type'] == 'video' -%}{{- '\\n\\n<|video|>\\n\\n' -}}"
     "{%- else -%}{{- part['text'] | trim -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{{- '<turn|>\n' -}}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}"
-    "{{- '<|turn>model\n<|channel>thought\n<channel|>' -}}{%- endif -%}"
+    "{{- '<turn|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}"
 )
 
 
@@ -812,9 +811,8 @@ def gemma4(sizes: Sizes, **text: Any) -> tuple[Any, Any]:
         "boa_token": "<|audio>",
         "eoa_token": "<audio|>",
     }
-    turns = ["<|turn>", "<turn|>", "<|channel>", "<channel|>"]
     words = tokenizer(
-        ["<pad>", "<eos>", "<bos>", *turns, *named.values(), "<|video|>"],
+        ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", *named.values(), "<|video|>"],
         named,
         eos="<turn|>",
         pad="<pad>",

@@ -1,4 +1,4 @@
-"""GLM-4.1V and GLM-4.6V: Qwen-VL's grids of patches, with a downsampling convolution before the merger.
+"""GLM-4.1V and GLM-4.6V: Qwen-VL's grids of patches, downsampled by a convolution, then merged.
 
 Videos have the images' placeholder token. Every pair of frames is a run of it, followed by its time
 as text, and counts as an image of its own in the positions. transformers tells images from videos

@@ -27,7 +27,7 @@ _PARTS = {
 
 
 class Lfm2VL(TiledFamily):
-    """SigLIP 2 over one view of any shape, or over tiles and a thumbnail, each named in the text."""
+    """SigLIP 2 over one view of any shape, or over tiles and a thumbnail, named in the text."""
 
     model_type = "lfm2_vl"
     parts = _PARTS

@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and later, Ministral 3: Pixtral tower, 2 x 2 patches merged, two matrices; Mistral.
+"""Mistral Small 3.1 and later, Ministral 3: Pixtral tower, 2 x 2 patches merged; Mistral.
 
 An image is a grid of any shape. A token of its own ends each line of it, and another one the image,
 so its placeholders are as many runs as lines. The tower sees all images as one sequence, with a
@@ -29,7 +29,7 @@ class Mistral3(Family):
     ) -> ProcessedImages:
         longest = processor.image_processor.size["longest_edge"]
         images = [not_thinner(image, longest) for image in flat(groups)]
-        # The processor's own fact, not the image processor's: sides are multiples of merged patches.
+        # The image processor's own `patch_size` is that of patches before they are merged.
         side = processor.patch_size * processor.spatial_merge_size
         inputs = processor.image_processor(images, patch_size=side, return_tensors="pt")
         placeholders = [processor.replace_image_token(inputs, i) for i in range(len(images))]

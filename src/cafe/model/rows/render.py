@@ -261,7 +261,7 @@ class Renderer:
             )
         # What the template writes between its prompt and an answer: "Assistant:", " cat".
         between = whole[len(prompt) : at] if whole.startswith(prompt) else ""
-        # Some templates (GLM's) close no turn; without a token that ends it no model learns to stop.
+        # Some templates (GLM's) close no turn; a model learns to stop from a token that ends it.
         end = whole[at + 1 :].rstrip() or self.pooled_token
         return self._target(prompt, between + answer.text + end, turns)
 
