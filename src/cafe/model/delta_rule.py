@@ -43,7 +43,7 @@ def allow_branches(decoder: Any) -> None:
     convolution = ("causal_conv1d_fn", _branching_convolution)
     rule = ("torch_chunk_gated_delta_rule", _branching_rule)
     wrappers = {LINEAR: (convolution, rule), SHORT_CONVOLUTION: (convolution,)}
-    kinds = getattr(decoder.config, "layer_types", None) or [None] * len(decoder.layers)
+    kinds = getattr(decoder.config, "layer_types", None) or [""] * len(decoder.layers)
     for layer, kind in zip(decoder.layers, kinds, strict=True):
         module = sys.modules[type(layer).__module__]
         for name, wrapper in wrappers.get(kind, ()):

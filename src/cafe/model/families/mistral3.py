@@ -3,6 +3,8 @@
 An image is a grid of any shape. A token of its own ends each line of it, and another one the image,
 so its placeholders are as many runs as lines. The tower sees all images as one sequence, with a
 mask of its square that separates them: its memory grows with the square of the patches of a chunk.
+Ministral 3 scales queries by their position, from the 16,384th token on in the published models.
+There, a tool that pads on the left without giving positions does not compute what cafe computes.
 """
 
 from __future__ import annotations

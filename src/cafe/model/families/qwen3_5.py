@@ -1,4 +1,4 @@
-"""Qwen3.5 (and 3.6): Qwen3-VL's pictures without DeepStack, and a language model of two kinds.
+"""Qwen3.5 (and 3.6): Qwen3-VL's images without DeepStack, and a language model of two kinds.
 
 Three layers of four are gated delta-rule layers, which carry a state instead of keys and values;
 `cafe.model.delta_rule` lets them follow branches. In Qwen3.5-MoE the MLP of each layer is a mixture
