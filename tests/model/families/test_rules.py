@@ -184,8 +184,10 @@ def test_windows_of_each_kind_of_language_model():
         "full_attention": None,
         "sliding_attention": 8,
     }
-    with pytest.raises(FamilyError, match=r"'toy'.*'linear_attention' layers cannot share"):
-        layer_windows(text_config(layer_types=["linear_attention"]))
+    kinds = ["linear_attention", "full_attention", "conv"]
+    assert layer_windows(text_config(layer_types=kinds)) == {"full_attention": None}
+    with pytest.raises(FamilyError, match=r"'toy'.*'mamba' layers cannot share"):
+        layer_windows(text_config(layer_types=["mamba"]))
 
 
 # ------------------------------------------------------------------ templates
