@@ -368,14 +368,8 @@ def qwen2_5_vl(sizes: Sizes) -> tuple[Any, Any]:
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-def qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
+def _qwen3_vl(sizes: Sizes, config: Any, model: Any, **text: Any) -> tuple[Any, Any]:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     words = _qwen_words()
     processor = Qwen3VLProcessor(
@@ -384,25 +378,48 @@ def qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
         video_processor=Qwen3VLVideoProcessor(**_qwen_pixels(sizes)),
         chat_template=_QWEN_CHAT.replace("You are a helpful assistant.", ""),
     )
-    config = Qwen3VLConfig(
-        vision_config={
-            "depth": sizes.layers,
-            "hidden_size": sizes.width,
-            "intermediate_size": 2 * sizes.width,
-            "out_hidden_size": sizes.width,
-            "num_heads": sizes.heads,
-            "patch_size": PATCH,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
-        text_config={
-            **sizes.text(words),
-            "head_dim": sizes.head,
-            "rope_parameters": {**sizes.mrope([4, 2, 2]), "mrope_interleaved": True},
-        },
-        **_qwen_ids(words),
+    return model(
+        config(
+            vision_config={
+                "depth": sizes.layers,
+                "hidden_size": sizes.width,
+                "intermediate_size": 2 * sizes.width,
+                "out_hidden_size": sizes.width,
+                "num_heads": sizes.heads,
+                "patch_size": PATCH,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            text_config={
+                **sizes.text(words),
+                "head_dim": sizes.head,
+                "rope_parameters": {**sizes.mrope([4, 2, 2]), "mrope_interleaved": True},
+                **text,
+            },
+            **_qwen_ids(words),
+        )
+    ), processor
+
+
+def qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    return _qwen3_vl(sizes, Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+
+
+def qwen3_vl_moe(sizes: Sizes) -> tuple[Any, Any]:
+    """The first layer's MLP is dense, the others are mixtures of experts."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    return _qwen3_vl(
+        sizes,
+        Qwen3VLMoeConfig,
+        Qwen3VLMoeForConditionalGeneration,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=sizes.width,
+        mlp_only_layers=[0],
     )
-    return Qwen3VLForConditionalGeneration(config), processor
 
 
 def _qwen3_5(sizes: Sizes, config: Any, model: Any, **text: Any) -> tuple[Any, Any]:
@@ -468,6 +485,245 @@ def qwen3_5_moe(sizes: Sizes) -> tuple[Any, Any]:
     )
 
 
+GLM = (
+    "{{- '[gMASK]<sop>' -}}{%- for message in messages -%}"
+    "{{- '<|' + message['role'] + '|>\\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}"
+    "{{- '<|begin_of_image|><|image|><|end_of_image|>' -}}{%- elif part['type'] == 'video' -%}"
+    "{{- '<|begin_of_video|><|video|><|end_of_video|>' -}}"
+    "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
+)
+
+
+def _glm4v(
+    sizes: Sizes, config: Any, model: Any, processor: Any, image: Any, video: Any
+) -> tuple[Any, Any]:
+    edges = [f"<|{end}_of_{what}|>" for what in ("image", "video") for end in ("begin", "end")]
+    roles = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"]
+    words = tokenizer(
+        ["<|endoftext|>", *roles, *edges, "<|image|>", "<|video|>"],
+        {"image_token": "<|image|>", "video_token": "<|video|>"},
+        eos="<|endoftext|>",
+        pad="<|endoftext|>",
+    )
+    # These sizes are of a pair of frames, and of a whole video.
+    pixels, clip = _qwen_pixels(sizes), _qwen_pixels(sizes)
+    pixels["size"] = {name: 2 * size for name, size in pixels["size"].items()}
+    clip["size"] = {"shortest_edge": 2 * 16 * 16, "longest_edge": 6 * sizes.image**2}
+    image_id, video_id, *ids = words.convert_tokens_to_ids(["<|image|>", "<|video|>", *edges])
+    names = [f"{what}_{end}_token_id" for what in ("image", "video") for end in ("start", "end")]
+    return model(
+        config(
+            vision_config={
+                "model_type": "glm4v_vision",
+                "depth": sizes.layers,
+                "hidden_size": sizes.width,
+                "intermediate_size": 2 * sizes.width,
+                "out_hidden_size": sizes.width,
+                "num_heads": sizes.heads,
+                "image_size": sizes.view,
+                "patch_size": PATCH,
+            },
+            text_config={
+                "model_type": "glm4v_text",
+                **sizes.text(words),
+                "rope_parameters": {**sizes.mrope([2, 1, 1]), "partial_rotary_factor": 0.5},
+            },
+            image_token_id=image_id,
+            video_token_id=video_id,
+            **dict(zip(names, ids, strict=True)),
+        )
+    ), processor(
+        image_processor=image(**pixels),
+        tokenizer=words,
+        video_processor=video(**clip),
+        chat_template=GLM,
+    )
+
+
+def glm4v(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import (
+        Glm4vConfig,
+        Glm4vForConditionalGeneration,
+        Glm4vImageProcessor,
+        Glm4vProcessor,
+        Glm4vVideoProcessor,
+    )
+
+    classes = Glm4vConfig, Glm4vForConditionalGeneration, Glm4vProcessor
+    return _glm4v(sizes, *classes, Glm4vImageProcessor, Glm4vVideoProcessor)
+
+
+def glm46v(sizes: Sizes) -> tuple[Any, Any]:
+    from transformers import (
+        Glm46VConfig,
+        Glm46VForConditionalGeneration,
+        Glm46VImageProcessor,
+        Glm46VProcessor,
+        Glm46VVideoProcessor,
+    )
+
+    classes = Glm46VConfig, Glm46VForConditionalGeneration, Glm46VProcessor
+    return _glm4v(sizes, *classes, Glm46VImageProcessor, Glm46VVideoProcessor)
+
+
+MISTRAL_3 = (
+    "{{- bos_token -}}{%- for message in messages -%}"
+    "{%- set mark = {'user': ['[INST]', '[/INST]'], 'assistant': ['', '</s>'], "
+    "'system': ['[SYSTEM_PROMPT]', '[/SYSTEM_PROMPT]']}[message['role']] -%}{{- mark[0] -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{- '[IMG]' -}}"
+    "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- mark[1] -}}{%- endfor -%}"
+)
+
+
+def mistral3(sizes: Sizes) -> tuple[Any, Any]:
+    """With Ministral 3, whose queries grow with their position: here from the eighth on."""
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        PixtralImageProcessor,
+        PixtralProcessor,
+    )
+
+    marks = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    words = tokenizer(
+        ["<s>", "</s>", "<pad>", *marks, "[IMG]", "[IMG_BREAK]", "[IMG_END]"],
+        {},
+        eos="</s>",
+        pad="<pad>",
+        bos_token="<s>",
+    )
+    processor = PixtralProcessor(
+        image_processor=PixtralImageProcessor(size={"longest_edge": sizes.image}),
+        tokenizer=words,
+        patch_size=PATCH,
+        spatial_merge_size=2,
+        chat_template=MISTRAL_3,
+    )
+    config = Mistral3Config(
+        vision_config={
+            "model_type": "pixtral",
+            **sizes.tower(),
+            "image_size": sizes.image,
+            "patch_size": PATCH,
+        },
+        text_config={
+            "model_type": "ministral3",
+            **sizes.text(words),
+            "head_dim": sizes.head,
+            "bos_token_id": words.bos_token_id,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        image_token_index=processor.image_token_id,
+    )
+    return Mistral3ForConditionalGeneration(config), processor
+
+
+def lfm2_vl(sizes: Sizes) -> tuple[Any, Any]:
+    """Images over 2,048 pixels are split into tiles. The last layer is a convolution."""
+    from transformers import (
+        Lfm2VlConfig,
+        Lfm2VlForConditionalGeneration,
+        Lfm2VlImageProcessor,
+        Lfm2VlProcessor,
+    )
+
+    named = {
+        "image_token": "<image>",
+        "image_start_token": "<|image_start|>",
+        "image_end_token": "<|image_end|>",
+        "image_thumbnail_token": "<|img_thumbnail|>",
+    }
+    tiles = [f"<|img_row_{r}_col_{c}|>" for r in range(1, 5) for c in range(1, 5)]
+    chat = ["<|startoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    words = tokenizer(
+        [*chat, *named.values(), *tiles],
+        named,
+        eos="<|im_end|>",
+        pad="<|pad|>",
+        bos_token="<|startoftext|>",
+    )
+    processor = Lfm2VlProcessor(
+        Lfm2VlImageProcessor(
+            encoder_patch_size=PATCH,
+            tile_size=sizes.view,
+            max_tiles=4,
+            min_image_tokens=1,
+            max_image_tokens=sizes.patches // 4,
+        ),
+        words,
+        chat_template="{{- bos_token -}}" + chat_ml("<image>"),
+    )
+    config = Lfm2VlConfig(
+        vision_config={
+            "model_type": "siglip2_vision_model",
+            **sizes.tower(),
+            "patch_size": PATCH,
+            "num_patches": sizes.patches,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "lfm2",
+            **sizes.text(words),
+            "num_hidden_layers": sizes.layers + 1,
+            "layer_types": ["conv"] * (sizes.layers - 1) + ["full_attention", "conv"],
+            "block_auto_adjust_ff_dim": False,
+            "initializer_range": 0.1,  # or the convolutions' states would hardly count
+        },
+        image_token_id=processor.image_token_id,
+        projector_hidden_size=sizes.width,
+    )
+    return Lfm2VlForConditionalGeneration(config), processor
+
+
+def lfm3_vl(sizes: Sizes) -> tuple[Any, Any]:
+    """All three kinds of layers; the window of one of them has 12 tokens."""
+    from transformers import (
+        Lfm3VlConfig,
+        Lfm3VlForConditionalGeneration,
+        Lfm3VlProcessor,
+        Qwen2VLImageProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    words = _qwen_words()
+    processor = Lfm3VlProcessor(
+        image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
+        tokenizer=words,
+        video_processor=Qwen3VLVideoProcessor(**_qwen_pixels(sizes)),
+        chat_template=_QWEN_CHAT.replace("You are a helpful assistant.", ""),
+    )
+    config = Lfm3VlConfig(
+        vision_config={
+            **sizes.tower(),
+            "num_key_value_heads": sizes.heads // 2,
+            "patch_size": PATCH,
+            "layer_types": ["conv"] * (sizes.layers - 1) + ["full_attention"],
+        },
+        text_config={
+            "model_type": "lfm3",
+            **sizes.text(words),
+            "num_hidden_layers": sizes.layers + 1,
+            "layer_types": ["conv"] * (sizes.layers - 1) + ["sliding_attention", "full_attention"],
+            "head_dim": sizes.head,
+            "sliding_window": sizes.window or 12,
+        },
+        projector_hidden_size=sizes.width,
+        **_qwen_ids(words),
+    )
+    return Lfm3VlForConditionalGeneration(config), processor
+
+
 def gemma3(sizes: Sizes) -> tuple[Any, Any]:
     """An image has 16 tokens, the sliding window 10."""
     from transformers import (
@@ -517,6 +773,106 @@ def gemma3(sizes: Sizes) -> tuple[Any, Any]:
         eoi_token_index=words.eoi_token_id,
     )
     return Gemma3ForConditionalGeneration(config), processor
+
+
+GEMMA_4 = (
+    "{{- bos_token -}}{%- for message in messages -%}"
+    "{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}"
+    "{{- '<|turn>' + role + '\\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] | trim -}}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '\\n\\n<|image|>\\n\\n' -}}"
+    "{%- elif part['type'] == 'video' -%}{{- '\\n\\n<|video|>\\n\\n' -}}"
+    "{%- else -%}{{- part['text'] | trim -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- '<turn|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}"
+)
+
+
+def gemma4(sizes: Sizes, **text: Any) -> tuple[Any, Any]:
+    """All that the published models have, in one. An image has up to 70 tokens, the window 12.
+
+    The last two layers take keys and values from the two before.
+    """
+    from transformers import (
+        Gemma4AudioFeatureExtractor,
+        Gemma4Config,
+        Gemma4ForConditionalGeneration,
+        Gemma4ImageProcessor,
+        Gemma4Processor,
+        Gemma4VideoProcessor,
+    )
+
+    named = {
+        "image_token": "<|image|>",
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "audio_token": "<|audio|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+    }
+    words = tokenizer(
+        ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", *named.values(), "<|video|>"],
+        named,
+        eos="<turn|>",
+        pad="<pad>",
+        bos_token="<bos>",
+    )
+    pixels = {"patch_size": PATCH // 2, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    processor = Gemma4Processor(
+        feature_extractor=Gemma4AudioFeatureExtractor(),
+        image_processor=Gemma4ImageProcessor(**pixels),
+        tokenizer=words,
+        video_processor=Gemma4VideoProcessor(**pixels),
+        image_seq_length=70,
+        chat_template=GEMMA_4,
+    )
+    attention = {"num_key_value_heads": sizes.heads // 2, "head_dim": sizes.head}
+    ids = words.convert_tokens_to_ids
+    config = Gemma4Config(
+        vision_config={
+            **sizes.tower(),
+            **attention,
+            "patch_size": PATCH // 2,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 160,
+            "standardize": True,
+        },
+        audio_config={
+            "hidden_size": sizes.width,
+            "num_hidden_layers": 1,
+            "num_attention_heads": sizes.heads,
+            "subsampling_conv_channels": [4, 2],
+            "output_proj_dims": sizes.width,
+        },
+        text_config={
+            **sizes.text(words),
+            **attention,
+            "global_head_dim": 2 * sizes.head,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "attention_k_eq_v": True,
+            "sliding_window": sizes.window or 12,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": len(words),
+            "use_bidirectional_attention": "vision",
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": sizes.width,
+            "bos_token_id": words.bos_token_id,
+            **text,
+        },
+        boi_token_id=ids("<|image>"),
+        eoi_token_id=ids("<image|>"),
+        image_token_id=ids("<|image|>"),
+        video_token_id=ids("<|video|>"),
+        boa_token_id=ids("<|audio>"),
+        eoa_token_index=ids("<audio|>"),
+        audio_token_id=ids("<|audio|>"),
+    )
+    return Gemma4ForConditionalGeneration(config), processor
 
 
 def internvl(sizes: Sizes) -> tuple[Any, Any]:
@@ -624,7 +980,7 @@ def idefics3(sizes: Sizes) -> tuple[Any, Any]:
     return Idefics3ForConditionalGeneration(_smol_config(sizes, words, Idefics3Config)), processor
 
 
-FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
+FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
     family.__name__: family
     for family in (
         llava_onevision,
@@ -632,9 +988,16 @@ FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
         qwen2_vl,
         qwen2_5_vl,
         qwen3_vl,
+        qwen3_vl_moe,
         qwen3_5,
         qwen3_5_moe,
+        glm4v,
+        glm46v,
+        mistral3,
+        lfm2_vl,
+        lfm3_vl,
         gemma3,
+        gemma4,
         internvl,
         idefics3,
         smolvlm,
@@ -643,10 +1006,17 @@ FAMILIES: dict[str, Callable[[Sizes], tuple[Any, Any]]] = {
 NAMES = tuple(FAMILIES)
 
 
-def build(name: str, directory: Path, sizes: Sizes | None = None) -> Path:
-    """Write the tiny model `name` to `directory`, as transformers itself writes it."""
+def build(name: str, directory: Path, sizes: Sizes | None = None, **text: Any) -> Path:
+    """Write the tiny model `name` to `directory`, as transformers itself writes it.
+
+    Args:
+        name: one of `NAMES`.
+        directory: where to.
+        sizes: other than the smallest.
+        text: fields of the language model's configuration, for families that take them.
+    """
     torch.manual_seed(0)
-    model, processor = FAMILIES[name](sizes or Sizes())
+    model, processor = FAMILIES[name](sizes or Sizes(), **text)
     with torch.no_grad():
         for parameter in model.parameters():
             # Norms and biases start alike, and some projections at zero: that would hide errors.

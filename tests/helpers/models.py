@@ -57,11 +57,11 @@ def in_float64(model: Any) -> Any:
     import torch
 
     def exact(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-        offset = 1.0 if not hasattr(norm, "variance_epsilon") else 0.0
-        epsilon = norm.eps if offset else norm.variance_epsilon
-        return torch.nn.functional.rms_norm(
-            hidden, hidden.shape[-1:], norm.weight + offset, epsilon
-        )
+        epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        weight = getattr(norm, "weight", None)
+        if not hasattr(norm, "variance_epsilon") and not hasattr(norm, "with_scale"):
+            weight = weight + 1.0  # Gemma 3 and Qwen3.5 save the difference from one
+        return torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], weight, epsilon)
 
     def exact_gated(norm: Any, hidden: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         normed = torch.nn.functional.rms_norm(

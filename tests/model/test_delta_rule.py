@@ -223,7 +223,7 @@ def test_the_convolution_on_a_trie_is_that_of_each_sequence_alone(case: str):
 # ------------------------------------------------------------------ the language model
 
 
-@pytest.fixture(scope="module", params=["qwen3_5", "qwen3_5_moe"])
+@pytest.fixture(scope="module", params=["qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CAFe:
     directory = builders.build(request.param, tmp_path_factory.mktemp("model") / "model")
     return in_float64(CAFe.from_pretrained(directory, dtype=torch.float64, device="cpu"))
@@ -238,10 +238,14 @@ def all_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def rows_of(groups: list[list[TokenSequence]], *, plain: bool) -> tuple[Rows, list[Tensor]]:
+def rows_of(
+    model: CAFe, groups: list[list[TokenSequence]], *, plain: bool
+) -> tuple[Rows, list[Tensor]]:
     batch, sequences, _ = built(groups)
     nothing = torch.zeros(0, dtype=torch.long)
-    positions = batch.positions.expand(4, *batch.positions.shape)
+    positions = batch.positions
+    if model.family.model_type.startswith("qwen"):
+        positions = positions.expand(4, *positions.shape)
     ends = batch.subtree_end
     return Rows(
         batch.input_ids, positions, ends, nothing, nothing, nothing, nothing, plain=plain
@@ -252,7 +256,7 @@ def states_and_gradients(
     model: CAFe, groups: list[list[TokenSequence]], *, plain: bool
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Of each sequence; the loss weighs every state by its token and its index."""
-    rows, sequences = rows_of(groups, plain=plain)
+    rows, sequences = rows_of(model, groups, plain=plain)
     states = model(rows, {}).flatten(0, 1)
     found, loss = [], torch.zeros(())
     for indices in sequences:
@@ -284,7 +288,7 @@ def test_states_and_gradients_of_tries_are_those_of_separate_passes(
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=EXACT)
     assert shared.keys() == own.keys()
-    assert any("linear_attn.A_log" in name for name in own)
+    assert any("linear_attn.A_log" in name or "conv.conv.weight" in name for name in own)
     # A router's softmax is float32 whatever the model is.
     exact = 1e-6 if "moe" in model.family.model_type else EXACT
     for name, gradient in own.items():
@@ -331,7 +335,7 @@ def test_a_layer_of_another_kind_is_refused_by_name(model: CAFe):
         config=SimpleNamespace(layer_types=["linear_attention"]), layers=[OtherLayer()]
     )
     with pytest.raises(
-        FamilyError, match="OtherLayer: its linear attention is not the gated delta"
+        FamilyError, match="OtherLayer: its 'linear_attention' is not the gated delta"
     ):
         allow_branches(decoder)
     config = SimpleNamespace(layer_types=["mamba"], model_type="jamba")

@@ -18,10 +18,10 @@ from cafe.model.vlm import CAFe
 from helpers.builders import NAMES, build
 from helpers.images import noise
 
-WINDOWED = {"llava_onevision", "llava_next", "qwen2_vl", "gemma3"}
-STATEFUL = {"qwen3_5", "qwen3_5_moe"}
+WINDOWED = {"llava_onevision", "llava_next", "qwen2_vl", "gemma3", "gemma4"}
+"""Of the tiny models; the published ones of these families, but for Gemma's, have no windows."""
+STATEFUL = {"qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl"}
 """Whose cache has no state at the end of a shorter thought."""
-"""Of the tiny models; the published ones of these families, but for Gemma 3, have no windows."""
 
 TOKENS = 12
 EXACT = 1e-10

@@ -7,12 +7,13 @@ kernel needs.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from cafe.errors import FamilyError
-from cafe.model.delta_rule import LINEAR
+from cafe.model.delta_rule import STATEFUL
 from cafe.model.families import Family
 from cafe.model.rows.rows import Rows
 from cafe.model.rows.trie import AttentionRule, padding_mask
@@ -25,10 +26,11 @@ def layer_windows(config: Any) -> dict[str, int | None]:
 
     Raises:
         FamilyError: a kind of layer that is neither attention, full or in a sliding window, nor
-            linear attention.
+            one whose state can follow branches.
     """
     text = config.get_text_config()
-    if getattr(text, "use_bidirectional_attention", False):
+    # "vision" concerns the tokens of images (`Family.bidirectional_image_attention`).
+    if getattr(text, "use_bidirectional_attention", False) not in (False, None, "vision"):
         raise FamilyError(
             f"model type {config.model_type!r} with use_bidirectional_attention cannot generate"
         )
@@ -38,17 +40,17 @@ def layer_windows(config: Any) -> dict[str, int | None]:
         return {"every": window}
     known = {"full_attention": None, "sliding_attention": window}
     for kind in kinds:
-        if kind not in (*known, LINEAR):
+        if kind not in (*known, *STATEFUL):
             raise FamilyError(
                 f"model type {config.model_type!r}: its {kind!r} layers cannot share a row; "
-                f"cafe supports {', '.join((*known, LINEAR))}"
+                f"cafe supports {', '.join((*known, *STATEFUL))}"
             )
-    return {kind: known[kind] for kind in sorted(set(kinds) - {LINEAR})}
+    return {kind: known[kind] for kind in sorted(set(kinds) - set(STATEFUL))}
 
 
-def carries_state(config: Any) -> bool:
-    """Whether layers of the language model carry a state along the sequence."""
-    return LINEAR in (getattr(config.get_text_config(), "layer_types", None) or ())
+def stateful_layers(config: Any) -> set[str]:
+    """The kinds of layers of the language model that carry a state along the sequence."""
+    return set(STATEFUL) & set(getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def row_sharing(config: Any, family: Family) -> Literal["trie", "none"]:
@@ -67,7 +69,9 @@ def row_sharing(config: Any, family: Family) -> Literal["trie", "none"]:
     return "none"
 
 
-def attention_masks(rows: Rows, model: Any, windows: dict[str, int | None]) -> Any:
+def attention_masks(
+    rows: Rows, model: Any, windows: dict[str, int | None], looking_ahead: tuple[str, ...] | None
+) -> Any:
     """One mask, or one for each kind of layer where a model has several kinds.
 
     FlashAttention-2 takes only a padding mask; it applies windows itself.
@@ -76,20 +80,28 @@ def attention_masks(rows: Rows, model: Any, windows: dict[str, int | None]) -> A
         rows: on the model's device.
         model: the transformers model; its configuration names the kernel.
         windows: how far each kind of layer sees (`layer_windows`).
+        looking_ahead: the kinds in which `rows.visible_until` counts; None: all
+            (`Family.bidirectional_layers`).
     """
     if model.config._attn_implementation == "flash_attention_2":
         return padding_mask(rows.subtree_end)
     length = rows.input_ids.shape[1]
     # A window as long as a whole row hides nothing.
     effective = {k: w if w is not None and w < length else None for k, w in windows.items()}
-    masks = {window: mask_of(rows, model, window) for window in set(effective.values())}
-    by_kind = {kind: masks[window] for kind, window in effective.items()}
-    if carries_state(model.config):
+    causal = replace(rows, visible_until=None)
+    masks: dict[tuple[int | None, bool], Any] = {}
+    by_kind = {}
+    for kind, window in effective.items():
+        ahead = looking_ahead is None or kind in looking_ahead
+        if (window, ahead) not in masks:
+            masks[window, ahead] = mask_of(rows if ahead else causal, model, window)
+        by_kind[kind] = masks[window, ahead]
+    if stateful := stateful_layers(model.config):
         # Padding is on the right, and branches are kept apart by `segments`.
-        return {**by_kind, LINEAR: None}
+        return {**by_kind, **dict.fromkeys(stateful)}
     if len(windows) > 1:
         return by_kind
-    mask = masks[next(iter(effective.values()))]
+    mask = next(iter(by_kind.values()))
     # transformers would take None for "guess the mask from positions", and takes "every token is
     # real" for the causal kernel.
     return torch.ones_like(rows.input_ids, dtype=torch.bool) if mask is None else mask

@@ -1,10 +1,12 @@
-"""Gated delta-rule layers (GatedDeltaNet: Qwen3.5, Qwen3-Next) on rows that branch.
+"""Layers that carry a state (GatedDeltaNet: Qwen3.5, Qwen3-Next; short convolutions: LFM2, LFM3) on
+rows that branch.
 
-Such a layer mixes tokens in two places, a causal convolution and the gated delta rule (Yang et al.,
-arXiv 2412.06464); the rest of it acts on each token alone. transformers calls two functions of the
-layer's module for them and passes on every keyword that the model is called with. `allow_branches`
-wraps these two functions once: called with `segments` (`cafe.model.rows.segments`) they follow the
-branches, and without it they are transformers' own, fused kernels included.
+A gated delta-rule layer mixes tokens in two places, a causal convolution and the gated delta rule
+(Yang et al., arXiv 2412.06464); a short-convolution layer only in a causal convolution; the rest of
+both acts on each token alone. transformers calls functions of the layer's module for them and
+passes on every keyword that the model is called with. `allow_branches` wraps these functions once:
+called with `segments` (`cafe.model.rows.segments`) they follow the branches, and without it they
+are transformers' own, fused kernels included.
 """
 
 from __future__ import annotations
@@ -27,29 +29,30 @@ if TYPE_CHECKING:
 CHUNK = 64
 """Tokens of a sequence that are computed together."""
 
-LINEAR = "linear_attention"
-"""The kind of these layers in `config.layer_types`."""
-
-_CONVOLUTION, _RULE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
+LINEAR, SHORT_CONVOLUTION = "linear_attention", "conv"
+STATEFUL = {LINEAR: "the gated delta rule", SHORT_CONVOLUTION: "a causal convolution"}
+"""Kinds of layers in `config.layer_types` that carry a state, and what it is a state of."""
 
 
 def allow_branches(decoder: Any) -> None:
-    """Let the linear-attention layers of a language model follow branches.
+    """Let the layers of a language model that carry a state follow branches.
 
     Raises:
-        FamilyError: they are not gated delta-rule layers.
+        FamilyError: a layer's state is of another recurrence.
     """
-    kinds = getattr(decoder.config, "layer_types", None) or [None] * len(decoder.layers)
-    layers = [layer for layer, kind in zip(decoder.layers, kinds, strict=True) if kind == LINEAR]
-    for layer in layers:
+    convolution = ("causal_conv1d_fn", _branching_convolution)
+    rule = ("torch_chunk_gated_delta_rule", _branching_rule)
+    wrappers = {LINEAR: (convolution, rule), SHORT_CONVOLUTION: (convolution,)}
+    kinds = getattr(decoder.config, "layer_types", None) or [""] * len(decoder.layers)
+    for layer, kind in zip(decoder.layers, kinds, strict=True):
         module = sys.modules[type(layer).__module__]
-        for name, wrapper in ((_CONVOLUTION, _branching_convolution), (_RULE, _branching_rule)):
+        for name, wrapper in wrappers.get(kind, ()):
             function = getattr(module, name, None)
             if function is None:
                 raise FamilyError(
-                    f"{type(layer).__name__}: its linear attention is not the gated delta rule "
+                    f"{type(layer).__name__}: its {kind!r} is not {STATEFUL[kind]} "
                     f"(its module has no {name}), so rows cannot branch there; cafe supports "
-                    "Qwen3.5's and Qwen3-Next's"
+                    "Qwen3.5's, Qwen3-Next's, LFM2's and LFM3's"
                 )
             if not hasattr(function, "_cafe_branches"):
                 setattr(module, name, wrapper(function))

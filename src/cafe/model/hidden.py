@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cafe.model.attention import attention_masks, carries_state
+from cafe.model.attention import attention_masks, stateful_layers
 from cafe.model.families import Family
 from cafe.model.families.base import distinct_features, features_in_order
 from cafe.model.last_layer import compute_last_layer_at, recomputes_last_layer
@@ -51,7 +51,7 @@ def hidden_states(
         with compute_last_layer_at(*indices) if read_only else nullcontext():
             computed = model.model(
                 input_ids=block.input_ids,
-                attention_mask=attention_masks(block, model, windows),
+                attention_mask=attention_masks(block, model, windows, family.bidirectional_layers),
                 position_ids=block.positions,
                 mm_encoder_outputs=features_of_rows(model, family, features, block),
                 use_cache=False,
@@ -73,7 +73,7 @@ def branches(rows: Rows, model: Any) -> dict[str, Any]:
 
     Nothing where every row is one sequence: then transformers' own kernels are right.
     """
-    if rows.plain or not carries_state(model.config):
+    if rows.plain or not stateful_layers(model.config):
         return {}
     return {"segments": Segments.of(rows.subtree_end)}
 

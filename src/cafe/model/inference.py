@@ -274,8 +274,9 @@ def generation_inputs(
     if rows.positions.ndim == 3:
         inputs["position_ids"] = left_padded(rows.positions, 0)
     if rows.visible_until is not None:
-        placeholder = model.family.placeholder_id(model.processor)
-        inputs["token_type_ids"] = (ids == placeholder).long()
+        family, processor = model.family, model.processor
+        image, video = family.placeholder_id(processor), family.video_placeholder_id(processor)
+        inputs[family.token_types] = ((ids == image) | (ids == video)).long()
     if len(rows.image_order) or len(rows.video_order):
         inputs["mm_encoder_outputs"] = model.encoder_outputs(
             rows, {k: v.to(model.device) for k, v in vision.items()}

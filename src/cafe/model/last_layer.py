@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Int
 
-_TOKENWISE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+_TOKENWISE = ("self_attn.q_proj", "self_attn.o_proj", "self_attn.out_proj", "mlp", "feed_forward")
 """Parts of a layer that act on each token separately and whose output no other token needs."""
 
 # A context variable: one thread's choice must not reach what another thread generates.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cafe.model.attention import carries_state, layer_windows
+from cafe.model.attention import layer_windows, stateful_layers
 from cafe.model.inference import InferenceModel, generation_inputs, generation_settings
 from cafe.types import Conversation, thought_about
 
@@ -36,7 +36,7 @@ def readable(model: InferenceModel) -> bool:
     return (
         config._attn_implementation in ("sdpa", "eager")
         and not any(layer_windows(config).values())
-        and not carries_state(config)
+        and not stateful_layers(config)
         and beams == 1
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cafe.model import attention
+from cafe.model.checkpoint.directory import kernels
 from cafe.model.families import family_of
 from cafe.model.rows.matching import match_question
 from cafe.model.vlm import CAFe
@@ -41,7 +42,7 @@ def test_packed_rows_and_eager_attention_change_nothing(family_model: CAFe):
         # transformers' eager softmax is float32 whatever the model is.
         assert plain.worst_difference(family_model, EXAMPLES) <= 1e-5
     finally:
-        family_model.model.set_attn_implementation("sdpa")
+        family_model.model.set_attn_implementation(kernels("sdpa", family_model.model.config))
 
 
 def test_losses_and_gradients_are_those_of_three_separate_passes(family_model: CAFe):
@@ -104,6 +105,8 @@ def test_a_window_measured_in_row_indices_would_be_noticed(
         difference = float((family_model(rows, vision) - right).abs().max())
     has_window = family_model.family.model_type in {
         "gemma3",
+        "gemma4",
+        "lfm3_vl",
         "llava_next",
         "llava_onevision",
         "qwen2_vl",

@@ -41,7 +41,7 @@ def flexible(model: CAFe) -> Iterator[None]:
     try:
         yield
     finally:
-        model.model.set_attn_implementation("sdpa")
+        model.model.set_attn_implementation(kernels("sdpa", model.model.config))
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_the_kernel_that_is_compiled_for_a_gpu_has_states_and_gradients(
     chunk = model.collator(EXAMPLES).to("cuda")
     found = {}
     for attention in ("sdpa", "flex_attention"):
-        model.model.set_attn_implementation(kernels(attention))
+        model.model.set_attn_implementation(kernels(attention, model.model.config))
         hidden = model(chunk.rows, chunk.vision)
         hidden.flatten(0, 1)[chunk.rows.pooled].square().sum().backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

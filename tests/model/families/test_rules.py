@@ -61,7 +61,9 @@ def random_model(name: str) -> Any:
     return builders.FAMILIES[name](builders.Sizes())[0].model
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize(
+    "name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm46v"]
+)
 @settings(max_examples=30, deadline=None)
 @given(
     parts=st.lists(
@@ -182,8 +184,10 @@ def test_windows_of_each_kind_of_language_model():
         "full_attention": None,
         "sliding_attention": 8,
     }
-    with pytest.raises(FamilyError, match=r"'toy'.*'linear_attention' layers cannot share"):
-        layer_windows(text_config(layer_types=["linear_attention"]))
+    kinds = ["linear_attention", "full_attention", "conv"]
+    assert layer_windows(text_config(layer_types=kinds)) == {"full_attention": None}
+    with pytest.raises(FamilyError, match=r"'toy'.*'mamba' layers cannot share"):
+        layer_windows(text_config(layer_types=["mamba"]))
 
 
 # ------------------------------------------------------------------ templates
@@ -208,6 +212,16 @@ def test_an_answer_begins_as_the_template_writes_it_and_turns_end_where_it_says(
     # The vocabulary holds <|im_end|> too.
     assert "<|im_end|>" in model.processor.tokenizer.get_vocab()
     assert model.collator.pooled_token == "<end_of_utterance>"
+
+
+def test_an_answer_that_the_template_does_not_close_ends_with_eos(tmp_path: Path):
+    model = CAFe.from_pretrained(builders.build("glm4v", tmp_path / "glm4v"))
+    asked = (*turn(A, "Is it?", "yes"), *turn("Why?", "so"))
+    first, second = model.collator.render.answers(asked)
+    assert first.text.endswith("Is it?<|assistant|>\nyes<|endoftext|>")
+    assert first.text[-first.labelled :] == "yes<|endoftext|>"
+    assert second.text.endswith("yes<|user|>\nWhy?<|assistant|>\nso<|endoftext|>")
+    assert model.collator.pooled_token == "<|endoftext|>"
 
 
 def test_examples_that_share_a_image_share_its_tokens(tmp_path: Path):

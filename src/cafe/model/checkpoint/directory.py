@@ -129,7 +129,8 @@ def _load_whole(
 
     name = f"model {str(name_or_dir)!r}"
     path = _checked(name, locate(name_or_dir))
-    family_of(read_config(path, name))
+    config = read_config(path, name)
+    family_of(config)
     try:
         with quiet():
             processor = AutoProcessor.from_pretrained(
@@ -138,7 +139,7 @@ def _load_whole(
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path,
                 dtype=dtype,
-                attn_implementation=kernels(attention),
+                attn_implementation=kernels(attention, config),
                 quantization_config=quantization,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # collected in `info` and rejected below
@@ -205,15 +206,18 @@ def cannot_be_loaded(name: str, error: Exception) -> CheckpointError:
     return CheckpointError(f"{name}: cannot be loaded ({first_line(error)})")
 
 
-def kernels(attention: str) -> str | dict[str, str]:
+def kernels(attention: str, config: Any = None) -> str | dict[str, str]:
     """The attention kernel of each component, as transformers takes it.
 
     FlexAttention is only for the language model, whose rows branch: the vision tower has no such
-    mask, and its heads may have a width that the kernel does not support.
+    mask, and its heads may have a width that the kernel does not support. An audio tower, which
+    cafe does not use, may have no kernel but its own.
     """
-    if attention != "flex_attention":
+    vision = "sdpa" if attention == "flex_attention" else attention
+    if getattr(config, "audio_config", None) is None and vision == attention:
         return attention
-    return {"": attention, "text_config": attention, "vision_config": "sdpa"}
+    each = {"": attention, "text_config": attention, "vision_config": vision}
+    return {**each, "audio_config": "eager"}
 
 
 def weights_dtype(name_or_dir: str | Path) -> torch.dtype:

@@ -11,13 +11,17 @@ from transformers import PretrainedConfig
 from cafe.errors import FamilyError
 from cafe.model.families.base import Family, Grid, ProcessedImages
 from cafe.model.families.gemma3 import Gemma3
+from cafe.model.families.gemma4 import Gemma4
+from cafe.model.families.glm4v import Glm4V, Glm46V
 from cafe.model.families.idefics3 import Idefics3, SmolVLM
 from cafe.model.families.internvl import InternVL
+from cafe.model.families.lfm2_vl import Lfm2VL, Lfm3VL
 from cafe.model.families.llava_next import LlavaNext
 from cafe.model.families.llava_onevision import LlavaOnevision
+from cafe.model.families.mistral3 import Mistral3
 from cafe.model.families.qwen2_vl import Qwen2VL, Qwen25VL
 from cafe.model.families.qwen3_5 import Qwen35, Qwen35MoE
-from cafe.model.families.qwen3_vl import Qwen3VL
+from cafe.model.families.qwen3_vl import Qwen3VL, Qwen3VLMoE
 
 _FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -27,9 +31,16 @@ _FAMILIES: dict[str, Family] = {
         Qwen2VL(),
         Qwen25VL(),
         Qwen3VL(),
+        Qwen3VLMoE(),
         Qwen35(),
         Qwen35MoE(),
+        Glm4V(),
+        Glm46V(),
+        Mistral3(),
+        Lfm2VL(),
+        Lfm3VL(),
         Gemma3(),
+        Gemma4(),
         InternVL(),
         Idefics3(),
         SmolVLM(),

@@ -56,11 +56,15 @@ class Family(Protocol):
                  `…ForConditionalGeneration` model; together they cover every parameter
     bidirectional_image_attention   whether the tokens of one image attend to each other in both
                               directions
+    bidirectional_layers      in which kinds of layers (`layer_types`) they do; None: in all
+    token_types               what `generate` calls the input that marks the tokens of images
     """
 
     model_type: str
     parts: dict[str, tuple[str, ...]]
     bidirectional_image_attention: bool = False
+    bidirectional_layers: tuple[str, ...] | None = None
+    token_types: str = "token_type_ids"
 
     def marker(self, processor: Any) -> str:
         """The text that a chat template writes for one image."""
@@ -153,6 +157,17 @@ class Family(Protocol):
 def flat(groups: Sequence[Sequence[PIL.Image.Image]]) -> list[PIL.Image.Image]:
     """All images of all groups, in order."""
     return [image for group in groups for image in group]
+
+
+def not_thinner(image: PIL.Image.Image, ratio: int) -> PIL.Image.Image:
+    """The image, broadened where one side is more than `ratio` times the other.
+
+    For processors that fail on images whose shorter side they would scale to nothing.
+    """
+    least = math.ceil(max(image.size) / ratio)
+    if min(image.size) >= least:
+        return image
+    return image.resize((max(image.width, least), max(image.height, least)))
 
 
 def one_by_one(processor: Any, clips: Sequence[Clip]) -> tuple[Tensor, list[str]]:

@@ -90,7 +90,7 @@ class Qwen2VL(Family):
         """The features of each image, from every level that enters the language model."""
         return list(outputs.pooler_output)
 
-    def positions(self, keys: np.ndarray, grids: Sequence[Grid]) -> np.ndarray:
+    def positions(self, keys: np.ndarray, grids: Sequence[Grid]) -> np.ndarray | None:
         return mrope_positions(keys, grids)
 
 

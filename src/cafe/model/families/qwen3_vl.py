@@ -2,6 +2,9 @@
 
 An image's features are concatenated to [tokens, (1 + layers) * hidden], beginning with those that
 enter as embeddings.
+
+In Qwen3-VL-MoE the MLP of each layer is a mixture of experts, as in Qwen3.5-MoE
+(`cafe.model.families.qwen3_5` says what that changes).
 """
 
 from __future__ import annotations
@@ -42,3 +45,7 @@ class Qwen3VL(Qwen2VL):
         return BaseModelOutputWithDeepstackFeatures(
             pooler_output=levels[0], deepstack_features=deeper
         )
+
+
+class Qwen3VLMoE(Qwen3VL):
+    model_type = "qwen3_vl_moe"

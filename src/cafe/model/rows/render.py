@@ -261,7 +261,9 @@ class Renderer:
             )
         # What the template writes between its prompt and an answer: "Assistant:", " cat".
         between = whole[len(prompt) : at] if whole.startswith(prompt) else ""
-        return self._target(prompt, between + answer.text + whole[at + 1 :].rstrip(), turns)
+        # Some templates (GLM's) close no turn; a model learns to stop from a token that ends it.
+        end = whole[at + 1 :].rstrip() or self.pooled_token
+        return self._target(prompt, between + answer.text + end, turns)
 
     def _called(self, prompt: str, turns: Conversation) -> RenderedSequence:
         """As `_answered`, where the last turn calls tools and says nothing."""
