@@ -88,8 +88,6 @@ def write_out_delta_rules(decoder: Any) -> None:
 
     import torch
 
-    from cafe.model import delta_rule
-
     for layer in decoder.layers:
         module: Any = sys.modules[type(layer).__module__]
         own = getattr(module, "torch_chunk_gated_delta_rule", None)

@@ -13,16 +13,16 @@ from typing import Any, Literal
 import torch
 
 from cafe.errors import FamilyError
-from cafe.model.delta_rule import STATEFUL
 from cafe.model.families import Family
 from cafe.model.rows.rows import Rows
 from cafe.model.rows.trie import AttentionRule, padding_mask
+from cafe.model.stateful import STATEFUL
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
     """How far each kind of attention layer of the language model sees; None: to the beginning.
 
-    In tokens. Layers that carry a state (`cafe.model.delta_rule`) see nothing, and are not in it.
+    In tokens. Layers that carry a state (`cafe.model.stateful`) see nothing, and are not in it.
 
     Raises:
         FamilyError: a kind of layer that is neither attention, full or in a sliding window, nor

@@ -69,7 +69,7 @@ def hidden_states(
 
 
 def branches(rows: Rows, model: Any) -> dict[str, Any]:
-    """What layers that carry a state need to know of rows that branch (`cafe.model.delta_rule`).
+    """What layers that carry a state need to know of rows that branch (`cafe.model.stateful`).
 
     Nothing where every row is one sequence: then transformers' own kernels are right.
     """

@@ -20,7 +20,6 @@ from cafe.model.attention import SdpaWhileGenerating, layer_windows, row_sharing
 from cafe.model.best_of import best
 from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT, write_captions
 from cafe.model.checkpoint.directory import load_pretrained, save_checkpoint
-from cafe.model.delta_rule import allow_branches
 from cafe.model.encoding import Encoding, encode_inputs
 from cafe.model.families import family_of
 from cafe.model.families.base import distinct_features
@@ -35,6 +34,7 @@ from cafe.model.rows.inputs import EncodeOptions, Input, Inputs, as_messages, is
 from cafe.model.rows.inspect import embedding_contract
 from cafe.model.rows.prompts import DEFAULT_PROMPT, TrainedPrompts, own_prompt, turn_end
 from cafe.model.rows.rows import Rows
+from cafe.model.stateful import allow_branches
 from cafe.model.token_vectors import TokenEncoder
 from cafe.model.workers import ModelSource
 from cafe.precision import warn_if_emulated

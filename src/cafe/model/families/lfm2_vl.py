@@ -1,7 +1,7 @@
 """LFM2-VL and LFM3-VL: language models most of whose layers are short convolutions.
 
 A convolution of 3 tokens (LFM2) or 7 (LFM3) carries the last inputs of its sequence as a state;
-`cafe.model.delta_rule` lets it follow branches. The other layers are attention, in LFM3 some of
+`cafe.model.stateful` lets it follow branches. The other layers are attention, in LFM3 some of
 them in a sliding window. The vision towers have nothing in common.
 """
 

@@ -1,7 +1,7 @@
 """Qwen3.5 (and 3.6): Qwen3-VL's images without DeepStack, and a language model of two kinds.
 
 Three layers of four are gated delta-rule layers, which carry a state instead of keys and values;
-`cafe.model.delta_rule` lets them follow branches. In Qwen3.5-MoE the MLP of each layer is a mixture
+`cafe.model.stateful` lets them follow branches. In Qwen3.5-MoE the MLP of each layer is a mixture
 of experts: every token is computed by the experts that its router chooses, none is dropped, so a
 token's state does not depend on the other sequences of its row. The router's auxiliary loss is
 transformers' `output_router_logits`, which cafe leaves off. The experts of a layer are parameters

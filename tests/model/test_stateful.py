@@ -21,16 +21,16 @@ from torch.nn import functional
 from cafe.errors import FamilyError
 from cafe.model import hidden
 from cafe.model.attention import layer_windows
-from cafe.model.delta_rule import (
+from cafe.model.rows.rows import Rows
+from cafe.model.rows.segments import Segments
+from cafe.model.rows.trie import Row, TokenSequence, build_row, pack_rows, stack_rows
+from cafe.model.stateful import (
     CHUNK,
     allow_branches,
     branching_convolution,
     branching_rule,
     gated_delta_rule,
 )
-from cafe.model.rows.rows import Rows
-from cafe.model.rows.segments import Segments
-from cafe.model.rows.trie import Row, TokenSequence, build_row, pack_rows, stack_rows
 from cafe.model.vlm import CAFe
 from helpers import builders
 from helpers.models import in_float64, recurrence
