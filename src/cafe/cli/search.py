@@ -21,11 +21,17 @@ if TYPE_CHECKING:
 _JUDGED = ("match", "log_likelihood", "posterior")
 
 
-class RerankBy(StrEnum):
+class Judgement(StrEnum):
     """What `--rerank` goes by."""
 
     question = "question"
     likelihood = "likelihood"
+
+
+RerankByOption = Annotated[
+    Judgement,
+    typer.Option(help="The yes/no question, or how likely the text is as the image's caption."),
+]
 
 
 def command(
@@ -44,12 +50,7 @@ def command(
         int | None,
         typer.Option(min=1, help="Rerank the top N hits with the model."),
     ] = None,
-    rerank_by: Annotated[
-        RerankBy,
-        typer.Option(
-            help="The yes/no question, or how likely the text is as the image's caption.",
-        ),
-    ] = RerankBy.question,
+    rerank_by: RerankByOption = Judgement.question,
     where: Annotated[
         str | None, typer.Option(metavar="SQL", help='Only rows like "width > 640".')
     ] = None,

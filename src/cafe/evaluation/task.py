@@ -33,7 +33,7 @@ Encode = Callable[[Sequence[Image | str | Conversation]], "Float[np.ndarray, 'n 
 Generate = Callable[[Sequence[Conversation], int], list[str]]
 """Conversations and a maximum number of new tokens -> greedy answers, in order."""
 
-Judge = Callable[[Sequence[tuple[Image, str]]], "Float[np.ndarray, ' n']"]
+JudgePairs = Callable[[Sequence[tuple[Image, str]]], "Float[np.ndarray, ' n']"]
 """Images with texts -> log-odds of "yes" to the match question, or log P(text | image); float32
 [n], in order."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cafe.errors import FamilyError
-from cafe.model.rows.segments import Batch, Segments
+from cafe.model.rows.segments import SegmentBatch, Segments
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -163,7 +163,7 @@ def branching_rule(
 
 
 def _padded(
-    tokenwise: list[Tensor], batch: Batch, start: Tensor | None, normalise: bool, _: Any
+    tokenwise: list[Tensor], batch: SegmentBatch, start: Tensor | None, normalise: bool, _: Any
 ) -> tuple[Tensor, Tensor]:
     """The outputs at the real tokens, and the final states. Padding decays and writes nothing."""
     query, key, value, g, beta = (x[batch.tokens] for x in tokenwise)
@@ -175,7 +175,7 @@ def _padded(
 
 
 def _packed(
-    tokenwise: list[Tensor], batch: Batch, start: Tensor | None, normalise: bool, fused: Any
+    tokenwise: list[Tensor], batch: SegmentBatch, start: Tensor | None, normalise: bool, fused: Any
 ) -> tuple[Tensor, Tensor]:
     """The same by one call of flash-linear-attention's kernel for sequences of any length."""
     query, key, value, g, beta = (x[batch.tokens[batch.real]][None] for x in tokenwise)

@@ -18,7 +18,7 @@ from cafe.data.scenes.questions import near_miss
 from cafe.evaluation.scenes.held_out import SceneItem, item_stream, scene_ids
 from cafe.evaluation.scenes.retrieval import hard_captions
 from cafe.evaluation.scoring import Derivation, Ratio
-from cafe.evaluation.task import Encode, Judge, TaskResult
+from cafe.evaluation.task import Encode, JudgePairs, TaskResult
 from cafe.metrics import calibration_columns
 from cafe.model.rerank import RerankBy, reranked
 from cafe.types import Image
@@ -33,7 +33,7 @@ _NEAR_MISS = 7
 
 
 def scenes_match(
-    encode: Encode, match_odds: Judge, temperature: float, scenes: Sequence[SceneItem]
+    encode: Encode, match_odds: JudgePairs, temperature: float, scenes: Sequence[SceneItem]
 ) -> TaskResult:
     """Ask the match question about right and nearly right captions, and about search results.
 
@@ -65,7 +65,7 @@ def scenes_match(
 
 
 def scenes_likelihood(
-    encode: Encode, log_likelihood: Judge, temperature: float, scenes: Sequence[SceneItem]
+    encode: Encode, log_likelihood: JudgePairs, temperature: float, scenes: Sequence[SceneItem]
 ) -> TaskResult:
     """Compare right and nearly right captions, and search results, by log P(caption | image).
 
@@ -99,7 +99,7 @@ class _Judged:
 
 def _judge_all(
     encode: Encode,
-    function: Judge,
+    function: JudgePairs,
     temperature: float,
     scenes: Sequence[SceneItem],
     by: RerankBy,
@@ -205,7 +205,7 @@ def _first_hits(
 class _Pairs:
     """Collects pairs, judges each once, and knows the scores."""
 
-    def __init__(self, judge: Judge, scenes: Sequence[SceneItem]) -> None:
+    def __init__(self, judge: JudgePairs, scenes: Sequence[SceneItem]) -> None:
         self._judge, self._scenes = judge, scenes
         self._known: dict[tuple[int, str], float] = {}
 
@@ -213,7 +213,7 @@ class _Pairs:
         self._known |= {(scene, text): np.nan for text in texts}
 
     def answer(self) -> None:
-        """Judge everything; pairs of one image one after the other, so that they share it."""
+        """JudgePairs everything; pairs of one image one after the other, so that they share it."""
         asked = sorted(self._known)
         pairs: list[tuple[Image, str]] = [(self._scenes[i].image, text) for i, text in asked]
         self._known = dict(zip(asked, self._judge(pairs).tolist(), strict=True))

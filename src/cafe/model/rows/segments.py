@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class SegmentBatch:
     """Segments of one depth and similar length, padded on the right.
 
     tokens    int64 [s, l]  flat index, row * t + token; at the padding, the segment's first token
@@ -55,7 +55,7 @@ class Segments:
     """
 
     before: Int[Tensor, " n"]
-    batches: tuple[Batch, ...]
+    batches: tuple[SegmentBatch, ...]
 
     @classmethod
     def of(cls, subtree_end: Int[Tensor, "rows t"]) -> Segments:
@@ -100,7 +100,7 @@ def _cut(row: int, ends: np.ndarray, before: np.ndarray, runs: list[_Run]) -> No
             branch.append(len(runs) - 1)
 
 
-def _batches(runs: list[_Run], ends: np.ndarray, device: torch.device) -> list[Batch]:
+def _batches(runs: list[_Run], ends: np.ndarray, device: torch.device) -> list[SegmentBatch]:
     """Segments of one depth whose lengths differ by less than a factor of two are one batch."""
     parents = {run.parent for run in runs}
     groups: dict[tuple[int, bool, int], list[int]] = defaultdict(list)
@@ -119,7 +119,7 @@ def _batches(runs: list[_Run], ends: np.ndarray, device: torch.device) -> list[B
         if not leaf:
             kept |= {m: len(kept) + i for i, m in enumerate(members)}
         batches.append(
-            Batch(
+            SegmentBatch(
                 torch.from_numpy(tokens).to(device),
                 torch.from_numpy(real).to(device),
                 None if above is None else torch.from_numpy(above).to(device),
