@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,18 +29,27 @@ from cafe.evaluation.run import Options, run_tasks
 from cafe.evaluation.scoring import RESAMPLES
 from cafe.files import write_json
 from cafe.model.vlm import CAFe
-from cafe.recipes import Ablation, Recipe
+from cafe.recipes import Ablation, Objective, Recipe
 from cafe.retrieval.thinking import write_thoughts
 from cafe.training.checkpoints import complete
 from cafe.training.log import read_log
 from cafe.training.run import train
 from cafe.training.stopping import Interrupted
 
-_TRAINED_FOR = {
-    "scenes-tokens": lambda objective: objective.multi_vector_weight > 0,
+
+def _both_losses(objective: Objective) -> bool:
+    return min(objective.contrastive_weight, objective.language_weight) > 0
+
+
+_TRAINED_FOR: dict[str, Callable[[Objective], bool]] = {
+    "scenes-captions": _both_losses,
+    "scenes-match": _both_losses,
+    "scenes-likelihood": _both_losses,
     "scenes-thoughts": lambda objective: objective.thought_weight > 0,
+    "scenes-tokens": lambda objective: objective.multi_vector_weight > 0,
 }
-"""Tasks that only some models are measured by: those that were trained for it."""
+"""Tasks that only some models are measured by: those that were trained for it. What words are worth
+to an embedding is a question about models that have learned both."""
 
 
 def run_ablation(
