@@ -18,6 +18,22 @@ from cafe.model.rows.rows import Rows
 from cafe.model.rows.trie import AttentionRule, padding_mask
 from cafe.model.stateful import STATEFUL
 
+OWN_FLEX = "cafe_flex"
+"""FlexAttention under a name of ours, for models whose classes say that they do not support it
+(Qwen-VL, GLM-V): their language models call whatever function their configuration names. The name
+must not contain transformers' own, which such a class refuses."""
+
+FLEX = ("flex_attention", OWN_FLEX)
+
+
+def register_flex() -> str:
+    """Register FlexAttention as `OWN_FLEX` with transformers, and return that name."""
+    from transformers import AttentionInterface
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    AttentionInterface.register(OWN_FLEX, flex_attention_forward)
+    return OWN_FLEX
+
 
 def layer_windows(config: Any) -> dict[str, int | None]:
     """How far each kind of attention layer of the language model sees; None: to the beginning.
@@ -114,7 +130,7 @@ def mask_of(rows: Rows, model: Any, window: int | None) -> Any:
         # That kernel skips what a mask would hide. Padding is on the right, where no token looks.
         return None
     rule = AttentionRule(rows.subtree_end, rows.visible_until, rows.depth, window)
-    if attention == "flex_attention":
+    if attention in FLEX:
         from torch.nn.attention.flex_attention import create_block_mask
 
         count, length = rows.input_ids.shape
@@ -140,21 +156,21 @@ class SdpaWhileGenerating:
     def __init__(self, config: Any) -> None:
         self._config = config
         self._inside = 0
-        self._flex = False
+        self._flex: str | None = None
 
     def __enter__(self) -> None:
         with _LOCK:
-            if self._inside == 0 and self._config._attn_implementation == "flex_attention":
+            if self._inside == 0 and self._config._attn_implementation in FLEX:
+                self._flex = self._config._attn_implementation
                 self._set("sdpa")
-                self._flex = True
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with _LOCK:
             self._inside -= 1
-            if self._inside == 0 and self._flex:
-                self._set("flex_attention")
-                self._flex = False
+            if self._inside == 0 and self._flex is not None:
+                self._set(self._flex)
+                self._flex = None
 
     def _set(self, attention: str) -> None:
         """For the language model; the vision tower keeps its own kernel."""

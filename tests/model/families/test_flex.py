@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from cafe.errors import CheckpointError
+from cafe.model.attention import OWN_FLEX, mask_of
 from cafe.model.checkpoint.directory import kernels
 from cafe.model.vlm import CAFe
 from helpers import builders, plain
@@ -31,13 +32,13 @@ def uncompiled(query: Tensor, key: Tensor, value: Tensor, training: bool, **sett
 
 
 def takes_it(model: CAFe) -> bool:
-    """Whether transformers' class does; Qwen-VL's do not."""
+    """Whether transformers' class says so; Qwen-VL's do not, and get it under a name of ours."""
     return bool(getattr(type(model.model), "_supports_flex_attn", False))
 
 
 @contextmanager
 def flexible(model: CAFe) -> Iterator[None]:
-    model.model.set_attn_implementation(kernels("flex_attention"))
+    model.model.set_attn_implementation(kernels("flex_attention", model.model.config))
     try:
         yield
     finally:
@@ -46,8 +47,6 @@ def flexible(model: CAFe) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_the_states_are_those_of_sdpa(family_model: CAFe, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not takes_it(family_model):
-        return  # see the test below
     monkeypatch.setattr(
         "transformers.integrations.flex_attention.compile_friendly_flex_attention", uncompiled
     )
@@ -58,17 +57,43 @@ def test_the_states_are_those_of_sdpa(family_model: CAFe, monkeypatch: pytest.Mo
     assert float((found - expected)[real].abs().max()) <= 1e-6
 
 
-def test_it_is_for_the_language_model_or_the_model_is_refused(
-    family_dir: Path, family_model: CAFe
-) -> None:
-    if not takes_it(family_model):
-        with pytest.raises(CheckpointError, match=r"does not support .*flex"):
-            CAFe.from_pretrained(family_dir, device="cpu", attention="flex_attention")
-        return
+def test_it_is_for_the_language_model(family_dir: Path, family_model: CAFe) -> None:
     config = CAFe.from_pretrained(family_dir, device="cpu", attention="flex_attention").model.config
-    assert config._attn_implementation == "flex_attention"
-    assert config.get_text_config()._attn_implementation == "flex_attention"
+    name = "flex_attention" if takes_it(family_model) else OWN_FLEX
+    assert config._attn_implementation == name
+    assert config.get_text_config()._attn_implementation == name
     assert config.vision_config._attn_implementation == "sdpa"
+
+
+def test_it_answers_as_sdpa_does_and_is_set_again(family_model: CAFe) -> None:
+    expected = family_model.generate("Is it a cat?", max_new_tokens=4)
+    with flexible(family_model):
+        before = family_model.model.config._attn_implementation
+        assert family_model.generate("Is it a cat?", max_new_tokens=4) == expected
+        assert family_model.model.config._attn_implementation == before
+
+
+def test_its_masks_do_not_grow_with_the_square_of_a_row(family_model: CAFe) -> None:
+    """A mask for SDPA has a byte for each pair of tokens, a block mask a number for each block."""
+    rows, _, _ = plain.run(family_model, EXAMPLES)
+    longer = replace(
+        rows,
+        subtree_end=torch.full((1, 4096), 4096),
+        input_ids=torch.zeros(1, 4096, dtype=torch.long),
+        positions=torch.arange(4096)[None],
+        visible_until=None,
+        plain=False,
+    )
+
+    def stored(mask: Any) -> int:
+        tensors = [mask] if isinstance(mask, Tensor) else vars(mask).values()
+        return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))
+
+    dense = stored(mask_of(longer, family_model.model, None))
+    with flexible(family_model):
+        sparse = stored(mask_of(longer, family_model.model, None))
+    assert dense == 4096**2
+    assert sparse < dense / 500
 
 
 @pytest.mark.slow
@@ -91,8 +116,6 @@ def test_the_kernel_that_is_compiled_for_a_gpu_has_states_and_gradients(
     sizes = builders.Sizes(width=128)  # heads of 64: the kernel's smallest are 16 wide
     directory = builders.build(name, tmp_path / name, sizes)
     model = CAFe.from_pretrained(directory, dtype=torch.float32, device="cuda")
-    if not takes_it(model):
-        pytest.skip("transformers' class does not take it")
     chunk = model.collator(EXAMPLES).to("cuda")
     found = {}
     for attention in ("sdpa", "flex_attention"):

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from cafe.errors import CafeError, CheckpointError, first_line
+from cafe.model.attention import register_flex
 from cafe.model.checkpoint.adapter import (
     adapter_of,
     is_adapter,
@@ -206,6 +207,14 @@ def cannot_be_loaded(name: str, error: Exception) -> CheckpointError:
     return CheckpointError(f"{name}: cannot be loaded ({first_line(error)})")
 
 
+def _takes_flex(config: Any) -> bool:
+    """Whether transformers' class of a configuration says that it supports FlexAttention."""
+    from transformers import AutoModelForImageTextToText
+
+    mapping = AutoModelForImageTextToText._model_mapping
+    return config is None or bool(getattr(mapping[type(config)], "_supports_flex_attn", False))
+
+
 def kernels(attention: str, config: Any = None) -> str | dict[str, str]:
     """The attention kernel of each component, as transformers takes it.
 
@@ -214,6 +223,8 @@ def kernels(attention: str, config: Any = None) -> str | dict[str, str]:
     cafe does not use, may have no kernel but its own.
     """
     vision = "sdpa" if attention == "flex_attention" else attention
+    if attention == "flex_attention" and not _takes_flex(config):
+        attention = register_flex()
     if getattr(config, "audio_config", None) is None and vision == attention:
         return attention
     each = {"": attention, "text_config": attention, "vision_config": vision}
