@@ -148,10 +148,7 @@ def _shown(example: Example) -> Iterator[object]:
 
 
 def _content(example: Example) -> object:
-    """Equal for copies of a record: the texts, and the names of the files without their folders.
-
-    Each text counts once: what is trained of an example may lack its dialogues or its pair.
-    """
+    """Equal for copies of a record: the texts, and the names of the files without their folders."""
     return frozenset(
         p if isinstance(p, str) else ("file", _name(p.source)) for p in _parts(example)
     )
