@@ -22,9 +22,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -94,7 +95,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SampleAnswer:
     """What the model answers to a held-out example.
 
     reference   what the example says
@@ -119,7 +120,7 @@ class EvaluationRecord:
     step: int
     scores: dict[str, float]
     seconds: float
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[SampleAnswer, ...] = ()
 
     def line(self) -> str:
         """Its line in the log."""
@@ -171,7 +172,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _take(line: dict[str, Any], content: LogContent) -> None:
     """Add what a line says. Raises TypeError, KeyError or AttributeError for another line."""
     if "evaluation" in line:
-        samples = tuple(Sample(**sample) for sample in line.get("samples", ()))
+        samples = tuple(SampleAnswer(**sample) for sample in line.get("samples", ()))
         record = EvaluationRecord(line["step"], line["evaluation"], line["seconds"], samples)
         content.evaluations.append(record)
     elif "warning" in line:
@@ -237,7 +238,7 @@ class Reporter:
         every_steps: int = 1,
         bar: bool = True,
         track: Callable[[dict[str, Any], int], None] | None = None,
-        track_texts: Callable[[Sequence[Sample], int], None] | None = None,
+        track_texts: Callable[[Sequence[SampleAnswer], int], None] | None = None,
     ) -> None:
         self._log, self._track, self._track_texts = log, track, track_texts
         self._total, self._every = total, every_steps
@@ -338,3 +339,25 @@ def _summary(record: StepRecord) -> str:
         f"language {record.language:.3f}{further})  {record.examples_per_second:,.1f} examples/s  "
         f"{record.tokens_per_second:,.0f} tokens/s"
     )
+
+
+# ---------------------------------------------------------------------- texts for trackers
+
+_TAKE_TEXTS = frozenset({"tensorboard", "comet_ml", "wandb", "trackio"})
+"""Trackers whose `log` of accelerate takes strings. mlflow gets an artifact for each step; those
+that know numbers only (aim, clearml, dvclive, swanlab) get no samples."""
+
+
+def track_samples(trackers: Iterable[Any], samples: Sequence[SampleAnswer], step: int) -> None:
+    """Give the answers of an evaluation to the trackers of accelerate that take texts."""
+    texts = {
+        f"samples/{number}": f"**{sample.id}** {sample.prompt}\n\nmodel: {sample.answer}\n\n"
+        f"reference: {sample.reference}"
+        for number, sample in enumerate(samples)
+    }
+    for tracker in trackers:
+        if tracker.name in _TAKE_TEXTS:
+            tracker.log(texts, step=step)
+        elif tracker.name == "mlflow":
+            mlflow = import_module("mlflow")
+            mlflow.log_text("\n\n".join(texts.values()), f"samples/step-{step:06d}.md")

@@ -48,13 +48,12 @@ from cafe.training.data import TrainingData, load_data
 from cafe.training.distributed import lost_contact, rank, world_size
 from cafe.training.evaluations import build_evaluations, check_evaluations
 from cafe.training.loader import StepData, Steps, check_answers_labelled, step_loader
-from cafe.training.log import Reporter, RunLog, StepRecord, read_log
+from cafe.training.log import Reporter, RunLog, StepRecord, read_log, track_samples
 from cafe.training.loop import Loop
 from cafe.training.matching import check_matchable
 from cafe.training.saving import ModelSaver
 from cafe.training.state import config_fingerprint
 from cafe.training.stopping import Interrupted
-from cafe.training.trackers import track_samples
 from cafe.training.tuning import load_model
 
 

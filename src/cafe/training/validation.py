@@ -28,7 +28,7 @@ from cafe.objective import next_token_nll
 from cafe.ranks import Rank
 from cafe.training.distributed import any_rank
 from cafe.training.held_out import HeldOut
-from cafe.training.log import Sample
+from cafe.training.log import SampleAnswer
 from cafe.training.state import random_state, set_random_state
 from cafe.types import Conversation, Example, Image, Scores, Video, content_key
 
@@ -115,7 +115,7 @@ class Validation:
                 raise DataError(f"{self.held_out.name}: {error}") from error
         return scores, [item for part in parts for item in part.skipped]
 
-    def answers(self) -> tuple[Sample, ...]:
+    def answers(self) -> tuple[SampleAnswer, ...]:
         """What the model answers to a few examples, which are always the same."""
         asked = [e for e in self.held_out.examples if e.dialogues]
         if self.sharded or not asked or not self.samples:
@@ -131,7 +131,9 @@ class Validation:
 
         answers = self.rank.share(prompts, generate)
         return tuple(
-            Sample(example.id, _written(prompt), example.dialogues[0][len(prompt)].text, answer)
+            SampleAnswer(
+                example.id, _written(prompt), example.dialogues[0][len(prompt)].text, answer
+            )
             for example, prompt, answer in zip(chosen, prompts, answers, strict=True)
         )
 
