@@ -22,6 +22,7 @@ from cafe.training.log import (
     StepRecord,
     read_log,
     read_whole_log,
+    track_numbers,
     track_samples,
 )
 
@@ -184,3 +185,10 @@ def test_the_log_keeps_every_kind_of_line_and_a_torn_one_ends_it(
         (True, False),
         (False, True),
     ]
+
+
+def test_names_of_measures_are_such_as_mlflow_takes() -> None:
+    trackers = [Tracker("mlflow"), Tracker("wandb")]
+    track_numbers(trackers, {"evaluation/recall@1": 0.5, "mteb:A(b)": 1.0}, 3)
+    assert trackers[0].logged == [({"evaluation/recall_at_1": 0.5, "mteb:A_b_": 1.0}, 3)]
+    assert trackers[1].logged == [({"evaluation/recall@1": 0.5, "mteb:A(b)": 1.0}, 3)]

@@ -55,7 +55,8 @@ class Evaluate(Section):
                 "there is nothing to measure on; set held_out (e.g. 0.01), data, or tasks"
             )
         for name in ("weight", "groups", "thoughts", "scores"):
-            if self.data is not None and name in self.data.model_fields_set:
+            default = DataSource.model_fields[name].default
+            if self.data is not None and getattr(self.data, name) != default:
                 raise ValueError(f"data.{name} is for training; leave it out")
         if not self.tasks and (self.tasks_data is not None or self.tasks_limit is not None):
             raise ValueError("tasks_data and tasks_limit are for tasks, and none is named")

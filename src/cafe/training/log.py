@@ -21,8 +21,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -341,11 +342,22 @@ def _summary(record: StepRecord) -> str:
     )
 
 
-# ---------------------------------------------------------------------- texts for trackers
+# ---------------------------------------------------------------------- trackers
 
+_NOT_OF_MLFLOW = re.compile(r"[^/\w.\- :]")
 _TAKE_TEXTS = frozenset({"tensorboard", "comet_ml", "wandb", "trackio"})
 """Trackers whose `log` of accelerate takes strings. mlflow gets an artifact for each step; those
 that know numbers only (aim, clearml, dvclive, swanlab) get no samples."""
+
+
+def track_numbers(trackers: Iterable[Any], values: Mapping[str, float], step: int) -> None:
+    """Give numbers to the trackers of accelerate; mlflow takes some characters only in names."""
+    for tracker in trackers:
+        if tracker.name == "mlflow":
+            named = {_NOT_OF_MLFLOW.sub("_", k.replace("@", "_at_")): x for k, x in values.items()}
+            tracker.log(named, step=step)
+        else:
+            tracker.log(dict(values), step=step)
 
 
 def track_samples(trackers: Iterable[Any], samples: Sequence[SampleAnswer], step: int) -> None:

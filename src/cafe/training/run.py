@@ -48,7 +48,14 @@ from cafe.training.data import TrainingData, load_data
 from cafe.training.distributed import lost_contact, rank, world_size
 from cafe.training.evaluations import build_evaluations, check_evaluations
 from cafe.training.loader import StepData, Steps, check_answers_labelled, step_loader
-from cafe.training.log import Reporter, RunLog, StepRecord, read_log, track_samples
+from cafe.training.log import (
+    Reporter,
+    RunLog,
+    StepRecord,
+    read_log,
+    track_numbers,
+    track_samples,
+)
 from cafe.training.loop import Loop
 from cafe.training.matching import check_matchable
 from cafe.training.saving import ModelSaver
@@ -328,7 +335,7 @@ def _reporter(
         total=total,
         every_steps=recipe.log.every_steps,
         bar=recipe.log.progress,
-        track=lambda values, step: accelerator.log(values, step=step),
+        track=lambda values, step: track_numbers(accelerator.trackers, values, step),
         track_texts=lambda samples, step: track_samples(accelerator.trackers, samples, step),
     )
 
