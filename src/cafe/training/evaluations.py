@@ -239,7 +239,7 @@ def build_evaluations(
             data.held_out,
             recipe.batch.chunk or DEFAULT_BATCH,
             recipe.evaluate.samples,
-            accelerator.autocast,
+            lambda: accelerator.autocast(),
             shared,
             is_sharded(recipe),
         )
