@@ -13,17 +13,16 @@ import pytest
 import torch
 
 from cafe.metrics import effective_rank, modality_gap, uniformity
+from cafe.training.build import track_numbers, track_samples
 from cafe.training.divergence import LEAST, WINDOW, DivergenceDetector, geometry
 from cafe.training.log import (
     EvaluationRecord,
+    LogReader,
     Reporter,
     RunLog,
     SampleAnswer,
     StepRecord,
     read_log,
-    read_whole_log,
-    track_numbers,
-    track_samples,
 )
 
 
@@ -171,7 +170,7 @@ def test_the_log_keeps_every_kind_of_line_and_a_torn_one_ends_it(
     assert (board.logged, numbers.logged) == ([({"samples/0": text}, 1)], [])
 
     path.write_bytes(path.read_bytes() + b'{"step": 3, "evaluation": {"rec')
-    content = read_whole_log(path)
+    content = LogReader(path).read()
     assert [one.step for one in content.steps] == [1, 2] == [r.step for r in read_log(path)]
     assert content.steps[0].total == 2
     (kept,) = content.evaluations

@@ -15,7 +15,7 @@ import torch
 import cafe
 from cafe.errors import DataError, RecipeError, TrainingError
 from cafe.model.vlm import CAFe
-from cafe.training.log import EvaluationRecord, StepRecord, read_whole_log
+from cafe.training.log import EvaluationRecord, LogReader, StepRecord
 from cafe.training.run import train
 from cafe.training.saving import kept_step
 from cafe.training.stopping import Interrupted
@@ -67,7 +67,7 @@ def evaluated(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluations(out: Path) -> list[EvaluationRecord]:
-    return read_whole_log(out / "log.jsonl").evaluations
+    return LogReader(out / "log.jsonl").read().evaluations
 
 
 def steps(out: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from cafe.training.build import build_collator, is_sharded, precision_in_use
 from cafe.training.data import TrainingData
 from cafe.training.distributed import any_rank, rank, world_size
 from cafe.training.held_out import HeldOut
-from cafe.training.log import EvaluationRecord, read_whole_log
+from cafe.training.log import EvaluationRecord, LogReader
 from cafe.training.saving import ModelSaver
 from cafe.training.validation import (
     EvaluationStopped,
@@ -252,7 +252,7 @@ def build_evaluations(
         if isinstance(vlm, FSDPModule):
             vlm.reshard()
 
-    earlier = read_whole_log(log_path).evaluations if accelerator.is_main_process else []
+    earlier = LogReader(log_path).read().evaluations if accelerator.is_main_process else []
     return Evaluations(
         recipe,
         data.steps,

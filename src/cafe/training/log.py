@@ -14,6 +14,7 @@ Lines of other kinds stand between these: an evaluation's scores, and a warning.
     {"step": 200, "evaluation": {"image_to_text_recall@1": 0.41, …}, "seconds": 12.5,
      "samples": [{"id": "17", "prompt": "…", "reference": "…", "answer": "…"}]}
     {"step": 812, "warning": "step 812: the loss is 9.1, and the median …"}
+    {"step": 900, "stopped": "stopped after step 900 of 1000: the last 5 evaluations …"}
 """
 
 from __future__ import annotations
@@ -21,12 +22,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -137,37 +136,67 @@ class EvaluationRecord:
 
 @dataclass(frozen=True, slots=True)
 class LogContent:
-    """What a log has, of each kind in order; `warnings` are pairs of a step and a text."""
+    """What a log has, of each kind in order.
+
+    warnings   pairs of a step and a text
+    stops      the same of early stops; the run may have gone on after one
+    """
 
     steps: list[StepRecord]
     evaluations: list[EvaluationRecord]
     warnings: list[tuple[int, str]]
+    stops: list[tuple[int, str]]
+
+    @classmethod
+    def empty(cls) -> LogContent:
+        return cls([], [], [], [])
 
 
 def read_log(path: Path) -> list[StepRecord]:
     """The steps of a log, up to the first line that a killed run left half-written."""
-    return read_whole_log(path).steps
-
-
-def read_whole_log(path: Path) -> LogContent:
-    """Everything in a log, up to the first line that a killed run left half-written."""
-    content = LogContent([], [], [])
-    for line in _lines(path):
-        _take(line, content)
-    return content
+    return LogReader(path).read().steps
 
 
 _STEP_FIELDS = frozenset(f.name for f in fields(StepRecord))
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            values = json.loads(line)
-            _take(values, LogContent([], [], []))
-        except (ValueError, TypeError, AttributeError, KeyError):
-            break
-        yield values
+class LogReader:
+    """Reads a log as it grows: the first time all of it, then what is new.
+
+    A line that is not complete, or was left half-written, is not read, nor is what comes after it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: tuple[int, int] | None = None
+        self._offset = 0
+        self._content = LogContent.empty()
+
+    def read(self) -> LogContent:
+        """Everything so far. A log that a resumed run has written anew is read anew."""
+        if not self._path.exists():
+            return self._content
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset:
+                self._file, self._offset = (status.st_dev, status.st_ino), 0
+                self._content = LogContent.empty()
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n") or _parsed(line, self._content) is None:
+                    break
+                self._offset += len(line)
+        return self._content
+
+
+def _parsed(line: bytes, content: LogContent) -> dict[str, Any] | None:
+    """The values of a line, which are added to the content; None: it is none of a log."""
+    try:
+        values = json.loads(line)
+        _take(values, content)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
+    return values
 
 
 def _take(line: dict[str, Any], content: LogContent) -> None:
@@ -178,6 +207,8 @@ def _take(line: dict[str, Any], content: LogContent) -> None:
         content.evaluations.append(record)
     elif "warning" in line:
         content.warnings.append((line["step"], line["warning"]))
+    elif "stopped" in line:
+        content.stops.append((line["step"], line["stopped"]))
     else:
         content.steps.append(StepRecord(**{k: v for k, v in line.items() if k in _STEP_FIELDS}))
 
@@ -186,7 +217,12 @@ class RunLog:
     """Appends to the log, after removing what came after step `done`, which a resume repeats."""
 
     def __init__(self, path: Path, done: int) -> None:
-        kept = [line for line in _lines(path) if line["step"] <= done]
+        lines: list[dict[str, Any]] = []
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            if (values := _parsed(line, LogContent.empty())) is None:
+                break
+            lines.append(values)
+        kept = [line for line in lines if line["step"] <= done]
         with replacing(path) as rewritten, writing(path):
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             rewritten.write_text(text, encoding="utf-8")
@@ -306,6 +342,12 @@ class Reporter:
             self._log.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.message(text)
 
+    def stopped(self, text: str, step: int) -> None:
+        """A message about an early stop that stays in the log."""
+        if self._log is not None:
+            self._log.write(json.dumps({"step": step, "stopped": text}, ensure_ascii=False) + "\n")
+        self.message(text, logging.INFO)
+
     def message(self, text: str, level: int = logging.WARNING) -> None:
         """Log one message about the run, on the main process only."""
         if self._log is not None:
@@ -340,36 +382,3 @@ def _summary(record: StepRecord) -> str:
         f"language {record.language:.3f}{further})  {record.examples_per_second:,.1f} examples/s  "
         f"{record.tokens_per_second:,.0f} tokens/s"
     )
-
-
-# ---------------------------------------------------------------------- trackers
-
-_NOT_OF_MLFLOW = re.compile(r"[^/\w.\- :]")
-_TAKE_TEXTS = frozenset({"tensorboard", "comet_ml", "wandb", "trackio"})
-"""Trackers whose `log` of accelerate takes strings. mlflow gets an artifact for each step; those
-that know numbers only (aim, clearml, dvclive, swanlab) get no samples."""
-
-
-def track_numbers(trackers: Iterable[Any], values: Mapping[str, float], step: int) -> None:
-    """Give numbers to the trackers of accelerate; mlflow takes some characters only in names."""
-    for tracker in trackers:
-        if tracker.name == "mlflow":
-            named = {_NOT_OF_MLFLOW.sub("_", k.replace("@", "_at_")): x for k, x in values.items()}
-            tracker.log(named, step=step)
-        else:
-            tracker.log(dict(values), step=step)
-
-
-def track_samples(trackers: Iterable[Any], samples: Sequence[SampleAnswer], step: int) -> None:
-    """Give the answers of an evaluation to the trackers of accelerate that take texts."""
-    texts = {
-        f"samples/{number}": f"**{sample.id}** {sample.prompt}\n\nmodel: {sample.answer}\n\n"
-        f"reference: {sample.reference}"
-        for number, sample in enumerate(samples)
-    }
-    for tracker in trackers:
-        if tracker.name in _TAKE_TEXTS:
-            tracker.log(texts, step=step)
-        elif tracker.name == "mlflow":
-            mlflow = import_module("mlflow")
-            mlflow.log_text("\n\n".join(texts.values()), f"samples/step-{step:06d}.md")

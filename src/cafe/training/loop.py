@@ -92,7 +92,7 @@ class Loop:
             objective.contrastive == "info_nce" and objective.contrastive_weight > 0
         )
         with StopRequest() as stop:
-            last = begin == self.total or self._stops_early(begin)
+            last = begin == self.total or self._exhausted
             better = self._evaluated(begin, stop, emergency, last=last, saved=True)
             if better and begin > 0:
                 self._keep_best()
@@ -108,7 +108,9 @@ class Loop:
                     self.on_step(record)
                 last = done + 1 == self.total
                 better = self._evaluated(done + 1, stop, emergency, last=last)
-                last = last or self._stops_early(done + 1)
+                if self._exhausted and not last:
+                    last = True
+                    self._report_early_stop(done + 1)
                 interrupted = any_rank(stop.signal_number is not None, device)
                 if last or interrupted or better or (done + 1) % every == 0:
                     self.reporter.sync()
@@ -184,16 +186,18 @@ class Loop:
         assert self.evaluations.best is not None
         self.saver.save_best(self.recipe.output_dir / "best", self.evaluations.best)
 
-    def _stops_early(self, done: int) -> bool:
-        """Whether `evaluate.patience` ends the run here, which is then said."""
-        if self.evaluations is None or not self.evaluations.exhausted or done == self.total:
-            return False
-        self.reporter.message(
+    @property
+    def _exhausted(self) -> bool:
+        """Whether `evaluate.patience` ends the run here."""
+        return self.evaluations is not None and self.evaluations.exhausted
+
+    def _report_early_stop(self, done: int) -> None:
+        assert self.evaluations is not None
+        text = (
             f"stopped after step {done} of {self.total}: the last {self.evaluations.patience} "
-            f"evaluations have no better {self.recipe.checkpoint.best}",
-            logging.INFO,
+            f"evaluations have no better {self.recipe.checkpoint.best}"
         )
-        return True
+        self.reporter.stopped(text, done)
 
     def _report_unmeasured(self, skipped: list[Skipped]) -> None:
         """Say once which held-out examples cannot be used."""

@@ -40,6 +40,8 @@ from cafe.training.build import (
     is_sharded,
     precision_in_use,
     seed_everything,
+    track_numbers,
+    track_samples,
     trained_settings,
 )
 from cafe.training.checkpoints import Checkpoints, clean, complete
@@ -53,8 +55,6 @@ from cafe.training.log import (
     RunLog,
     StepRecord,
     read_log,
-    track_numbers,
-    track_samples,
 )
 from cafe.training.loop import Loop
 from cafe.training.matching import check_matchable
