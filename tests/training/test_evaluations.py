@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cafe
 from cafe.errors import DataError, RecipeError, TrainingError
 from cafe.model.vlm import CAFe
+from cafe.training.evaluations import smaller_is_better
 from cafe.training.log import EvaluationRecord, LogReader, StepRecord
 from cafe.training.run import train
 from cafe.training.saving import kept_step
 from cafe.training.stopping import Interrupted
+from cafe.training.validation import measure_names, pair_scores, side_names
+from cafe.types import Example, Image, user
 from helpers.runs import (
     Killed,
     die_after,
@@ -338,3 +342,57 @@ def test_an_evaluation_that_fails_later_leaves_the_state(
     with pytest.raises(TrainingError, match="stopped in the evaluation after step 2 by Runtime"):
         run(world, tmp_path / "out", *EVALUATE, "checkpoint.every_steps=null")
     assert (tmp_path / "out" / "checkpoints" / "step-000002" / "manifest.json").is_file()
+
+
+# ---------------------------------------------------------------------- other kinds of runs
+
+
+def test_an_adapter_with_workers_does_not_notice_evaluations_by_the_clock(
+    world: Path, tmp_path: Path
+) -> None:
+    """Dropout on the adapter's input, recomputed activations, and an evaluation at every step."""
+    kind = ("tuning.kind=lora", "tuning.dropout=0.3", "gradient_checkpointing=true")
+    kind += ("batch.workers=1", "schedule.steps=3")
+    run(world, tmp_path / "plain", *kind)
+    clock = ("evaluate.every_steps=null", "evaluate.every_minutes=1e-9")
+    result = run(world, tmp_path / "evaluated", *EVALUATE, *clock, *kind)
+    assert [record.step for record in evaluations(tmp_path / "evaluated")] == [0, 1, 2, 3]
+    assert steps(tmp_path / "evaluated") == steps(tmp_path / "plain")
+    name = "adapter_model.safetensors"
+    ends = [load_file(tmp_path / out / "model" / name) for out in ("plain", "evaluated")]
+    assert equal(*ends)
+    assert (result.best_dir / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("measure", "smaller"),
+    [
+        ("language_loss", True),
+        ("caption/caption_loss", True),
+        ("uniformity/image", True),
+        ("gap/modality_gap", True),
+        ("scenes-chair/chair_i", True),
+        ("scenes-match/match_ece", True),
+        ("image_to_text_recall@1", False),
+        ("scenes-pope/random/accuracy", False),
+        ("captioning/cider_d", False),
+    ],
+)
+def test_it_is_known_whether_a_smaller_value_is_better(measure: str, smaller: bool) -> None:
+    assert smaller_is_better(measure) == smaller
+
+
+def test_sides_that_are_not_an_image_and_a_text_are_called_query_and_target() -> None:
+    """Two queries share a target, and one is there twice."""
+    asked = [("a", "x"), ("b", "x"), ("c", "y"), ("c", "y")]
+    examples = [Example(id=str(i), query=user(q), target=user(t)) for i, (q, t) in enumerate(asked)]
+    query = np.array([[1, 0], [0.9, 0.1], [1, 0.1], [1, 0.1]])  # c is nearer to x
+    target = np.array([[1, 0], [1, 0], [0, 1], [0, 1]])
+    scores = pair_scores(examples, query, target)
+    assert list(scores) == measure_names(examples)
+    assert scores["query_to_target_recall@1"] == pytest.approx(2 / 3)
+    assert scores["target_to_query_recall@1"] == pytest.approx(1 / 2)  # b is nearest to y
+    assert scores["target_to_query_recall@5"] == 1.0
+    turned = [Example(id="0", query=user("a"), target=user(Image("0.png")))]
+    assert side_names(turned) == ("text", "image")
+    assert measure_names(turned)[0] == "image_to_text_recall@1"
