@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from cafe.serving.run import serve
     from cafe.training.dry_run import dry_run
     from cafe.training.run import train
+    from cafe.training.watching import run_status, watch
     from cafe.types import Example, Image, Message, Video, user
 
 __all__ = [
@@ -64,10 +65,12 @@ __all__ = [
     "merge_adapter",
     "mine_batches",
     "mine_hard_negatives",
+    "run_status",
     "serve",
     "train",
     "user",
     "verify",
+    "watch",
     "write_thoughts",
 ]
 
@@ -94,10 +97,12 @@ _HOMES = {
     "merge_adapter": "cafe.release.release",
     "mine_batches": "cafe.retrieval.batch_mining",
     "mine_hard_negatives": "cafe.retrieval.mining",
+    "run_status": "cafe.training.watching",
     "serve": "cafe.serving.run",
     "train": "cafe.training.run",
     "user": "cafe.types",
     "verify": "cafe.release.verify",
+    "watch": "cafe.training.watching",
     "write_thoughts": "cafe.retrieval.thinking",
 }
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 import cafe.recipes
 from cafe.errors import DataError, RecipeError
-from cafe.recipes import Recipe, load_recipe
+from cafe.recipes import Evaluate, Recipe, load_recipe
+from cafe.recipes.base import parse_yaml
 
 SMALLEST = """\
 model: tiny
@@ -79,8 +80,13 @@ def test_there_are_bundled_recipes():
 
 
 def test_the_template_names_every_key():
-    template = yaml.safe_load(next(p for p in BUNDLED if p.name == "caption.yaml").read_text())
+    text = next(p for p in BUNDLED if p.name == "caption.yaml").read_text()
+    template = yaml.safe_load(text)
     assert set(template) == set(Recipe.model_fields)
+    example = text[text.index("evaluate: null") : text.index("\ncheckpoint:")]
+    section = parse_yaml("\n".join(line[1:] for line in example.splitlines()[1:]))
+    assert set(section) == set(Evaluate.model_fields)
+    Evaluate.model_validate(section)
     for name in ("objective", "batch", "optimizer", "checkpoint", "log"):
         section = Recipe.model_fields[name].annotation
         assert set(template[name]) == set(section.model_fields)  # type: ignore[union-attr]
@@ -312,3 +318,61 @@ def test_a_file_of_thoughts_is_relative_to_the_recipe(
         "optimizer: {learning_rate: 1e-3}\nschedule: {steps: 1}\n"
     )
     assert load_recipe(tmp_path / "r.yaml").data[0].thoughts == expected.format(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["evaluate.held_out=0.1"],
+            "exactly one of every_steps and every_minutes (null unsets); n",
+        ),
+        (["evaluate.every_steps=5"], "nothing to measure on; set held_out (e.g. 0.01), data, or"),
+        (
+            ["evaluate.every_steps=5", "evaluate.held_out=9", "evaluate.data.path=a.json"],
+            "data and held_out are both set",
+        ),
+        (["evaluate.every_steps=5", "evaluate.held_out=1.5"], "a fraction of all examples below 1"),
+        (
+            ["evaluate.every_steps=5", "evaluate.data.path=a.json", "evaluate.data.weight=2.0"],
+            "data.weight is for training",
+        ),
+        (
+            ["evaluate.every_steps=5", "evaluate.held_out=9", "evaluate.tasks_limit=3"],
+            "tasks_data and tasks_limit are for tasks, and none is named",
+        ),
+        (
+            ["evaluate.every_steps=5", "evaluate.held_out=9", "evaluate.patience=3"],
+            "name its measure in checkpoint.best",
+        ),
+        (["checkpoint.best=language_loss"], "which nothing measures; add a section evaluate"),
+        (
+            ["evaluate.every_steps=5", "evaluate.tasks=[retrieval]", "sharding=fsdp"],
+            "evaluate.tasks need whole weights",
+        ),
+        (["evaluate.every_step=5"], "did you mean evaluate.every_steps?"),
+    ],
+)
+def test_evaluations_that_make_no_sense_are_errors(
+    recipe_file: Path, overrides: list[str], expected: str
+):
+    assert expected in message(recipe_file, *overrides)
+
+
+def test_paths_of_evaluations_start_where_those_of_data_do(recipe_file: Path):
+    recipe_file.write_text(
+        SMALLEST + "evaluate: {every_steps: 5, data: {path: val.json}, tasks: [retrieval], "
+        "tasks_data: sets}\n"
+    )
+    evaluate = load_recipe(recipe_file).evaluate
+    assert evaluate is not None
+    assert evaluate.data is not None
+    assert evaluate.data.path == str(recipe_file.parent / "val.json")
+    assert evaluate.tasks_data == recipe_file.parent / "sets"
+    overrides = ["evaluate.every_minutes=2.5", "evaluate.every_steps=null"]
+    changed = load_recipe(recipe_file, [*overrides, "evaluate.data.path=other.json"]).evaluate
+    assert changed is not None
+    assert changed.data is not None
+    assert changed.data.path == str(Path("other.json").absolute())
+    assert (changed.every_steps, changed.every_minutes) == (None, 2.5)
+    assert_round_trip(load_recipe(recipe_file), recipe_file.parent)

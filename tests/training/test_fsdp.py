@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from cafe.errors import RecipeError
 from cafe.training.checkpoints import complete
 from cafe.training.run import train
+from cafe.training.saving import kept_step
 from helpers.fsdp_ranks import CASES, norm_of, share, step_of, worker
 from helpers.processes import PATIENCE_SECONDS, free_port, wait_while_running
 from helpers.runs import (
@@ -115,6 +117,8 @@ STEADY = (
     "checkpoint.every_steps=1",
 )
 SHARDED = (*STEADY, "sharding=fsdp")
+EVALUATED = ("evaluate.every_steps=1", "evaluate.held_out=9", "evaluate.samples=0")
+EVALUATED += ("checkpoint.best=language_loss",)
 
 
 def torchrun(*arguments: str) -> list[str]:
@@ -212,13 +216,13 @@ def test_a_rank_dies_the_other_ends_with_a_message_and_one_process_goes_on(
 def test_a_run_of_one_process_goes_on_sharded_over_two_and_consolidates(
     world: Path, tmp_path: Path
 ) -> None:
-    out, length = tmp_path / "out", "schedule.steps=4"
+    out, length = tmp_path / "out", ("schedule.steps=4", *EVALUATED)
     with one_thread():
-        train(recipe(world, tmp_path / "one", *STEADY, length))
+        train(recipe(world, tmp_path / "one", *STEADY, *length))
         with pytest.raises(Killed):
-            train(recipe(world, out, *SHARDED, length), on_step=die_after(3))
+            train(recipe(world, out, *SHARDED, *length), on_step=die_after(3))
     assert steps_saved(out) == [1, 2]
-    process = start(accelerate(str(recipe_file(world, out)), *SHARDED, length, "--resume"))
+    process = start(accelerate(str(recipe_file(world, out)), *SHARDED, *length, "--resume"))
     _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, errors
     assert_same_run(world, tmp_path / "one", out)
@@ -227,6 +231,10 @@ def test_a_run_of_one_process_goes_on_sharded_over_two_and_consolidates(
     for name in names:
         if name.suffix != ".safetensors":
             assert (out / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+    assert kept_step(out / "best") == 4
+    assert filecmp.cmp(
+        out / "best" / "model.safetensors", out / "model" / "model.safetensors", False
+    )
     dtypes = {t.dtype for t in load_file(out / "model" / "model.safetensors").values()}
     assert dtypes == {torch.float32}
 

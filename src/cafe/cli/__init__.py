@@ -36,6 +36,7 @@ from cafe.cli import (
     serve,
     think,
     train,
+    watch,
 )
 from cafe.errors import CafeError, printable
 from cafe.memory import keep_memory
@@ -51,6 +52,7 @@ _SERVERS = frozenset({"serve", "ui"})
 
 _GO_ON = {
     "train": "--resume goes on from the newest complete checkpoint, if there is one",
+    "watch": "the run that was watched is not touched",
     "index": "what is finished is kept, and the same command goes on from there",
     "ablate": "what is finished is kept, and the same command goes on from there",
     "evaluate": "with --json, what is finished is kept, and the same command goes on from there",
@@ -135,6 +137,7 @@ def _show_messages(context: typer.Context) -> None:
 
 app.command("demo")(demo.command)
 app.command("train")(train.command)
+app.command("watch")(watch.command)
 app.command("evaluate")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("ablate")(ablate.command)

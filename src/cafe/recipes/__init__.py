@@ -6,13 +6,16 @@ Pure data: nothing here imports torch, and nothing here knows who runs a recipe.
 from cafe.recipes.ablation import Ablation, load_ablation
 from cafe.recipes.load import is_recipe, load_recipe, load_source
 from cafe.recipes.optimization import Optimizer, Schedule, Tuning
-from cafe.recipes.tree import Batch, Checkpoint, DataSource, Log, Objective, Recipe
+from cafe.recipes.running import Checkpoint, Evaluate, Log
+from cafe.recipes.source import DataSource
+from cafe.recipes.tree import Batch, Objective, Recipe
 
 __all__ = [
     "Ablation",
     "Batch",
     "Checkpoint",
     "DataSource",
+    "Evaluate",
     "Log",
     "Objective",
     "Optimizer",

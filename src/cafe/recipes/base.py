@@ -24,10 +24,12 @@ ModelPart = Literal["vision", "projector", "language"]
 UserPath = Annotated[Path, Strict(False), AfterValidator(Path.expanduser)]
 
 
-def share_of(things: str, example: float) -> BeforeValidator:
-    """One message for `float | int`, where pydantic would report two."""
+def share_of(things: str, example: float, *, optional: bool = False) -> BeforeValidator:
+    """One message for `float | int`, where pydantic would report two; `optional`: or None."""
 
     def check(value: object) -> object:
+        if optional and value is None:
+            return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(
                 f"expected a fraction of all {things} ({example}) or a number of {things} (100)"

@@ -18,7 +18,8 @@ from pydantic_core import ErrorDetails
 
 from cafe.errors import RecipeError
 from cafe.recipes.base import Section, parse_yaml
-from cafe.recipes.tree import DataSource, Recipe
+from cafe.recipes.source import DataSource
+from cafe.recipes.tree import Recipe
 
 _SECTIONS = (
     "objective",
@@ -138,14 +139,18 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 def _anchor_data_paths(tree: dict[str, Any], folder: Path) -> None:
     """Make data paths relative to `folder` absolute. Wrong types are left to validation."""
-    sources = tree.get("data")
-    for source in sources if isinstance(sources, list) else []:
+    sources, evaluate = tree.get("data"), tree.get("evaluate")
+    held_out = evaluate.get("data") if isinstance(evaluate, dict) else None
+    for source in [*(sources if isinstance(sources, list) else []), held_out]:
         for key in ("path", "image_root", "thoughts", "groups"):
             value = source.get(key) if isinstance(source, dict) else None
             if not isinstance(value, str) or not value or value.startswith("hub:"):
                 continue
             if (key, value) != ("thoughts", "answers"):
                 source[key] = str((folder / Path(value).expanduser()).absolute())
+    tasks_data = evaluate.get("tasks_data") if isinstance(evaluate, dict) else None
+    if isinstance(evaluate, dict) and isinstance(tasks_data, str):
+        evaluate["tasks_data"] = str((folder / Path(tasks_data).expanduser()).absolute())
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

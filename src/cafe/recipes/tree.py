@@ -28,57 +28,8 @@ from cafe.recipes.base import (
     to_yaml,
 )
 from cafe.recipes.optimization import Optimizer, Schedule, Tuning
-
-
-class DataSource(Section):
-    """One source of training examples."""
-
-    path: Name
-    """A file or folder of records, relative to the recipe's folder; shard-{000..127}.tar; or
-    hub:OWNER/NAME[:CONFIG], a data set of the Hugging Face hub."""
-    format: Literal["auto", "llava", "messages", "swift", "mmeb", "pairs", "captions"] = "auto"
-    """Format of the records (`cafe.data.formats`); auto: detected from the columns."""
-    mode: Literal["caption", "chat", "pair"] | None = None
-    """caption: the image is the query, its caption the target. chat: conversations, no pair.
-    pair: query and target as in the records. None: pair for formats that have no other mode, else
-    caption."""
-    language_loss: bool = True
-    """Also train on the answers; false: contrastive pairs only."""
-    embedding_prompt: Literal["compress", "none"] | None = None
-    """Prompt appended to both sides of a pair. None: none if records have instructions (mmeb,
-    conversations as pairs), else "Compress … in one word:"."""
-    thoughts: Name | None = None
-    """What the model says of an image before its embedding is read, for objective.thought_weight:
-    "answers" (the first answer about it), or a file that `cafe think` wrote, relative to the
-    recipe's folder. None: nothing."""
-    scores: Name | None = None
-    """Column of a teacher's scores, for objective.soft_labels: one number for the positive, then
-    one for each negative. None: there are none."""
-    groups: Name | None = None
-    """File of ids that `cafe mine --batches` wrote, relative to the recipe's folder: examples of a
-    group are alike, and share a batch. None: batches are random."""
-    columns: dict[Name, Name] | None = None
-    """Column names of the format -> those of this data set, e.g. {image: photo, text: title}."""
-    split: Name | None = None
-    """Split of the data set; None: train, or the only one."""
-    image_root: UserPath | None = None
-    """Folder of the image paths, relative to the recipe's folder; None: the file's own folder."""
-    max_pixels: Count | None = None
-    """Larger images (width x height) are downscaled before the model's processor sees them."""
-    weight: NotNegative = 1.0
-    """How often this source is sampled, relative to the others."""
-    turns: Literal["conversation", "branches"] = "conversation"
-    """branches: each question-answer pair about an image is a conversation of its own."""
-    task: Name = "default"
-    """Records about the same image are merged (merge_by_image) within a task only."""
-    limit: Count | None = None
-    """Use the first N records only."""
-
-    @model_validator(mode="after")
-    def _check_loss(self) -> Self:
-        if self.mode == "chat" and not self.language_loss:
-            raise ValueError("mode chat without language_loss leaves nothing to learn")
-        return self
+from cafe.recipes.running import Checkpoint, Evaluate, Log
+from cafe.recipes.source import DataSource
 
 
 class Objective(Section):
@@ -216,26 +167,6 @@ class Batch(Section):
         return self
 
 
-class Checkpoint(Section):
-    """When the state of the run is saved."""
-
-    every_steps: Count | None = None
-    """Steps between checkpoints. None: at the end only (and when the run is interrupted)."""
-    keep: Count = 2
-    """Number of most recent checkpoints to keep."""
-
-
-class Log(Section):
-    """What the run reports."""
-
-    every_steps: Count = 1
-    """Steps between lines of the JSONL log."""
-    trackers: list[Name] = Field(default_factory=list)
-    """Experiment trackers of accelerate, e.g. tensorboard or wandb."""
-    progress: bool = True
-    """Show a progress bar."""
-
-
 class Recipe(Section):
     """One complete run."""
 
@@ -275,6 +206,8 @@ class Recipe(Section):
     """fsdp: weights, gradients and optimizer state are sharded over the processes."""
     attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2"] = "sdpa"
     """Attention kernel. flash_attention_2 cannot share prefixes: it needs batch.sharing none."""
+    evaluate: Evaluate | None = None
+    """What is measured while the run goes on; None: nothing."""
     checkpoint: Checkpoint = Checkpoint()
     """When the state is saved."""
     log: Log = Log()
@@ -321,6 +254,27 @@ class Recipe(Section):
             frozen += [p for p in self.optimizer.freeze if p in self.tuning.full_parts]
             if frozen:
                 raise ValueError(f"{frozen[0]} is in optimizer.freeze and in tuning; name it once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_evaluate(self) -> Self:
+        best = self.checkpoint.best
+        if self.evaluate is None:
+            if best is not None:
+                raise ValueError(
+                    f"checkpoint.best is {best}, which nothing measures; add a section evaluate, "
+                    "with every_steps and held_out or data"
+                )
+            return self
+        if self.evaluate.patience is not None and best is None:
+            raise ValueError(
+                "evaluate.patience waits for a better value; name its measure in checkpoint.best, "
+                "e.g. image_to_text_recall@1"
+            )
+        if self.evaluate.tasks and self.sharding == "fsdp":
+            raise ValueError(
+                "evaluate.tasks need whole weights; set sharding: none, or leave the tasks out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from cafe.training.blocks import (
 from cafe.training.contrastive import ContrastiveLoss
 from cafe.training.deepspeed import ZeroOptimizer, hidden_from_accelerate, zero_settings
 from cafe.training.distributed import any_rank, world_size
+from cafe.training.log import SampleAnswer
 from cafe.training.matching import Matcher
 from cafe.training.optim import build_optimizer, freeze, head_is_tied, parts_of
 from cafe.training.sharding import shard
@@ -258,3 +261,36 @@ def build_collator(recipe: Recipe, vlm: CAFe) -> Collator:
         # Every forward of a sharded layer is collective, and ranks may have unequal blocks.
         block_cost=None if is_sharded(recipe) else BLOCK_COST,
     )
+
+
+# ---------------------------------------------------------------------- trackers
+
+_NOT_OF_MLFLOW = re.compile(r"[^/\w.\- :]")
+_TAKE_TEXTS = frozenset({"tensorboard", "comet_ml", "wandb", "trackio"})
+"""Trackers whose `log` of accelerate takes strings. mlflow gets an artifact for each step; those
+that know numbers only (aim, clearml, dvclive, swanlab) get no samples."""
+
+
+def track_numbers(trackers: Iterable[Any], values: Mapping[str, float], step: int) -> None:
+    """Give numbers to the trackers of accelerate; mlflow takes some characters only in names."""
+    for tracker in trackers:
+        if tracker.name == "mlflow":
+            named = {_NOT_OF_MLFLOW.sub("_", k.replace("@", "_at_")): x for k, x in values.items()}
+            tracker.log(named, step=step)
+        else:
+            tracker.log(dict(values), step=step)
+
+
+def track_samples(trackers: Iterable[Any], samples: Sequence[SampleAnswer], step: int) -> None:
+    """Give the answers of an evaluation to the trackers of accelerate that take texts."""
+    texts = {
+        f"samples/{number}": f"**{sample.id}** {sample.prompt}\n\nmodel: {sample.answer}\n\n"
+        f"reference: {sample.reference}"
+        for number, sample in enumerate(samples)
+    }
+    for tracker in trackers:
+        if tracker.name in _TAKE_TEXTS:
+            tracker.log(texts, step=step)
+        elif tracker.name == "mlflow":
+            mlflow = import_module("mlflow")
+            mlflow.log_text("\n\n".join(texts.values()), f"samples/step-{step:06d}.md")

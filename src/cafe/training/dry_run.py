@@ -25,6 +25,7 @@ from cafe.recipes import Recipe
 from cafe.training.build import build_accelerator, build_collator, build_step, seed_everything
 from cafe.training.chunks import StepChunks
 from cafe.training.data import TrainingData, load_data
+from cafe.training.evaluations import check_evaluations
 from cafe.training.loader import StepData, Steps, check_answers_labelled
 from cafe.training.log import further_losses, further_values
 from cafe.training.matching import check_matchable
@@ -167,6 +168,7 @@ def dry_run(recipe: Recipe | str | os.PathLike[str], *, overrides: Sequence[str]
     accelerator = build_accelerator(recipe.model_copy(update={"log": log}))
     quarantine = Quarantine(None, recipe.max_rejected)
     data = load_data(recipe, quarantine)
+    check_evaluations(recipe, data.held_out)
     seed_everything(recipe.seed)
     vlm = load_model(recipe, accelerator.device)
     collator = build_collator(recipe, vlm)

@@ -7,7 +7,14 @@ One line of output_dir/log.jsonl:
 
     {"step": 12, "loss": 2.31, "contrastive": 1.07, "language": 1.24, "gradient_norm": 3.2,
      "learning_rate": 0.0005, "examples_per_second": 41.0, "tokens_per_second": 9300.0,
-     "data_wait_share": 0.01, "seconds": 1.56, "padding": 0.03}
+     "data_wait_share": 0.01, "seconds": 1.56, "padding": 0.03, "total": 1000}
+
+Lines of other kinds stand between these: an evaluation's scores, and a warning.
+
+    {"step": 200, "evaluation": {"image_to_text_recall@1": 0.41, …}, "seconds": 12.5,
+     "samples": [{"id": "17", "prompt": "…", "reference": "…", "answer": "…"}]}
+    {"step": 812, "warning": "step 812: the loss is 9.1, and the median …"}
+    {"step": 900, "stopped": "stopped after step 900 of 1000: the last 5 evaluations …"}
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -56,6 +63,9 @@ class StepRecord:
     seconds              duration of the step, without writing checkpoints
     padding              share of the rows' tokens that is padding, over all ranks; None in the logs
                          of earlier versions
+    modality_gap, uniformity, effective_rank   geometry of the batch's embeddings
+                         (`cafe.training.divergence`); None without pairs
+    total                number of steps of the whole run; None in the logs of earlier versions
     """
 
     step: int
@@ -74,42 +84,160 @@ class StepRecord:
     match: float | None = None
     multi_vector: float | None = None
     temperature: float | None = None
+    modality_gap: float | None = None
+    uniformity: float | None = None
+    effective_rank: float | None = None
+    total: int | None = None
 
     def known(self) -> dict[str, float]:
         """Name -> value, without the fields that do not apply."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class SampleAnswer:
+    """What the model answers to a held-out example.
+
+    reference   what the example says
+    """
+
+    id: str
+    prompt: str
+    reference: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """One evaluation.
+
+    step      number of steps that were done; 0: the base
+    scores    measure -> value
+    seconds   that it took
+    samples   answers of the model
+    """
+
+    step: int
+    scores: dict[str, float]
+    seconds: float
+    samples: tuple[SampleAnswer, ...] = ()
+
+    def line(self) -> str:
+        """Its line in the log."""
+        values: dict[str, Any] = {
+            "step": self.step,
+            "evaluation": {name: _rounded(value) for name, value in self.scores.items()},
+            "seconds": _rounded(self.seconds),
+        }
+        if self.samples:
+            values["samples"] = [asdict(sample) for sample in self.samples]
+        return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class LogContent:
+    """What a log has, of each kind in order.
+
+    warnings   pairs of a step and a text
+    stops      the same of early stops; the run may have gone on after one
+    """
+
+    steps: list[StepRecord]
+    evaluations: list[EvaluationRecord]
+    warnings: list[tuple[int, str]]
+    stops: list[tuple[int, str]]
+
+    @classmethod
+    def empty(cls) -> LogContent:
+        return cls([], [], [], [])
+
+
 def read_log(path: Path) -> list[StepRecord]:
-    """The records of a log, up to the first line that a killed run left half-written."""
-    names = {f.name for f in fields(StepRecord)}
-    records: list[StepRecord] = []
-    if not path.exists():
-        return records
-    for line in path.read_bytes().splitlines():
-        try:
-            values = json.loads(line)
-            records.append(StepRecord(**{k: v for k, v in values.items() if k in names}))
-        except (ValueError, TypeError, AttributeError):
-            break
-    return records
+    """The steps of a log, up to the first line that a killed run left half-written."""
+    return LogReader(path).read().steps
+
+
+_STEP_FIELDS = frozenset(f.name for f in fields(StepRecord))
+
+
+class LogReader:
+    """Reads a log as it grows: the first time all of it, then what is new.
+
+    A line that is not complete, or was left half-written, is not read, nor is what comes after it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: tuple[int, int] | None = None
+        self._offset = 0
+        self._content = LogContent.empty()
+
+    def read(self) -> LogContent:
+        """Everything so far. A log that a resumed run has written anew is read anew."""
+        if not self._path.exists():
+            return self._content
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if self._file != (status.st_dev, status.st_ino) or status.st_size < self._offset:
+                self._file, self._offset = (status.st_dev, status.st_ino), 0
+                self._content = LogContent.empty()
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n") or _parsed(line, self._content) is None:
+                    break
+                self._offset += len(line)
+        return self._content
+
+
+def _parsed(line: bytes, content: LogContent) -> dict[str, Any] | None:
+    """The values of a line, which are added to the content; None: it is none of a log."""
+    try:
+        values = json.loads(line)
+        _take(values, content)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
+    return values
+
+
+def _take(line: dict[str, Any], content: LogContent) -> None:
+    """Add what a line says. Raises TypeError, KeyError or AttributeError for another line."""
+    if "evaluation" in line:
+        samples = tuple(SampleAnswer(**sample) for sample in line.get("samples", ()))
+        record = EvaluationRecord(line["step"], line["evaluation"], line["seconds"], samples)
+        content.evaluations.append(record)
+    elif "warning" in line:
+        content.warnings.append((line["step"], line["warning"]))
+    elif "stopped" in line:
+        content.stops.append((line["step"], line["stopped"]))
+    else:
+        content.steps.append(StepRecord(**{k: v for k, v in line.items() if k in _STEP_FIELDS}))
 
 
 class RunLog:
-    """Appends to the log, after removing the steps after `done`, which a resumed run repeats."""
+    """Appends to the log, after removing what came after step `done`, which a resume repeats."""
 
     def __init__(self, path: Path, done: int) -> None:
-        kept = [record for record in read_log(path) if record.step <= done]
+        lines: list[dict[str, Any]] = []
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            if (values := _parsed(line, LogContent.empty())) is None:
+                break
+            lines.append(values)
+        kept = [line for line in lines if line["step"] <= done]
         with replacing(path) as rewritten, writing(path):
-            rewritten.write_text("".join(map(_line, kept)), encoding="utf-8")
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+            rewritten.write_text(text, encoding="utf-8")
         self._path = path
         with writing(path):
             self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: StepRecord) -> None:
         """Write one line. Raises OSError, and the loop saves the state."""
+        self.write(_line(record))
+
+    def write(self, line: str) -> None:
+        """Write a line, its end included. Raises OSError."""
         try:
-            self._file.write(_line(record))
+            self._file.write(line)
             self._file.flush()
         except OSError as error:
             error.filename = str(self._path)
@@ -147,8 +275,9 @@ class Reporter:
         every_steps: int = 1,
         bar: bool = True,
         track: Callable[[dict[str, Any], int], None] | None = None,
+        track_texts: Callable[[Sequence[SampleAnswer], int], None] | None = None,
     ) -> None:
-        self._log, self._track = log, track
+        self._log, self._track, self._track_texts = log, track, track_texts
         self._total, self._every = total, every_steps
         self._console = Console(stderr=True, quiet=log is None)
         drawn = bar and can_draw(self._console)
@@ -182,7 +311,8 @@ class Reporter:
         if self._log is not None and (record.step % self._every == 0 or record.step == self._total):
             self._log.append(record)
             if self._track is not None:
-                self._track(record.known(), record.step)
+                values = {name: x for name, x in record.known().items() if name != "total"}
+                self._track(values, record.step)
         self._bar.update(self._task, completed=record.step, description=_summary(record))
         if self._plain and time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line = time.monotonic()
@@ -191,6 +321,32 @@ class Reporter:
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def evaluation(self, record: EvaluationRecord, first: Sequence[str]) -> None:
+        """Log, track and show one evaluation; `first` are the measures that a message shows."""
+        if self._log is None:
+            return
+        self._log.write(record.line())
+        if self._track is not None:
+            numbers = {f"evaluation/{name}": value for name, value in record.scores.items()}
+            self._track(numbers, record.step)
+        if self._track_texts is not None and record.samples:
+            self._track_texts(record.samples, record.step)
+        shown = ", ".join(f"{name} {record.scores[name]:.4g}" for name in first)
+        self.message(f"evaluation after step {record.step}: {shown}", logging.INFO)
+
+    def warning(self, text: str, step: int) -> None:
+        """A message about a step that stays in the log."""
+        if self._log is not None:
+            line = {"step": step, "warning": text.removeprefix("warning: ")}
+            self._log.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.message(text)
+
+    def stopped(self, text: str, step: int) -> None:
+        """A message about an early stop that stays in the log."""
+        if self._log is not None:
+            self._log.write(json.dumps({"step": step, "stopped": text}, ensure_ascii=False) + "\n")
+        self.message(text, logging.INFO)
 
     def message(self, text: str, level: int = logging.WARNING) -> None:
         """Log one message about the run, on the main process only."""

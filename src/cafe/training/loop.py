@@ -1,27 +1,38 @@
-"""The training loop: step, check, update, report, save, until the last step or an early stop."""
+"""The training loop: step, check, update, report, evaluate, save, until the last step or a stop."""
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from cafe.data.quarantine import Quarantine
-from cafe.errors import DataError, TrainingError
+from cafe.data.quarantine import Quarantine, Skipped
+from cafe.errors import CafeError, DataError, TrainingError
 from cafe.recipes import Recipe
 from cafe.training.checkpoints import Checkpoints
 from cafe.training.contrastive import StallDetector
 from cafe.training.deepspeed import ZeroOptimizer
-from cafe.training.distributed import any_rank, max_over_ranks, sum_over_ranks
+from cafe.training.distributed import any_rank, max_over_ranks, rank, sum_over_ranks
+from cafe.training.divergence import DivergenceDetector, geometry
+from cafe.training.evaluations import Evaluations
 from cafe.training.loader import StepData
-from cafe.training.log import Reporter, StepRecord, further_losses, further_values
+from cafe.training.log import (
+    EvaluationRecord,
+    Reporter,
+    StepRecord,
+    further_losses,
+    further_values,
+)
 from cafe.training.optim import rate_share, set_learning_rates, warmup_steps
+from cafe.training.saving import ModelSaver, kept_step
 from cafe.training.sharding import clip_sharded_grad_norm
 from cafe.training.state import TrainingState
 from cafe.training.step import StepMetrics, TrainingStep
@@ -37,6 +48,9 @@ class Loop:
     total          number of optimizer steps of the whole run
     on_step        called after each step, on every rank, before a checkpoint is written
     resume_with    the command that resumes this run
+    evaluations    what is measured on the way; None: nothing
+    saver          writes the best model
+    divergence     watches for signs that the run goes wrong
     """
 
     recipe: Recipe
@@ -49,7 +63,11 @@ class Loop:
     total: int
     on_step: Callable[[StepRecord], None] | None
     resume_with: str
+    evaluations: Evaluations | None
+    saver: ModelSaver
+    divergence: DivergenceDetector = field(default_factory=DivergenceDetector)
     _oversized: list[str] = field(default_factory=list, init=False)
+    _unmeasured: list[str] = field(default_factory=list, init=False)
 
     def run(self, batches: Iterator[StepData], begin: int) -> None:
         """Run the steps from `begin` to the end, and save after the last one.
@@ -74,21 +92,121 @@ class Loop:
             objective.contrastive == "info_nce" and objective.contrastive_weight > 0
         )
         with StopRequest() as stop:
-            for done in range(begin, self.total):
+            last = begin == self.total or self._exhausted
+            better = self._evaluated(begin, stop, emergency, last=last, saved=True)
+            if better and begin > 0:
+                self._keep_best()
+            for done in range(begin, begin if last else self.total):
                 with emergency.saved_on_error():
                     record, pairs = self._run_step(done, batches, emergency)
                     self.reporter.step(record)
                     if (warning := stall.check(record.contrastive, pairs)) is not None:
                         self.reporter.message(warning)
+                    for warning in self.divergence.check(record):
+                        self.reporter.warning(warning, record.step)
                 if self.on_step is not None:
                     self.on_step(record)
-                interrupted = any_rank(stop.signal_number is not None, device)
                 last = done + 1 == self.total
-                if last or interrupted or (done + 1) % every == 0:
+                better = self._evaluated(done + 1, stop, emergency, last=last)
+                if self._exhausted and not last:
+                    last = True
+                    self._report_early_stop(done + 1)
+                interrupted = any_rank(stop.signal_number is not None, device)
+                if last or interrupted or better or (done + 1) % every == 0:
                     self.reporter.sync()
                     self.checkpoints.save(self.state, done + 1)
-                if interrupted and not last:
+                if better:
+                    self._keep_best()
+                if last:
+                    break
+                if interrupted:
                     raise self._interrupted(done + 1, stop.signal_number)
+        summary = None if self.evaluations is None else self.evaluations.summary()
+        if summary is not None:
+            warns = summary.startswith("warning")
+            self.reporter.message(summary, logging.WARNING if warns else logging.INFO)
+
+    @property
+    def best_dir(self) -> Path | None:
+        """Where the best model is; None: the recipe keeps none, or there was no evaluation yet."""
+        if self.evaluations is None or self.evaluations.best is None:
+            return None
+        return self.recipe.output_dir / "best"
+
+    def _evaluated(
+        self,
+        done: int,
+        stop: StopRequest,
+        emergency: EmergencyCheckpoint,
+        *,
+        last: bool,
+        saved: bool = False,
+    ) -> bool:
+        """Evaluate if it is due; returns whether the model is to be kept as the best so far.
+
+        A run that is to stop is not kept waiting: its evaluation is made when it resumes.
+
+        Args:
+            done: Number of steps that are done.
+            stop: Whether the run is to stop.
+            emergency: Saves the state if an unforeseen error ends the evaluation.
+            last: No step follows.
+            saved: The state is on disk.
+        """
+        evaluations, device = self.evaluations, self.state.device
+        if evaluations is None:
+            return False
+        interrupted = any_rank(stop.signal_number is not None, device)
+        if evaluations.due(done) and (last or not interrupted):
+            with emergency.saved_on_error(f"the evaluation after step {done}"):
+                asked = stop.signal_number is not None  # of before: it is the last step
+                try:
+                    measured = evaluations.run(
+                        done, lambda: stop.signal_number is not None and not asked
+                    )
+                except CafeError:  # on all ranks; what was trained is not to be lost with it
+                    if not saved:
+                        self.checkpoints.save(self.state, done)
+                    raise
+                if measured is not None:
+                    record, skipped = measured
+                    self.reporter.evaluation(record, evaluations.shown(record))
+                    self._report_unmeasured(skipped)
+        best = evaluations.best
+        return best is not None and best.step == done and not self._is_kept(best)
+
+    def _is_kept(self, best: EvaluationRecord) -> bool:
+        """Whether the directory of the best model is of this evaluation, on rank 0."""
+        kept = rank() == 0 and kept_step(self.recipe.output_dir / "best") == best.step
+        return any_rank(kept, self.state.device)
+
+    def _keep_best(self) -> None:
+        """Write the model; a checkpoint of the same step is there already, so none is ahead."""
+        assert self.evaluations is not None
+        assert self.evaluations.best is not None
+        self.saver.save_best(self.recipe.output_dir / "best", self.evaluations.best)
+
+    @property
+    def _exhausted(self) -> bool:
+        """Whether `evaluate.patience` ends the run here."""
+        return self.evaluations is not None and self.evaluations.exhausted
+
+    def _report_early_stop(self, done: int) -> None:
+        assert self.evaluations is not None
+        text = (
+            f"stopped after step {done} of {self.total}: the last {self.evaluations.patience} "
+            f"evaluations have no better {self.recipe.checkpoint.best}"
+        )
+        self.reporter.stopped(text, done)
+
+    def _report_unmeasured(self, skipped: list[Skipped]) -> None:
+        """Say once which held-out examples cannot be used."""
+        if skipped and not self._unmeasured:
+            self._unmeasured.append(str(skipped[0]))
+            self.reporter.message(
+                f"{len(skipped)} held-out examples cannot be used and are not measured on; the "
+                f"first: {skipped[0]}"
+            )
 
     def _run_step(
         self, done: int, batches: Iterator[StepData], emergency: EmergencyCheckpoint
@@ -226,7 +344,9 @@ class Loop:
             seconds=seconds,
             padding=padding / max(row_tokens, 1),
             temperature=temperature if objective.learn_temperature else None,
+            total=self.total,
             **further,
+            **_geometry(metrics),
         )
 
     def _interrupted(self, done: int, number: int | None) -> Interrupted:
@@ -236,3 +356,9 @@ class Loop:
             f"{self.checkpoints.folder}. Resume with: {self.resume_with}",
             signal.SIGTERM if number is None else number,
         )
+
+
+def _geometry(metrics: StepMetrics) -> dict[str, float]:
+    """That of the batch, by the names of `StepRecord`."""
+    measured = None if metrics.sides is None else geometry(*metrics.sides)
+    return {} if measured is None else asdict(measured)

@@ -3,6 +3,7 @@
 What a run leaves in `output_dir`:
 
     model/             the fine-tuned model, one directory for every tool
+    best/              the same of the evaluation with the best value of `checkpoint.best`
     recipe.yaml        the recipe with its defaults; `cafe train` runs it again
     log.jsonl          one line per step (`cafe.training.log`)
     quarantine.jsonl   examples that were skipped, with reasons (`cafe.data.quarantine`)
@@ -27,17 +28,8 @@ from filelock import FileLock, Timeout
 
 from cafe.data.quarantine import Quarantine
 from cafe.errors import RecipeError, TrainingError, first_line
-from cafe.files import whole_directory
 from cafe.memory import keep_memory
-from cafe.model.checkpoint.adapter import adapter_of
-from cafe.model.checkpoint.directory import save_checkpoint, weights_dtype
 from cafe.model.checkpoint.locate import locate
-from cafe.model.rerank import TEMPERATURE_KEY
-from cafe.model.rows.prompts import (
-    TRAINED_PROMPTS_KEY,
-    TRAINED_THOUGHTS_KEY,
-    trained_thought_tokens,
-)
 from cafe.model.vlm import CAFe
 from cafe.precision import described, emulation_warning
 from cafe.recipes import Recipe, load_recipe
@@ -48,23 +40,26 @@ from cafe.training.build import (
     is_sharded,
     precision_in_use,
     seed_everything,
+    track_numbers,
+    track_samples,
     trained_settings,
 )
-from cafe.training.checkpoints import (
-    WRITE_ERRORS,
-    Checkpoints,
-    clean,
-    complete,
-)
+from cafe.training.checkpoints import Checkpoints, clean, complete
 from cafe.training.contrastive import no_negatives_warning
 from cafe.training.data import TrainingData, load_data
-from cafe.training.distributed import any_rank, lost_contact, rank, world_size
+from cafe.training.distributed import lost_contact, rank, world_size
+from cafe.training.evaluations import build_evaluations, check_evaluations
 from cafe.training.loader import StepData, Steps, check_answers_labelled, step_loader
-from cafe.training.log import Reporter, RunLog, StepRecord, read_log
+from cafe.training.log import (
+    Reporter,
+    RunLog,
+    StepRecord,
+    read_log,
+)
 from cafe.training.loop import Loop
 from cafe.training.matching import check_matchable
-from cafe.training.sharding import full_weights
-from cafe.training.state import config_fingerprint, weights_of
+from cafe.training.saving import ModelSaver
+from cafe.training.state import config_fingerprint
 from cafe.training.stopping import Interrupted
 from cafe.training.tuning import load_model
 
@@ -76,11 +71,13 @@ class TrainingResult:
     model_dir   directory of the fine-tuned model
     log_path    log.jsonl
     records     the steps in the log, those before a resume included
+    best_dir    directory of the model with the best value of `checkpoint.best`; None: not asked for
     """
 
     model_dir: Path
     log_path: Path
     records: list[StepRecord]
+    best_dir: Path | None = None
 
 
 def train(
@@ -155,6 +152,7 @@ def _train(
     main = accelerator.is_main_process
     quarantine = Quarantine(output / "quarantine.jsonl" if main else None, recipe.max_rejected)
     data = load_data(recipe, quarantine, index=output / "index")
+    check_evaluations(recipe, data.held_out)
 
     seed_everything(recipe.seed)
     # A sharded model may be too large for any one device: it is sharded in host memory.
@@ -164,15 +162,7 @@ def _train(
     if recipe.objective.match_weight > 0:
         check_matchable(steps)
     step, state = build_step(recipe, vlm, accelerator)
-    origin = {"the configuration of model": config_fingerprint(locate(recipe.model)), **data.origin}
-    checkpoints = Checkpoints(
-        output / "checkpoints",
-        recipe.checkpoint.keep,
-        _data_order(recipe, data),
-        origin,
-        precision_in_use(accelerator),
-        trained_settings(recipe, vlm),
-    )
+    checkpoints = _checkpoints(recipe, data, vlm, accelerator)
     doubts = checkpoints.doubts() if resume else []
     seed_everything(recipe.seed + rank())  # dropout differs between ranks
     done = checkpoints.restore(state) if resume else 0
@@ -182,6 +172,7 @@ def _train(
         recipe.save(output / "recipe.yaml")
     log = RunLog(log_path, done) if main else None
     reporter = _reporter(recipe, log, accelerator, done, data.steps)
+    saver = ModelSaver(vlm, recipe.model, state, data, recipe.objective.contrastive_weight > 0)
     with reporter:
         if recipe.precision == "auto":
             reporter.message(_resolved(accelerator), logging.INFO)
@@ -202,18 +193,29 @@ def _train(
             total=data.steps,
             on_step=on_step,
             resume_with=f"cafe train {shlex.quote(str(output / 'recipe.yaml'))} --resume",
+            evaluations=build_evaluations(recipe, data, vlm, accelerator, saver, log_path),
+            saver=saver,
         )
+        loop.divergence.replay(read_log(log_path) if main else ())
         with closing(step_loader(steps, done, data.steps, recipe.batch.workers)) as batches:
             _run(loop, batches, done)
-    if recipe.objective.contrastive_weight > 0:  # reranking scales cosines by it
-        learned = state.contrast.temperature()
-        number = learned.item() if isinstance(learned, torch.Tensor) else learned
-        setattr(vlm.model.config, TEMPERATURE_KEY, number)
-        setattr(vlm.model.config, TRAINED_PROMPTS_KEY, _prompts(data))
-        _record_thoughts(vlm, data)
-    _save_model(vlm, recipe.model, output / "model", sharded=state.sharded)
+    saver.save(output / "model")
     _leave_process_group(accelerator)
-    return TrainingResult(output / "model", log_path, read_log(log_path))
+    return TrainingResult(output / "model", log_path, read_log(log_path), loop.best_dir)
+
+
+def _checkpoints(
+    recipe: Recipe, data: TrainingData, vlm: CAFe, accelerator: Accelerator
+) -> Checkpoints:
+    origin = {"the configuration of model": config_fingerprint(locate(recipe.model)), **data.origin}
+    return Checkpoints(
+        recipe.output_dir / "checkpoints",
+        recipe.checkpoint.keep,
+        _data_order(recipe, data),
+        origin,
+        precision_in_use(accelerator),
+        trained_settings(recipe, vlm),
+    )
 
 
 def _run(loop: Loop, batches: Iterator[StepData], begin: int) -> None:
@@ -287,6 +289,8 @@ def _warnings(
     if quarantine.count:
         yield f"skipped: {quarantine.count} records, see {quarantine.path}"
     yield from data_warnings(recipe, data)
+    if recipe.evaluate is not None and recipe.evaluate.samples and is_sharded(recipe):
+        yield "evaluate.samples: a sharded model cannot generate, so there are none"
 
 
 def data_warnings(recipe: Recipe, data: TrainingData) -> Iterator[str]:
@@ -296,6 +300,8 @@ def data_warnings(recipe: Recipe, data: TrainingData) -> Iterator[str]:
             yield f"{path}: {count:,} records with {change}"
     if (warning := no_negatives_warning(recipe, data)) is not None:
         yield warning
+    if data.held_out is not None:
+        yield from data.held_out.warnings()
     if recipe.batch.examples < world_size():
         yield (
             f"batch.examples is {recipe.batch.examples}, and there are {world_size()} processes: "
@@ -304,22 +310,6 @@ def data_warnings(recipe: Recipe, data: TrainingData) -> Iterator[str]:
     for name, size in zip(data.plan.names, data.plan.sizes, strict=True):
         if size < recipe.batch.examples:
             yield f"{name}: batch size reduced to {size}, as the source has only {size} examples"
-
-
-def _prompts(data: TrainingData) -> list[str]:
-    """Names of the embedding prompts of the pairs."""
-    examples = (example for source in data.examples.sources for example in source.examples)
-    return sorted({e.embedding_prompt for e in examples if e.query is not None})
-
-
-def _record_thoughts(vlm: CAFe, data: TrainingData) -> None:
-    """Note in the configuration how many tokens the longest thought has; 0 if it has no more."""
-    examples = (example for source in data.examples.sources for example in source.examples)
-    sides = (side for e in examples for side in (e.query_thought, e.target_thought) if side)
-    longest = max((side[-1].text for side in sides), key=len, default="")
-    tokens = len(vlm.processor.tokenizer(longest, add_special_tokens=False)["input_ids"])
-    if tokens or trained_thought_tokens(vlm.model.config):
-        setattr(vlm.model.config, TRAINED_THOUGHTS_KEY, tokens)
 
 
 def _data_order(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
@@ -332,6 +322,7 @@ def _data_order(recipe: Recipe, data: TrainingData) -> dict[str, Any]:
         "data.*.groups": [groups is not None for groups in data.plan.groups]
         if any(groups is not None for groups in data.plan.groups)
         else None,  # as in checkpoints of earlier versions
+        "evaluate.held_out": recipe.evaluate and recipe.evaluate.held_out,
     }
 
 
@@ -344,38 +335,9 @@ def _reporter(
         total=total,
         every_steps=recipe.log.every_steps,
         bar=recipe.log.progress,
-        track=lambda values, step: accelerator.log(values, step=step),
+        track=lambda values, step: track_numbers(accelerator.trackers, values, step),
+        track_texts=lambda samples, step: track_samples(accelerator.trackers, samples, step),
     )
-
-
-def _save_model(vlm: CAFe, base: str, target: Path, *, sharded: bool) -> None:
-    """Write the model completely or not at all, in the data type of the base; rank 0 writes.
-
-    Training keeps its weights in float32, as the checkpoints do. A model whose base is in bf16 is
-    saved in bf16, half the size, as its users load it. An adapter is small and stays in float32.
-    """
-    adapted = adapter_of(vlm.model) is not None
-    dtype = torch.float32 if adapted else weights_dtype(base)
-    weights = full_weights(weights_of(vlm.model)) if sharded else None
-    failure: Exception | None = None
-    if rank() == 0:
-        try:
-            with whole_directory(target) as unfinished:
-                if weights is None:
-                    if not adapted:  # 4-bit weights cannot be cast, and are not saved
-                        vlm.model.to(dtype)
-                    vlm.save_pretrained(unfinished)
-                else:
-                    weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-                    save_checkpoint(vlm.model, vlm.processor, vlm.collator, unfinished, weights)
-        except WRITE_ERRORS as error:
-            failure = error
-    if any_rank(failure is not None, vlm.device):
-        reason = "another rank failed" if failure is None else " ".join(str(failure).split())
-        raise TrainingError(
-            f"the model {target} cannot be written ({reason}); the last checkpoint is complete. "
-            "Free space on that disk, then resume with --resume"
-        ) from failure
 
 
 def _leave_process_group(accelerator: Accelerator) -> None:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,6 +79,7 @@ class StepMetrics:
     row_tokens    tokens that this rank's full rows hold, padding included
     padding       how many of them are padding
     chunk_values  one scalar per chunk, not finite when something in that chunk is not
+    sides         embeddings of all queries and of all targets; None: nothing contrasts
     """
 
     contrastive: Float[Tensor, ""]
@@ -92,6 +93,7 @@ class StepMetrics:
     row_tokens: int
     padding: int
     chunk_values: list[Float[Tensor, ""]]
+    sides: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(slots=True)
@@ -196,7 +198,8 @@ class TrainingStep:
         batch, leaves = self._batch(totals.chunks, [read.embedded], contrasts)
         losses = self._contrast(batch, soft_labels(self.objective, batch, totals.chunks))
         value = self._backward(read, leaves[0], count)
-        return self._metrics(totals, losses, read.nll.detach(), (tokens, pairs), [value])
+        metrics = self._metrics(totals, losses, read.nll.detach(), (tokens, pairs), [value])
+        return replace(metrics, sides=_sides(batch))
 
     def _cached(self, chunks: Sequence[Chunk] | StepChunks, most: int) -> StepMetrics:
         """Several chunks: embed all, contrast, then a second pass with gradient, chunk by chunk."""
@@ -226,7 +229,8 @@ class TrainingStep:
             matches += [] if read.match is None else [read.match.detach()]
         nll, values = torch.stack(sums).sum(), values[: len(chunks)]
         match = torch.stack([*matches, nll.new_zeros(())]).sum() if self.matcher else None
-        return self._metrics(totals, losses, nll, (tokens, pairs), values, match)
+        metrics = self._metrics(totals, losses, nll, (tokens, pairs), values, match)
+        return replace(metrics, sides=_sides(batch))
 
     def _asked_rows(
         self, chunk: Chunk, questions: Sequence[MatchQuestion]
@@ -387,3 +391,7 @@ class TrainingStep:
 
     def _embedded(self, hidden: Tensor, rows: Rows) -> ReadEmbeddings:
         return read_embedded(self.unwrapped, self.objective, hidden.flatten(0, 1), rows)
+
+
+def _sides(batch: ContrastiveBatch | None) -> tuple[Tensor, Tensor] | None:
+    return None if batch is None else (batch.query.detach(), batch.target.detach())

@@ -106,8 +106,8 @@ class EmergencyCheckpoint:
         self.done += 1
 
     @contextmanager
-    def saved_on_error(self) -> Iterator[None]:
-        """The context of a step: an unforeseen error saves the state.
+    def saved_on_error(self, what: str | None = None) -> Iterator[None]:
+        """The context of a step, or of something else: an unforeseen error saves the state.
 
         Raises:
             TrainingError: In place of any error but a CafeError or a lost connection.
@@ -123,7 +123,7 @@ class EmergencyCheckpoint:
             if self.consistent and self.done == before:  # the resumed run repeats the same draws
                 set_random_state(streams, self.state.device)
             raise TrainingError(
-                f"stopped in step {before + 1} of {self.total} by {_one_line(error)}. "
+                f"stopped in {what or f'step {before + 1} of {self.total}'} by {_one_line(error)}. "
                 f"{likely_cause(error)}. {self._saved()}. Resume with: {self.resume_with}"
             ) from error
 
