@@ -13,9 +13,10 @@ import torch
 from cafe.errors import DataError
 from cafe.model.rows.matching import match_question
 from cafe.model.vlm import CAFe
-from cafe.serving.decoding import Generation, Lockstep, PerRowSampler, probabilities
+from cafe.serving.decoding import Generation, Lockstep
 from cafe.serving.messages import Completion, Prompt, WorkItem
 from cafe.serving.model_calls import CafeCalls
+from cafe.serving.sampling import PerRowSampler, probabilities
 from cafe.types import Image, user
 from helpers.images import noise
 
