@@ -127,7 +127,7 @@ def test_batched_scores_are_those_of_score(tiny: CAFe):
     items = [WorkItem(match_question(user(Image(p)), user(t)), i) for i, (p, t) in enumerate(pairs)]
     want = np.concatenate([tiny.score(p, texts) for p in images])
     assert np.ptp(want) > 0
-    got = [1 / (1 + math.exp(-s.log_odds)) for s in CafeCalls(tiny).score(items)]
+    got = [1 / (1 + math.exp(-s.value)) for s in CafeCalls(tiny).score(items)]
     assert np.allclose(got, want, atol=1e-5)
 
 
