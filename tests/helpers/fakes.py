@@ -23,7 +23,7 @@ from cafe.serving.messages import (
     Event,
     Prompt,
     Score,
-    TokenVectors,
+    TokenEmbeddings,
     WorkItem,
 )
 from cafe.serving.run import Server, ServerSettings
@@ -88,10 +88,10 @@ class Fake:
     def token_text(self, token: int) -> str:
         return chr(token)
 
-    def token_vectors(self, items: list[WorkItem]) -> list[TokenVectors]:
+    def token_vectors(self, items: list[WorkItem]) -> list[TokenEmbeddings]:
         """One for each character."""
         texts = self._enter("tokens", items)
-        return [TokenVectors(np.ones((len(t), 3), np.float32), len(t)) for t in texts]
+        return [TokenEmbeddings(np.ones((len(t), 3), np.float32), len(t)) for t in texts]
 
     def embed(self, items: list[WorkItem]) -> list[Embedding]:
         return [Embedding(vector(text), len(text)) for text in self._enter("embed", items)]

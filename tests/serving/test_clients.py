@@ -298,7 +298,8 @@ def test_hugging_faces_client(server: Server, tiny: CAFe, monkeypatch: pytest.Mo
     cut = embedder.feature_extraction("cat " * 3000, truncate=True, normalize=True)
     assert same(cut, tiny.encode(["cat " * 3000]))
     chat = InferenceClient(base_url=server.url, token="any")
-    answer = chat.chat_completion([{"role": "user", "content": "What is red?"}], max_tokens=12)
+    asked: list[Any] = [{"role": "user", "content": "What is red?"}]
+    answer = chat.chat_completion(asked, model="tiny", max_tokens=12)
     assert answer.choices[0].message.content == tiny.generate("What is red?", max_new_tokens=12)
 
 

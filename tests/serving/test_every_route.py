@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 
 from cafe.serving.ignored import MAX_NAMES
+from cafe.serving.limits import Limits
 from cafe.serving.run import Server
 from helpers.fakes import Fake, data_uri, request, started
 from helpers.serving import LIMITS, bomb, message, serving, waiting
@@ -114,6 +115,25 @@ def test_images_are_read_from_the_request_only_and_bounded(server: Server, name:
         assert "root:" not in message(reply)
 
 
+@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/score"])
+def test_a_query_is_not_multiplied_beyond_the_limits(server: Server, path: str):
+    name = "queries" if path == "/score" else "query"
+    documents = {"documents": ["a"] * 5}
+    shown = [{"content": parts(image(), image())}, {"content": parts(image())}, "a" * 300]
+    for query, want in [(shown[0], 400), (shown[1], 200), (shown[2], 200), ("a" * 500, 400)]:
+        status, reply, _ = request(server, path, documents | {name: query})
+        assert status == want, reply
+        assert want == 200 or "send fewer documents" in message(reply)
+
+
+def test_vectors_of_tokens_are_bounded():
+    limits = Limits(token_vector_characters=10)
+    with serving(Fake(), limits=limits) as server:
+        for path, name in (("/pooling", "input"), ("/embed_all", "inputs")):
+            assert request(server, path, {name: ["cats", "dogs"]})[0] == 200
+            assert request(server, path, {name: ["cats", "dogs", "mug"]})[0] == 400
+
+
 def test_every_route_needs_the_key_and_one_of_the_servers_names(server: Server):
     with serving(Fake(), api_key="a-secret") as locked:
         for path in [*OF_TEXTS, "/v1/chat/completions", "/v1/models/fake"]:
@@ -175,10 +195,10 @@ def test_names_are_few_short_and_plain(server: Server):
     many = {f"k{i}": 1 for i in range(90)}
     names = request(server, "/v1/embeddings", {"input": "a"} | many)[2]["x-cafe-ignored-fields"]
     assert len(names.split(", ")) == MAX_NAMES
-    evil = {"a\r\nSet-Cookie: x=1": 1, "ü" * 500: 1}
+    evil = {"a\r\nSet-Cookie: x=1": 1, "ü" * 500: 1, "": 1}
     status, _, headers = request(server, "/v1/embeddings", {"input": "a"} | evil)
     assert (status, "set-cookie" in headers) == (200, False)
-    assert headers["x-cafe-ignored-fields"] == f"a??Set-Cookie??x?1, {'?' * 80}"
+    assert headers["x-cafe-ignored-fields"] == f"a??Set-Cookie??x?1, {'?' * 80}, ?"
     assert (
         request(server, "/v1/embeddings", {"input": "a"} | {f"k{i}": 1 for i in range(101)})[0]
         == 400

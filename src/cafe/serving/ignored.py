@@ -31,7 +31,7 @@ def ignored_fields(body: BaseModel) -> list[str]:
     """The unknown fields of a body and of the objects in it, each once, at most `MAX_NAMES`."""
     found: dict[str, None] = {}
     for name in _unknown(body, ""):
-        found[_NOT_PLAIN.sub("?", name[:MAX_LENGTH])] = None
+        found[_NOT_PLAIN.sub("?", name[:MAX_LENGTH]) or "?"] = None
         if len(found) == MAX_NAMES:
             break
     return list(found)

@@ -80,7 +80,7 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TokenVectors:
+class TokenEmbeddings:
     """vectors: float32 [tokens, d], of length 1."""
 
     vectors: np.ndarray
@@ -174,7 +174,7 @@ class EngineModel(Protocol):
 
     def embed(self, items: list[WorkItem]) -> list[Embedding]: ...
 
-    def token_vectors(self, items: list[WorkItem]) -> list[TokenVectors]: ...
+    def token_vectors(self, items: list[WorkItem]) -> list[TokenEmbeddings]: ...
 
     def score(self, items: list[WorkItem]) -> list[Score]: ...
 

@@ -25,7 +25,7 @@ from cafe.model.rows.prompts import trained_thought_tokens
 from cafe.model.rows.rows import Rows
 from cafe.model.vlm import CAFe
 from cafe.serving.decoding import Generation
-from cafe.serving.messages import Embedding, Score, TokenVectors, WorkItem
+from cafe.serving.messages import Embedding, Score, TokenEmbeddings, WorkItem
 from cafe.types import Conversation
 
 FIRST_PREFIX = 4
@@ -112,7 +112,7 @@ class CafeCalls:
         return [embeddings[i] for i in range(len(items))]
 
     @torch.inference_mode()
-    def token_vectors(self, items: list[WorkItem]) -> list[TokenVectors]:
+    def token_vectors(self, items: list[WorkItem]) -> list[TokenEmbeddings]:
         """A vector for each token, as `CAFe.encode_tokens`. Raises as `embed` does."""
         assert self._projection is not None, "the route asks whether there is one"
         conversations, numbers = _named(items)
@@ -122,7 +122,7 @@ class CafeCalls:
         states = self._model.hidden_at(rows, vision, rows.token_vectors_at)
         vectors = functional.normalize(projected(self._projection, states).float(), dim=1).cpu()
         own = vectors.split(rows.token_vector_counts.tolist())
-        return [TokenVectors(v.numpy(), count) for v, count in zip(own, counts, strict=True)]
+        return [TokenEmbeddings(v.numpy(), count) for v, count in zip(own, counts, strict=True)]
 
     @torch.inference_mode()
     def score(self, items: list[WorkItem]) -> list[Score]:

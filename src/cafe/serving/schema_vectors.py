@@ -26,7 +26,7 @@ NumberType = Literal["float", "int8", "uint8", "binary", "ubinary"]
 """How the numbers of a vector are sent (`cafe.serving.vectors`)."""
 
 Tokens = Many[Annotated[int, Field(ge=0)]]
-Inputs = Text | Content | Many[Text | Content] | Tokens | Many[Tokens]
+EmbedInputs = Text | Content | Many[Text | Content] | Tokens | Many[Tokens]
 Dimensions = Annotated[int, Field(ge=1)]
 
 CUTTING: Neutral = {
@@ -68,7 +68,7 @@ class EmbeddingRequest(Request):
     unsupported: ClassVar[Neutral] = VLLM
 
     model: Text | None = None
-    input: Inputs | None = None
+    input: EmbedInputs | None = None
     messages: ChatMessages | Many[ChatMessages] | None = None
     modality: Literal["text", "image"] = "text"
     instruction: Text | None = None
@@ -106,7 +106,7 @@ class PoolingRequest(Request):
     unsupported: ClassVar[Neutral] = VLLM | {"dimensions": ()}
 
     model: Text | None = None
-    input: Inputs | None = None
+    input: EmbedInputs | None = None
     messages: ChatMessages | Many[ChatMessages] | None = None
     task: Literal["token_embed", "embed"] | None = None
     encoding_format: Literal["float", "base64"] = "float"

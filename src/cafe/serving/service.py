@@ -23,7 +23,14 @@ from cafe.serving.errors import ApiError
 from cafe.serving.fetch import Fetch
 from cafe.serving.ignored import IgnoredFields
 from cafe.serving.limits import Budget, Limits, Reservation
-from cafe.serving.messages import Completion, Embedding, Prompt, RequestKind, TokenVectors, WorkItem
+from cafe.serving.messages import (
+    Completion,
+    Embedding,
+    Prompt,
+    RequestKind,
+    TokenEmbeddings,
+    WorkItem,
+)
 from cafe.serving.metrics import Metrics
 from cafe.serving.middleware import CLEANUP
 from cafe.types import Conversation, Hit, Message
@@ -215,7 +222,7 @@ class Service:
 
     async def token_vectors(
         self, request: Request, conversations: Sequence[Conversation]
-    ) -> list[TokenVectors]:
+    ) -> list[TokenEmbeddings]:
         """A vector for each token, as `CAFe.encode_tokens`.
 
         Raises:
@@ -227,8 +234,15 @@ class Service:
                 "objective.multi_vector_weight",
                 "task",
             )
+        most = self.limits.token_vector_characters
+        if sum(len(message.text) for one in conversations for message in one) > most:
+            raise ApiError.invalid(
+                f"the request's texts exceed {most:,} characters, which is the limit for vectors "
+                "of tokens; send fewer inputs at a time",
+                "input",
+            )
         items = [WorkItem(one, number) for number, one in enumerate(conversations)]
-        vectors: list[TokenVectors] = await self.results(request, "tokens", items)
+        vectors: list[TokenEmbeddings] = await self.results(request, "tokens", items)
         self.metrics.tokens(sum(one.tokens for one in vectors))
         return vectors
 

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import cache
 from typing import Any
 
 from fastapi import APIRouter
@@ -190,8 +191,10 @@ def _logprobs(model: EngineModel, answer: Completion) -> dict[str, Any] | None:
     if answer.logprobs is None:
         return None
 
+    text_of = cache(model.token_text)
+
     def described(token: int, value: float) -> dict[str, Any]:
-        text = model.token_text(token)
+        text = text_of(token)
         # A part of a character has no text, and what its bytes are the tokenizer does not say.
         whole = None if "\ufffd" in text else list(text.encode("utf-8", "replace"))
         return {"token": text, "logprob": value, "bytes": whole}

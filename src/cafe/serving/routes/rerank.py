@@ -19,6 +19,7 @@ from cafe.serving.schema import Content
 from cafe.serving.schema_vectors import RerankRequest, ScoreRequest
 from cafe.serving.service import Service, as_api_errors
 from cafe.serving.vectors import unit_vectors
+from cafe.types import Conversation, Image
 
 if TYPE_CHECKING:
     from cafe.model.rerank import RerankBy, Reranked
@@ -61,23 +62,7 @@ def rerank_routes(service: Service) -> APIRouter:
     async def score(body: ScoreRequest, request: Request) -> Response:
         """The probability of "yes" to the question about each pair, as `CAFe.score`."""
         service.accept(request, body)
-        _ = service.engine.model  # refuses while the model loads
-        from cafe.model.rows.matching import pair_question
-
-        reader = service.reader(request)
-        queries = await read_items(service, reader, body.queries, "queries")
-        documents = await read_items(service, reader, body.documents, "documents")
-        if len(queries) == 1:
-            queries *= len(documents)
-        if len(queries) != len(documents):
-            raise ApiError.invalid(
-                f"queries: {len(queries)} with {len(documents)} documents; give one query, or one "
-                "for each document",
-                "queries",
-            )
-        with as_api_errors():
-            questions = [pair_question(*pair) for pair in zip(queries, documents, strict=True)]
-        pairs = [WorkItem(instructed(q, body.instruction), i) for i, q in enumerate(questions)]
+        pairs = await _pairs(service, request, body)
         scores: list[Score] = await service.results(request, "score", pairs)
         tokens = sum(one.tokens for one in scores)
         service.metrics.tokens(tokens)
@@ -110,6 +95,7 @@ async def _ranked(service: Service, request: Request, body: RerankRequest) -> tu
     name = "documents" if body.texts is None else "texts"
     (query,) = await read_items(service, reader, body.query, "query")
     documents = await read_items(service, reader, getattr(body, name), name)
+    _check_repeated(service, query, len(documents), "query")
     with as_api_errors():
         ask = pair_question if body.rerank_by == "question" else caption_dialogue
         questions = [instructed(ask(query, one), body.instruction) for one in documents]
@@ -123,6 +109,47 @@ async def _ranked(service: Service, request: Request, body: RerankRequest) -> tu
     service.metrics.tokens(tokens)
     ranked = await service.run_in_thread(_rerank, embeddings, scores, temperature, body.rerank_by)
     return ranked, tokens
+
+
+async def _pairs(service: Service, request: Request, body: ScoreRequest) -> list[WorkItem]:
+    """The questions about one query and each document, or about each query and its own."""
+    _ = service.engine.model  # refuses while the model loads
+    from cafe.model.rows.matching import pair_question
+
+    reader = service.reader(request)
+    queries = await read_items(service, reader, body.queries, "queries")
+    documents = await read_items(service, reader, body.documents, "documents")
+    if len(queries) == 1:
+        _check_repeated(service, queries[0], len(documents), "queries")
+        queries *= len(documents)
+    if len(queries) != len(documents):
+        raise ApiError.invalid(
+            f"queries: {len(queries)} with {len(documents)} documents; give one query, or one "
+            "for each document",
+            "queries",
+        )
+    with as_api_errors():
+        questions = [pair_question(*pair) for pair in zip(queries, documents, strict=True)]
+    return [WorkItem(instructed(q, body.instruction), i) for i, q in enumerate(questions)]
+
+
+def _check_repeated(service: Service, query: Conversation, count: int, param: str) -> None:
+    """Raises ApiError (400) for a query that is too much to be read with each document.
+
+    The limits of a request count it once, and it may be as long as they allow.
+    """
+    limits = service.limits
+    images = sum(isinstance(part, Image) for message in query for part in message.content)
+    characters = sum(len(message.text) for message in query)
+    if characters * (count - 1) > limits.request_characters or (
+        images > 1 and images * count > limits.images
+    ):
+        raise ApiError.invalid(
+            f"{param}: {characters:,} characters and {images} images, read again with each of "
+            f"{count:,} documents, exceed {limits.request_characters:,} characters or "
+            f"{limits.images} images; send fewer documents at a time",
+            param,
+        )
 
 
 def _rerank(
