@@ -12,7 +12,9 @@ import numpy as np
 import openai
 import PIL.Image
 import pytest
+import torch
 
+from cafe.model.multi_vector import add_token_projection, new_token_projection
 from cafe.model.quantization import quantized
 from cafe.model.vlm import CAFe
 from cafe.serving.model_calls import CafeCalls
@@ -385,3 +387,28 @@ def test_images_and_pages_are_reranked(server: Server, tiny: CAFe):
         assert [one["index"] for one in reply["results"]] == order.tolist()
         assert want.match is not None
         assert same([one["match"] for one in reply["results"]], want.match[order])
+
+
+def test_vectors_of_tokens_are_those_of_encode_tokens():
+    model = CAFe.from_pretrained("tiny")
+    torch.manual_seed(0)
+    add_token_projection(model.model, new_token_projection(model.embedding_dimension, 16))
+    inputs: list[Any] = [TEXTS[0], sample_image(1)]
+    want = model.encode_tokens(inputs)
+    assert want[0].shape[1] == 16
+    sent = [TEXTS[0], {"image": data_uri(sample_image(1))}]
+    server = started(CafeCalls(model), name="tiny")
+    try:
+        for task in ({}, {"task": "token_embed"}):
+            reply = post(server, "/pooling", {"input": sent} | task)
+            assert all(same(d["data"], w) for d, w in zip(reply["data"], want, strict=True))
+        dense = post(server, "/pooling", {"input": TEXTS[0], "task": "embed"})["data"][0]["data"]
+        assert same(dense, model.encode(TEXTS[0]))
+        whole = post(server, "/pooling", {"input": TEXTS[0], "encoding_format": "base64"})
+        flat = np.frombuffer(base64.b64decode(whole["data"][0]["data"]), "<f4")
+        assert same(flat.reshape(-1, 16), want[0])
+        every = post(server, "/embed_all", {"inputs": TEXTS})
+        for found, vectors in zip(every, model.encode_tokens(TEXTS), strict=True):
+            assert same(found, vectors)
+    finally:
+        server.stop()
