@@ -9,7 +9,6 @@ the values that ask for nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -35,7 +34,7 @@ def _check_surrogates(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_surrogates)]
-Neutral = Mapping[str, tuple[Any, ...]]
+Neutral = dict[str, tuple[Any, ...]]
 """Names of fields that are not supported, with the values of each that ask for nothing."""
 
 TEMPLATE: Neutral = {
