@@ -88,6 +88,9 @@ class Fake:
     def token_text(self, token: int) -> str:
         return chr(token)
 
+    def json_matcher(self, schema: Any) -> Any:
+        raise ValueError("a fake knows no schema")
+
     def token_vectors(self, items: list[WorkItem]) -> list[TokenEmbeddings]:
         """One for each character."""
         texts = self._enter("tokens", items)

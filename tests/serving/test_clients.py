@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openai
 import PIL.Image
+import pydantic
 import pytest
 import torch
 
@@ -259,6 +261,87 @@ def test_several_answers(client: openai.OpenAI):
     assert third.choices[0].message.content == sampled[0][2]
     with pytest.raises(openai.BadRequestError, match="only one answer can be streamed"):
         client.chat.completions.create(**asked, n=2, stream=True)
+
+
+COLOUR: dict[str, Any] = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer"}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+
+
+def formatted(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": schema}}
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 1.5, "seed": 1, "n": 4}, {"stream": True}])
+def test_an_answer_is_json_of_the_schema(client: openai.OpenAI, more: Any):
+    form = formatted(COLOUR | {"properties": COLOUR["properties"] | {"count": {"enum": [1, 23]}}})
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": [part(1), {"type": "text", "text": "Colour?"}]}],
+        "max_tokens": 60,
+        "response_format": form,
+    }
+    if "stream" in more:
+        chunks = client.chat.completions.create(**asked, stream=True)
+        texts = ["".join(c.choices[0].delta.content or "" for c in chunks)]
+    else:
+        reply = client.chat.completions.create(**asked, **more)
+        assert {choice.finish_reason for choice in reply.choices} == {"stop"}
+        texts = [choice.message.content or "" for choice in reply.choices]
+    for text in texts:
+        value = json.loads(text)
+        assert list(value) == ["colour", "count"]
+        assert (value["colour"] in {"red", "blue"}, value["count"] in {1, 23}) == (True, True)
+
+
+def test_openais_parse_and_any_json_object(client: openai.OpenAI):
+    class Colour(pydantic.BaseModel):
+        colour: Literal["red", "blue"]
+
+    asked: Any = [{"role": "user", "content": "Which colour?"}]
+    parsed = client.chat.completions.parse(
+        model="tiny", messages=asked, response_format=Colour, max_tokens=40
+    )
+    answer = parsed.choices[0].message.parsed
+    assert answer is not None
+    assert answer.colour in {"red", "blue"}
+    reply = client.chat.completions.create(
+        model="tiny", messages=asked, response_format={"type": "json_object"}, max_tokens=5
+    )
+    assert (reply.choices[0].message.content or "").startswith("{")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "nonsense"}, "Invalid type: nonsense"),
+        ({"type": "string", "pattern": "("}, "regex parse error"),
+        ({"$ref": "http://10.0.0.1/a"}, "does not fetch resources"),
+        ({"$ref": "file:///etc/passwd"}, "does not fetch resources"),
+        ({"allOf": [{"type": "string", "pattern": f".*{c}.*"} for c in "abcdefghijklmnopqrst"]},
+         "at most 8 patterns and formats, not 20"),
+        ({"properties": {f"k{i}": {"type": "string"} for i in range(20_000)}}, "schema too large"),
+        (json.loads('{"items":' * 400 + "{}" + "}" * 400), "recursion limit"),
+    ],
+)  # fmt: skip
+def test_a_schema_that_cannot_be_used_is_refused(server: Server, schema: Any, message: str):
+    body = {"messages": [{"role": "user", "content": "a"}], "response_format": formatted(schema)}
+    status, reply, _ = request(server, "/v1/chat/completions", body)
+    assert (status, reply["error"]["param"]) == (400, "response_format"), reply
+    assert message in reply["error"]["message"]
+
+
+def test_a_schema_is_needed(server: Server):
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "response_format": {"type": "json_schema"},
+    }
+    status, reply, _ = request(server, "/v1/chat/completions", body)
+    assert (status, reply["error"]["param"]) == (400, "response_format.json_schema")
 
 
 def test_a_history_with_tools_is_read(client: openai.OpenAI):

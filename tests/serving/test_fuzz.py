@@ -88,6 +88,15 @@ BODIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "top_k": st.integers(-2, 3),
         "logprobs": st.booleans(),
         "top_logprobs": st.integers(-1, 21),
+        "response_format": st.sampled_from(
+            [{"type": "json_object"}, {"type": "x"}, {"type": "json_schema", "json_schema": {}}]
+        )
+        | st.fixed_dictionaries(
+            {
+                "type": st.just("json_schema"),
+                "json_schema": st.fixed_dictionaries({"schema": anything}),
+            }
+        ),
         "tools": st.sampled_from([[], [{}], None]),
     },
     "/v2/embed": {

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from cafe.types import Conversation, Image
+
+if TYPE_CHECKING:  # it imports torch
+    from cafe.serving.constrained import JsonMatcher
 
 RequestKind = Literal["embed", "tokens", "score", "generate"]
 FinishReason = Literal["stop", "length"]
@@ -30,6 +33,7 @@ class Prompt:
     bias          added to the logits of these tokens
     logprobs      number of tokens whose log-probabilities are wanted, at every place of the answer,
                   beside its own token's; None: no log-probabilities
+    matcher       at the beginning of the JSON that the answer must be; None: any text
     """
 
     conversation: Conversation
@@ -44,6 +48,7 @@ class Prompt:
     presence: float = 0.0
     bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    matcher: JsonMatcher | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,6 +175,15 @@ class EngineModel(Protocol):
 
     def token_text(self, token: int) -> str:
         """One token as text, also a special one. Called on any thread."""
+        ...
+
+    def json_matcher(self, schema: dict[str, Any]) -> JsonMatcher:
+        """For answers that are JSON of a schema. Called on any thread.
+
+        Raises:
+            ValueError: The schema cannot be used.
+            ImportError: llguidance is not installed.
+        """
         ...
 
     def embed(self, items: list[WorkItem]) -> list[Embedding]: ...

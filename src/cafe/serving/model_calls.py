@@ -24,6 +24,7 @@ from cafe.model.rerank import trained_temperature
 from cafe.model.rows.prompts import trained_thought_tokens
 from cafe.model.rows.rows import Rows
 from cafe.model.vlm import CAFe
+from cafe.serving.constrained import JsonGrammars, JsonMatcher
 from cafe.serving.decoding import Generation
 from cafe.serving.messages import Embedding, Score, TokenEmbeddings, WorkItem
 from cafe.types import Conversation
@@ -52,6 +53,10 @@ class CafeCalls:
         if self._tokenizer is not None:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+        end = model.processor.tokenizer.convert_tokens_to_ids(model.collator.pooled_token)
+        self._grammars = JsonGrammars(
+            model.processor.tokenizer, model.lm_head.out_features, [int(end)]
+        )
         self.dimension = model.embedding_dimension
         self.max_tokens = model.collator.max_tokens
         self.temperature = trained_temperature(model.model.config)
@@ -90,6 +95,10 @@ class CafeCalls:
         # SentencePiece's decoder drops the space in front of what it takes for a beginning.
         name = str(tokenizer.convert_ids_to_tokens(token))
         return " " + text if name.startswith("\u2581") and not text.startswith(" ") else text
+
+    def json_matcher(self, schema: dict[str, Any]) -> JsonMatcher:
+        """For answers that are JSON of a schema. Raises as `JsonGrammars.matcher`."""
+        return self._grammars.matcher(schema)
 
     def embed(self, items: list[WorkItem]) -> list[Embedding]:
         """Embed conversations.

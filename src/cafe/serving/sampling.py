@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cafe.errors import DataError
+from cafe.serving.constrained import JsonMatcher
 from cafe.serving.messages import Prompt, TokenLogProb
 
 MIN_TEMPERATURE = 1e-4
@@ -20,12 +21,14 @@ class _Row:
 
     generator   of its sampling; None: it is greedy
     logprobs    of its tokens so far; None: not wanted
+    matcher     where it is in the JSON that it must be; None: any text
     """
 
     number: int
     prompt: Prompt
     generator: torch.Generator | None
-    logprobs: list[TokenLogProb] | None = field(default=None)
+    logprobs: list[TokenLogProb] | None
+    matcher: JsonMatcher | None
 
 
 class PerRowSampler:
@@ -48,9 +51,11 @@ class PerRowSampler:
                 else:
                     generator.manual_seed(prompt.seed)
             wanted = None if prompt.logprobs is None else []
-            changed = prompt.bias or prompt.frequency or prompt.presence
+            # A copy: a batch that fails before its first token is begun again.
+            matcher = None if prompt.matcher is None else prompt.matcher.copy()
+            changed = prompt.bias or prompt.frequency or prompt.presence or matcher is not None
             if generator is not None or wanted is not None or changed:
-                self._rows.append(_Row(number, prompt, generator, wanted))
+                self._rows.append(_Row(number, prompt, generator, wanted, matcher))
 
     def logprobs(self, number: int) -> list[TokenLogProb] | None:
         """The list that receives the log-probabilities of a row's tokens; None: not wanted."""
@@ -62,11 +67,15 @@ class PerRowSampler:
         for row in self._rows:
             prompt, own = row.prompt, scores[row.number]
             logits = adjusted(own, tokens[row.number, self._begin :], prompt)
+            if row.matcher is not None:
+                logits = row.matcher.mask(logits)
             if row.generator is None:
                 chosen = logits.argmax()
             else:
                 p = probabilities(logits, prompt.temperature, prompt.top_p, prompt.top_k)
                 chosen = torch.multinomial(p, 1, generator=row.generator)[0]
+            if row.matcher is not None:
+                row.matcher.take(int(chosen))
             if row.logprobs is not None:
                 row.logprobs.append(_log_probs(own, int(chosen), prompt.logprobs or 0))
             if row.generator is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_TOP = 1000
@@ -161,6 +161,30 @@ StopText = Annotated[Text, Field(min_length=1, max_length=200)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
+class JsonSchema(Request):
+    """A schema that the answer must fit; `strict` or not, it does."""
+
+    name: Text | None = None
+    description: Text | None = None
+    strict: bool | None = None
+    json_schema: Annotated[
+        dict[str, Any] | None, Field(validation_alias=AliasChoices("schema", "json_schema"))
+    ] = None
+
+
+class ResponseFormat(Request):
+    """What an answer is: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("missing_field", "missing", {"field": "json_schema"})
+        return self
+
+
 class ChatRequest(Request):
     """A chat; temperature 0, the default, is greedy, as in `CAFe.generate`.
 
@@ -178,7 +202,6 @@ class ChatRequest(Request):
         "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "structured_outputs": ({},),
         **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
         "modalities": (["text"], []),
@@ -226,6 +249,7 @@ class ChatRequest(Request):
         | None
     ) = None
     logprobs: bool = False
+    response_format: ResponseFormat | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")

@@ -7,13 +7,15 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from cafe.errors import first_line
 from cafe.serving.engine import Call
 from cafe.serving.errors import ApiError, json_response
 from cafe.serving.messages import Completion, EngineModel, Prompt, TokenLogProb, WorkItem
@@ -21,6 +23,9 @@ from cafe.serving.middleware import DEADLINE
 from cafe.serving.schema import ChatRequest
 from cafe.serving.service import Service, as_api_errors
 from cafe.types import Conversation
+
+if TYPE_CHECKING:  # it imports torch
+    from cafe.serving.constrained import JsonMatcher
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -38,7 +43,9 @@ def chat_routes(service: Service) -> APIRouter:
         if body.stream and body.n > 1:
             raise ApiError.invalid("n: only one answer can be streamed", "n")
         conversation = await service.reader(request).messages(body.messages)
-        items = [WorkItem(_prompt(body, conversation, service, i)) for i in range(body.n)]
+        matcher = await _matcher(service, body)
+        prompts = [_prompt(body, conversation, service, i) for i in range(body.n)]
+        items = [WorkItem(replace(prompt, matcher=matcher)) for prompt in prompts]
         if body.stream:
             return await _stream(service, request, body, items[0])
         answers: list[Completion] = await service.results(request, "generate", items)
@@ -84,6 +91,23 @@ def _prompt(body: ChatRequest, conversation: Conversation, service: Service, num
         bias=_biases(body, service.engine.model.vocabulary),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+
+
+async def _matcher(service: Service, body: ChatRequest) -> JsonMatcher | None:
+    """What keeps an answer to its format. Raises ApiError (400) for a schema that cannot be."""
+    asked = body.response_format
+    if asked is None or asked.type == "text":
+        return None
+    schema: dict[str, Any] = {"type": "object"}
+    if asked.type == "json_schema" and asked.json_schema is not None:
+        schema = asked.json_schema.json_schema or schema
+    try:
+        return await service.run_in_thread(service.engine.model.json_matcher, schema)
+    except ImportError:
+        reason = "this server lacks llguidance; install it with pip install 'cafe-vlm[serve]'"
+    except ValueError as error:
+        reason = first_line(error)
+    raise ApiError.invalid(f"response_format: {reason}", "response_format")
 
 
 def _seed(value: int) -> int:
