@@ -16,11 +16,14 @@ import pydantic
 import pytest
 import torch
 
+from cafe.model import judging
 from cafe.model.multi_vector import add_token_projection, new_token_projection
 from cafe.model.quantization import quantized
 from cafe.model.vlm import CAFe
 from cafe.serving.model_calls import CafeCalls
+from cafe.serving.routes.decisions import confidence
 from cafe.serving.run import Server
+from cafe.types import Image, Message, user
 from helpers.fakes import data_uri, request, started
 from helpers.images import noise
 
@@ -358,17 +361,77 @@ def test_a_history_with_tools_is_read(client: openai.OpenAI):
 
 
 def test_low_detail_is_a_smaller_image(client: openai.OpenAI, server: Server, tiny: CAFe):
-    image = noise(3, 40, 40).resize((1200, 1200))
+    image = noise(3, 40, 40).resize((600, 600))
 
     def embedded(detail: str) -> list[float]:
         shown = {"type": "image_url", "image_url": {"url": data_uri(image), "detail": detail}}
         return post(server, "/v1/embeddings", {"input": [shown]})["data"][0]["embedding"]
 
-    from cafe.types import Image
-
     assert same(embedded("high"), tiny.encode(image))
     assert same(embedded("low"), tiny.encode(Image(image, 512 * 512)))  # pyright: ignore[reportCallIssue, reportArgumentType]
     assert not same(embedded("low"), tiny.encode(image))
+
+
+# ---------------------------------------------------------------------- decisions
+
+
+def test_decisions_are_probabilities_of_what_the_model_would_answer(
+    client: openai.OpenAI, tiny: CAFe
+):
+    url = data_uri(sample_image(1))
+    shown: Any = [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]
+    questions: list[Any] = [
+        {"type": "predicate", "name": "a", "instructions": "There is a cat."},
+        {
+            "type": "choice",
+            "instructions": "Which?",
+            "choices": [{"value": "red", "description": "like blood"}, {"value": True}],
+        },
+        {"type": "score", "instructions": "How big?", "levels": [{"label": n} for n in "abc"]},
+    ]
+    reply = client.decisions.create(model="tiny", input=shown, questions=questions)
+    predicate, choice, score = reply.answers
+    image = Image(sample_image(1))
+    asked = user(image, "\n", "There is a cat.", "\nIs this true? Answer yes or no.")
+    odds = float(judging.log_odds(tiny, [asked], 1)[0])
+    assert predicate.type == "predicate"
+    assert predicate.name == "a"
+    assert predicate.probability == pytest.approx(1 / (1 + math.exp(-odds)), abs=1e-5)
+    listed = "\nAnswer with one of these:\n- red: like blood\n- true"
+    dialogue = user(image, "\n", "Which?", listed)
+    both = [(*dialogue, Message("assistant", (text,))) for text in ("red", "true")]
+    want = judging.log_likelihood(tiny, both, 2).softmax(0).numpy()
+    assert choice.type == "choice"
+    assert same([one.probability for one in choice.probabilities], want)
+    assert [one.value for one in choice.probabilities] == ["red", True]
+    assert choice.choice == ("red" if want[0] > want[1] else True)
+    assert choice.confidence == pytest.approx(confidence(want), abs=1e-5)
+    assert score.type == "score"
+    p = [one.probability for one in score.probabilities]
+    assert [(one.value, one.label) for one in score.probabilities] == [(0, "a"), (1, "b"), (2, "c")]
+    assert score.score == pytest.approx(p[1] + 2 * p[2])
+    assert reply.usage.output_tokens == 0
+    assert confidence(np.array([0.5, 0.5])) == 0
+    assert confidence(np.array([1.0, 0.0])) == 1
+
+
+def test_langchains_decisions(server: Server):
+    module = pytest.importorskip("langchain_openai.decisions")
+    url: Any = f"{server.url}/v1"
+    decisions = module.OpenAIDecisions(model="tiny", base_url=url, api_key="any")
+    reply = decisions.invoke(
+        {
+            "input": "I was charged twice.",
+            "questions": {
+                "team": module.Choice(
+                    instructions="Who?", choices={"billing": "Money.", "other": None}
+                ),
+                "angry": module.Predicate(instructions="The writer is angry."),
+            },
+        }
+    )
+    assert sum(reply.choices["team"].probabilities.values()) == pytest.approx(1)
+    assert 0 < reply.predicates["angry"].probability < 1
 
 
 # ---------------------------------------------------------------------- Hugging Face, TEI

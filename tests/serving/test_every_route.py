@@ -26,6 +26,16 @@ def chats(content: Any) -> list[Any]:
     return [{"role": "user", "content": content}]
 
 
+def told(urls: list[str]) -> list[Any]:
+    parts = [{"type": "input_image", "image_url": url} for url in urls]
+    return [{"role": "user", "content": parts}]
+
+
+def predicate(instructions: Any) -> dict[str, Any]:
+    content = instructions[0]["content"] if isinstance(instructions, list) else instructions
+    return {"type": "predicate", "instructions": content}
+
+
 OF_TEXTS: dict[str, Callable[[list[str]], Body]] = {
     "/v1/embeddings": lambda t: {"input": t},
     "/embeddings": lambda t: {"input": t, "modality": "text"},
@@ -38,6 +48,7 @@ OF_TEXTS: dict[str, Callable[[list[str]], Body]] = {
     "/rerank": lambda t: {"query": "a", "texts": t},
     "/v1/score": lambda t: {"queries": "a", "documents": t},
     "/score": lambda t: {"text_1": "a", "text_2": t},
+    "/v1/decisions": lambda t: {"input": "a", "questions": [predicate(one) for one in t]},
 }
 """A body with several texts, for every route that takes them."""
 
@@ -54,6 +65,8 @@ OF_IMAGES: dict[str, tuple[str, Callable[[list[str]], Body]]] = {
     "rerank": ("/rerank", lambda u: {"query": "a", "documents": [{"content": parts(*u)}]}),
     "score": ("/score", lambda u: {"queries": [{"image": x} for x in u], "documents": "a"}),
     "items": ("/v1/score", lambda u: {"queries": "a", "items": [{"content": parts(*u)}]}),
+    "decisions": ("/v1/decisions", lambda u: {"input": told(u), "questions": [predicate("a")]}),
+    "questions": ("/v1/decisions", lambda u: {"input": "a", "questions": [predicate(told(u))]}),
     "chat": ("/v1/chat/completions", lambda u: {"messages": [*chats(parts(*u)), *chats("hi")]}),
 }
 """A body with several images, for every place where they may stand."""
@@ -124,6 +137,30 @@ def test_a_query_is_not_multiplied_beyond_the_limits(server: Server, path: str):
         status, reply, _ = request(server, path, documents | {name: query})
         assert status == want, reply
         assert want == 200 or "send fewer documents" in message(reply)
+
+
+def test_an_input_is_not_multiplied_by_its_questions_beyond_the_limits(server: Server):
+    def asked(**fields: Any) -> tuple[int, Any]:
+        body = {"input": "a", "questions": [predicate("b")]} | fields
+        return request(server, "/v1/decisions", body)[:2]
+
+    def choice(count: int, **more: Any) -> list[Any]:
+        options = [{"value": f"v{i}"} | more for i in range(count)]
+        return [{"type": "choice", "instructions": "c", "choices": options}]
+
+    assert asked(questions=choice(5))[0] == 200
+    for fields, reason in [
+        ({"questions": choice(6)}, "exceed the limit of 5"),
+        ({"questions": [*choice(3), *choice(3)]}, "exceed the limit of 5"),
+        ({"input": "a" * 400, "questions": choice(5)}, "ask fewer questions"),
+        ({"questions": choice(5, description="d" * 90)}, "ask fewer questions"),
+        ({"input": told([image(), image()]), "questions": choice(5)}, "ask fewer questions"),
+        ({"questions": choice(1)}, "at least 2 items"),
+        ({"questions": [choice(2)[0] | {"choices": [{"value": "true"}, {"value": True}]}]}, "same"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input"),
+    ]:
+        status, reply = asked(**fields)
+        assert (status, reason in message(reply)) == (400, True), message(reply)
 
 
 def test_vectors_of_tokens_are_bounded():

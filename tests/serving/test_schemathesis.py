@@ -44,6 +44,7 @@ OPERATIONS = [
     ("POST", "/rerank"),
     ("POST", "/v1/score"),
     ("POST", "/score"),
+    ("POST", "/v1/decisions"),
     ("POST", "/embeddings"),
     ("POST", "/pooling"),
     ("POST", "/v2/embed"),

@@ -17,6 +17,7 @@ from cafe.serving.invalid import invalid_body
 from cafe.serving.middleware import RequestGuard
 from cafe.serving.page_auth import PageAuth
 from cafe.serving.routes.chat import chat_routes
+from cafe.serving.routes.decisions import decision_routes
 from cafe.serving.routes.embed import embed_routes
 from cafe.serving.routes.embeddings import embedding_routes
 from cafe.serving.routes.rerank import rerank_routes
@@ -51,7 +52,13 @@ def create_app(
         redoc_url=None,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
-    for routes in (embedding_routes, embed_routes, chat_routes, rerank_routes):
+    for routes in (
+        embedding_routes,
+        embed_routes,
+        chat_routes,
+        rerank_routes,
+        decision_routes,
+    ):
         app.include_router(routes(service))
     if service.search is not None:
         app.include_router(search_routes(service, service.search))
