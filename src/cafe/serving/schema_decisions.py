@@ -11,7 +11,7 @@ from cafe.serving.schema import ImagePart, ImageURL, Many, Neutral, Request, Tex
 MAX_QUESTIONS = 400
 MAX_OPTIONS = 255
 
-Words = Annotated[Text, Field(min_length=1)]
+NonEmptyText = Annotated[Text, Field(min_length=1)]
 
 
 class InputText(Request):
@@ -67,7 +67,7 @@ class Predicate(Request):
 class Option(Request):
     """One answer to a choice."""
 
-    value: bool | Words
+    value: bool | NonEmptyText
     description: Text | None = None
 
 
@@ -83,7 +83,7 @@ class Choice(Request):
 class Level(Request):
     """One level of a rating; its value is its place, from 0."""
 
-    label: Words
+    label: NonEmptyText
     description: Text | None = None
 
 
