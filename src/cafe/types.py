@@ -184,6 +184,14 @@ CAPTION_REQUEST = "Describe this image."
 MATCH_QUESTION = 'Does the picture show "{statement}"? Answer yes or no.'
 """What `CAFe.score` asks. The bundled world trains this question, including near misses."""
 
+PAIR_QUESTION = (
+    "Query:\n",
+    "\nDocument:\n",
+    "\nDoes the document match the query? Answer yes or no.",
+)
+"""What `CAFe.score` asks of two sides that are not an image and a text: the words before the query,
+between the two, and after the document. Nothing here trains it."""
+
 
 def user(*content: Part) -> Conversation:
     """A conversation of one user turn."""

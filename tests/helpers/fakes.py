@@ -9,6 +9,7 @@ import io
 import json
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,7 +17,15 @@ import numpy as np
 import PIL.Image
 
 from cafe.errors import DataError
-from cafe.serving.messages import Completion, Embedding, Event, Prompt, Score, WorkItem
+from cafe.serving.messages import (
+    Completion,
+    Embedding,
+    Event,
+    Prompt,
+    Score,
+    TokenEmbeddings,
+    WorkItem,
+)
 from cafe.serving.run import Server, ServerSettings
 
 DIMENSION = 4
@@ -46,6 +55,8 @@ class Fake:
     max_tokens = 64
     temperature = 0.05
     thinks = False
+    token_width = 3
+    vocabulary = 256
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -70,6 +81,20 @@ class Fake:
 
     def excess(self, text: str) -> tuple[int, int] | None:
         return None
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return "".join(map(chr, tokens))
+
+    def token_text(self, token: int) -> str:
+        return chr(token)
+
+    def json_matcher(self, schema: Any) -> Any:
+        raise ValueError("a fake knows no schema")
+
+    def token_vectors(self, items: list[WorkItem]) -> list[TokenEmbeddings]:
+        """One for each character."""
+        texts = self._enter("tokens", items)
+        return [TokenEmbeddings(np.ones((len(t), 3), np.float32), len(t)) for t in texts]
 
     def embed(self, items: list[WorkItem]) -> list[Embedding]:
         return [Embedding(vector(text), len(text)) for text in self._enter("embed", items)]

@@ -17,7 +17,7 @@ from cafe.model import inference
 from cafe.model.rows.cutting import tokens_to_cut
 from cafe.model.rows.inputs import as_conversation, as_messages, is_many
 from cafe.model.vlm import CAFe
-from cafe.types import MATCH_QUESTION, Example, Image, Message, user
+from cafe.types import MATCH_QUESTION, PAIR_QUESTION, Example, Image, Message, user
 from helpers.images import noise
 
 SQUARE, WIDE = noise(1), noise(2, 120, 50)
@@ -385,12 +385,36 @@ def test_one_candidate_may_come_without_a_list(model: CAFe):
         ({"image": [SQUARE, WIDE]}, "a cat"),
         ({"image": SQUARE, "text": "this"}, "a cat"),
         ({"image": SQUARE, "text": "this"}, WIDE),
-        (SQUARE, ""),
     ],
 )
-def test_a_score_needs_one_image_and_a_text(model: CAFe, query: Any, candidate: Any):
-    with pytest.raises(DataError, match="score compares one image with a text"):
-        model.score(query, [candidate])
+def test_other_pairs_are_judged_by_a_question_that_shows_both_sides(
+    model: CAFe, query: Any, candidate: Any
+):
+    def content(side: Any) -> list[Any]:
+        if not isinstance(side, dict):
+            side = {"text": side} if isinstance(side, str) else {"image": side}
+        images = side.get("image", [])
+        return [
+            *(images if isinstance(images, list) else [images]),
+            *([side["text"]] if "text" in side else []),
+        ]
+
+    before, between, after = PAIR_QUESTION
+    parts = [before, *content(query), between, *content(candidate), after]
+    question = (Message("user", tuple(p if isinstance(p, str) else Image(p) for p in parts)),)
+    rows, vision = model.collator.prompt_rows([question])
+    with torch.inference_mode():
+        probability = model.lm_head(model.hidden_at(rows, vision))[0].softmax(-1)
+    ids = model.processor.tokenizer.get_vocab()
+    yes = sum(probability[ids[token]] for token in ("yes", "Y"))
+    no = sum(probability[ids[token]] for token in ("no", "N", "Ġno"))
+    assert model.score(query, [candidate])[0] == pytest.approx(float(yes / (yes + no)), abs=1e-6)
+    assert 0 < model.score(query, [candidate])[0] < 1
+
+
+def test_an_empty_side_has_no_score(model: CAFe):
+    with pytest.raises(DataError, match="the candidate is empty: give it a text or an image"):
+        model.score(SQUARE, [""])
 
 
 # ------------------------------------------------------------------ length

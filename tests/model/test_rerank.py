@@ -100,8 +100,32 @@ def test_by_likelihood_the_second_witness_is_the_caption(small_model: CAFe):
 
 
 def test_what_cannot_be_compared_is_told(small_model: CAFe):
-    with pytest.raises(DataError, match="score compares one image with a text"):
-        small_model.rerank("a cat", ["a dog"])
+    with pytest.raises(DataError, match="by likelihood compares one image with a text"):
+        small_model.rerank("a cat", ["a dog"], by="likelihood")
+    with pytest.raises(DataError, match="by likelihood compares one image with a text"):
+        small_model.rerank(IMAGES[0], IMAGES[1:], by="likelihood")
+    with pytest.raises(DataError, match="the candidate is empty"):
+        small_model.rerank("a cat", [""])
+    with pytest.raises(DataError, match="the query is empty"):
+        small_model.rerank("", ["a cat"])
+
+
+def test_anything_is_reranked_against_anything(small_model: CAFe):
+    """Each pair by itself, and all together with the cosines, as for an image and a text."""
+    page = {"image": IMAGES[0], "text": "a page"}
+    candidates: list[Any] = ["a dog", "a red cat", IMAGES[1], page]
+    for query in ("a cat", IMAGES[0], page):
+        found = small_model.rerank(query, candidates, batch_size=3)
+        alone = [float(small_model.score(query, [one])[0]) for one in candidates]
+        assert found.match is not None
+        np.testing.assert_allclose(found.match, alone, atol=1e-6)
+        assert len({round(value, 4) for value in alone}) > 2, "all alike shows nothing"
+        vectors = small_model.encode([query, *candidates])
+        evidence = vectors[1:] @ vectors[0] / DEFAULT_TEMPERATURE + np.log(
+            alone / (1 - np.array(alone))
+        )
+        want = np.exp(evidence - evidence.max())
+        np.testing.assert_allclose(found.posterior, want / want.sum(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, math.inf, math.nan, "warm", None, [0.05]])

@@ -13,9 +13,10 @@ import torch
 from cafe.errors import DataError
 from cafe.model.rows.matching import match_question
 from cafe.model.vlm import CAFe
-from cafe.serving.decoding import Generation, Lockstep, PerRowSampler, probabilities
+from cafe.serving.decoding import Generation, Lockstep
 from cafe.serving.messages import Completion, Prompt, WorkItem
 from cafe.serving.model_calls import CafeCalls
+from cafe.serving.sampling import PerRowSampler, probabilities
 from cafe.types import Image, user
 from helpers.images import noise
 
@@ -126,7 +127,7 @@ def test_batched_scores_are_those_of_score(tiny: CAFe):
     items = [WorkItem(match_question(user(Image(p)), user(t)), i) for i, (p, t) in enumerate(pairs)]
     want = np.concatenate([tiny.score(p, texts) for p in images])
     assert np.ptp(want) > 0
-    got = [1 / (1 + math.exp(-s.log_odds)) for s in CafeCalls(tiny).score(items)]
+    got = [1 / (1 + math.exp(-s.value)) for s in CafeCalls(tiny).score(items)]
     assert np.allclose(got, want, atol=1e-5)
 
 

@@ -160,7 +160,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(engine: Engine, model:
 def test_a_large_call_is_taken_whole_while_there_is_room_for_one(engine: Engine, model: Fake):
     busy(engine, model)
     engine.submit(call(*[str(i) for i in range(100)]))
-    assert engine.waiting == {"embed": 100, "score": 0, "generate": 0}
+    assert engine.waiting == {"embed": 100, "tokens": 0, "score": 0, "generate": 0}
 
 
 def test_a_large_call_takes_its_share_of_the_queue_and_leaves_the_others_theirs(model: Fake):

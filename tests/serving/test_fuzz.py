@@ -58,7 +58,13 @@ sides = texts | st.fixed_dictionaries(
 )
 BODIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "/v1/embeddings": {
-        "input": texts | st.lists(texts, max_size=3) | st.lists(st.integers(), max_size=3),
+        "input": texts
+        | st.lists(texts, max_size=3)
+        | st.lists(st.integers() | st.integers(0, 99), max_size=3)
+        | st.lists(sides, max_size=2),
+        "modality": st.sampled_from(["text", "image", "audio"]),
+        "output_dtype": st.sampled_from(["float", "int8", "ubinary", "x"]),
+        "instruction": texts,
         "messages": messages | st.lists(messages, max_size=2),
         "dimensions": st.integers(-1, 80),
         "encoding_format": st.sampled_from(["float", "base64", "bytes"]),
@@ -74,6 +80,55 @@ BODIES: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "stream": st.booleans(),
         "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
         "n": st.integers(0, 2),
+        "logit_bias": st.dictionaries(
+            st.sampled_from(["1", "9999", "-1", "x"]), numbers, max_size=2
+        ),
+        "frequency_penalty": numbers | st.floats(-2, 2),
+        "presence_penalty": numbers | st.floats(-2, 2),
+        "top_k": st.integers(-2, 3),
+        "logprobs": st.booleans(),
+        "top_logprobs": st.integers(-1, 21),
+        "response_format": st.sampled_from(
+            [{"type": "json_object"}, {"type": "x"}, {"type": "json_schema", "json_schema": {}}]
+        )
+        | st.fixed_dictionaries(
+            {
+                "type": st.just("json_schema"),
+                "json_schema": st.fixed_dictionaries({"schema": anything}),
+            }
+        ),
+        "tools": st.sampled_from([[], [{}], None]),
+    },
+    "/v2/embed": {
+        "texts": st.lists(texts, max_size=3),
+        "images": st.lists(urls, max_size=2),
+        "inputs": st.lists(
+            st.fixed_dictionaries({"content": st.lists(parts, max_size=2)}), max_size=2
+        ),
+        "embedding_types": st.lists(
+            st.sampled_from(["float", "int8", "uint8", "binary", "ubinary", "base64", "x"]),
+            max_size=3,
+        ),
+        "output_dimension": st.integers(-1, 80),
+        "truncate": st.sampled_from(["NONE", "START", "END"]),
+    },
+    "/embed": {
+        "inputs": texts | st.lists(texts, max_size=3) | st.lists(st.integers(-1, 99), max_size=3),
+        "normalize": st.booleans(),
+        "truncate": st.booleans(),
+    },
+    "/pooling": {"input": texts | st.lists(sides, max_size=2), "task": texts},
+    "/rerank": {
+        "query": texts,
+        "texts": st.lists(texts, max_size=3),
+        "documents": st.lists(sides, max_size=2),
+        "top_n": st.integers(-1, 4),
+        "instruction": texts,
+    },
+    "/score": {
+        "text_1": sides | st.lists(sides, max_size=2),
+        "text_2": sides | st.lists(sides, max_size=2),
+        "instruction": texts,
     },
     "/v1/rerank": {
         "query": texts | sides,
@@ -87,6 +142,11 @@ RIGHT: dict[str, dict[str, Any]] = {
     "/v1/embeddings": {"input": "a red cube"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
     "/v1/rerank": {"query": "a red cube", "documents": [{"image": IMAGE}]},
+    "/v2/embed": {"texts": ["a red cube"]},
+    "/embed": {"inputs": "a red cube"},
+    "/pooling": {"input": "a red cube"},
+    "/rerank": {"query": "a red cube", "texts": ["a cube"]},
+    "/score": {"text_1": "a red cube", "text_2": "a cube"},
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from cafe.serving import schema
+from cafe.serving import schema, schema_vectors
 from cafe.serving.errors import ApiError
 from cafe.serving.invalid import as_api_error
 
@@ -17,7 +17,7 @@ CHAT = {"messages": [{"role": "user", "content": "a"}]}
 def refusal(name: str, body: Any) -> ApiError:
     """The error of a body that `cafe.serving.schema` refuses, located as FastAPI locates it."""
     with pytest.raises(pydantic.ValidationError) as caught:
-        getattr(schema, name).model_validate(body)
+        (vars(schema) | vars(schema_vectors))[name].model_validate(body)
     return as_api_error([each | {"loc": ("body", *each["loc"])} for each in caught.value.errors()])
 
 
@@ -59,17 +59,46 @@ def refusal(name: str, body: Any) -> ApiError:
         ("SearchRequest", {"query": 3}, "query: must be a string"),
         ("SearchRequest", {"query": "a", "caption": "x"}, "caption: must be true or false"),
         ("SearchRequest", [], "the body must be an object"),
-        ("EmbeddingRequest", {"input": 5}, "input: must be a string or a list"),
-        ("EmbeddingRequest", {"input": ["a", 5]}, "input.1: must be a string"),
+        ("EmbeddingRequest", {"input": 5}, "input: must be a string, an object or a list"),
+        ("EmbeddingRequest", {"input": ["a", 5]}, "input.1: must be a string or an object"),
         (
             "EmbeddingRequest",
             {"input": "a", "encoding_format": "x"},
             "encoding_format: must be 'float' or 'base64'",
         ),
         ("ChatRequest", CHAT | {"temperature": "hot"}, "temperature: must be a number"),
-        ("ChatRequest", CHAT | {"n": 2}, "n: must be 1"),
+        ("ChatRequest", CHAT | {"n": 17}, "n: must be at most 16"),
         ("ChatRequest", {}, "messages: the field is missing"),
-        ("ChatRequest", CHAT | {"tools": []}, "tools: unknown or unsupported field"),
+        # what would change the answer
+        ("ChatRequest", CHAT | {"tools": [1]}, "tools: not supported here; only [] is"),
+        (
+            "ChatRequest",
+            CHAT | {"guided_regex": "a"},
+            "guided_regex: not supported here; leave it out",
+        ),
+        (
+            "ChatRequest",
+            CHAT | {"tool_choice": {}},
+            'tool_choice: not supported here; only "none" or "auto" is',
+        ),
+        ("ChatRequest", CHAT | {"min_p": 0.5}, "min_p: not supported here; only 0 is"),
+        (
+            "ChatRequest",
+            {"messages": [{"role": "user"}]},
+            "messages.0.content: the field is missing",
+        ),
+        (
+            "EmbeddingRequest",
+            {"input": [{"text": "a", "video": "b"}]},
+            "input.0.video: not supported here; leave it out",
+        ),
+        (
+            "EmbeddingRequest",
+            {"input": "a", "embed_dtype": "float16"},
+            'embed_dtype: not supported here; only "float32" is',
+        ),
+        ("RerankRequest", {"query": "a"}, "documents: the field is missing"),
+        ("ScoreRequest", {"queries": "a"}, "documents: the field is missing"),
         (
             "ChatRequest",
             {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},

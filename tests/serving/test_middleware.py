@@ -9,12 +9,10 @@ import json
 import os
 import shutil
 import socket
-import struct
 import sys
 import threading
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,18 +28,7 @@ from cafe.serving.routes.search import IndexSearch
 from cafe.serving.run import Server, ServerSettings, check_exposure, loopback_hosts
 from helpers.fakes import DIMENSION, Fake, chat, data_uri, request, started, vector, wait_until
 from helpers.images import noise
-
-LIMITS = Limits(
-    body_bytes=2_000_000,
-    inputs=5,
-    images=2,
-    image_pixels=10_000,
-    request_pixels=15_000,
-    held_pixels=20_000,
-    text_characters=1000,
-    request_characters=1500,
-    new_tokens=500,
-)
+from helpers.serving import LIMITS, bomb, message, serving, waiting
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +40,6 @@ def model() -> Fake:
 def server(model: Fake) -> Iterator[Server]:
     with serving(model, limits=LIMITS, max_queue=4) as server:
         yield server
-
-
-@contextmanager
-def serving(model: Fake, **settings: Any) -> Iterator[Server]:
-    server = started(model, **settings)
-    yield server
-    model.open.set()
-    server.stop()
-
-
-def message(reply: Any) -> str:
-    """The message of an error in OpenAI's shape."""
-    assert set(reply) == {"error"}
-    assert set(reply["error"]) == {"message", "type", "param", "code"}
-    return reply["error"]["message"]
 
 
 def image(width: int = 20, height: int = 10) -> str:
@@ -376,20 +348,6 @@ def test_texts_do_not_wait_for_images_to_be_decoded(
             thread.join(20)
 
 
-def bomb(width: int, height: int) -> str:
-    """A PNG of a few hundred bytes that says it is large."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + checksum
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    content = (
-        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    )
-    return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
 def test_pixels_that_wait_are_bounded_together(server: Server, model: Fake):
     with waiting(server, model, shows(image(100, 100)), shows(image(100, 100))):
         status, reply, headers = request(server, "/v1/embeddings", shows(image(100, 100)))
@@ -421,11 +379,11 @@ def test_texts_are_bounded(server: Server):
         ("/v1/embeddings", {"input": "a", "dimensions": 0}, "dimensions"),
         ("/v1/embeddings", {"input": "a", "dimensions": DIMENSION + 1}, "dimensions"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
-        ("/v1/embeddings", {"input": "a", "unknown": 1}, "unknown"),
+        ("/v1/embeddings", {"input": "a", "late_chunking": True}, "late_chunking"),
         ("/v1/embeddings", {"input": "\ud800"}, "input"),
         ("/v1/chat/completions", {"messages": []}, "messages"),
-        ("/v1/chat/completions", chat("a", n=2), "n"),
-        ("/v1/chat/completions", chat("a", tools=[]), "tools"),
+        ("/v1/chat/completions", chat("a", n=17), "n"),
+        ("/v1/chat/completions", chat("a", tools=[{}]), "tools"),
         ("/v1/chat/completions", chat("a", temperature=3), "temperature"),
         ("/v1/chat/completions", chat("a", temperature="hot"), "temperature"),
         ("/v1/chat/completions", chat("a", max_tokens=0), "max_tokens"),
@@ -447,10 +405,13 @@ def test_a_wrong_field_is_named(server: Server, path: str, body: Any, param: str
     assert message(reply)
 
 
-def test_token_ids_are_refused_with_the_reason(server: Server):
-    for ids in ([1, 2], [[1], [2, 3]]):
+def test_tokens_of_another_vocabulary_are_refused_with_the_reason(server: Server):
+    for ids, param in ([1, 256], "input"), ([[1], [2, 100_000]], "input.1"):
         status, reply, _ = request(server, "/v1/embeddings", {"input": ids})
-        assert (status, "token ids are not accepted" in message(reply)) == (400, True)
+        assert (status, reply["error"]["param"]) == (400, param)
+        assert "not in the model's vocabulary of 256: use" in message(reply)
+    status, reply, _ = request(server, "/v1/embeddings", {"input": [1] * 1001})
+    assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_another_models_name_is_not_found(server: Server):
@@ -471,34 +432,6 @@ def test_an_error_inside_leaks_nothing(server: Server):
 
 
 # ---------------------------------------------------------------------- queue and clients
-
-
-@contextmanager
-def waiting(server: Server, model: Fake, *bodies: Any) -> Iterator[Callable[[], list[int]]]:
-    """Requests that are in the queue, behind a model that computes one for as long as this lasts.
-
-    Gives a function for their statuses; they are known afterwards.
-    """
-    model.log.clear()
-    model.open.clear()
-    statuses: list[int] = []
-    threads = []
-
-    def ask(body: Any) -> None:
-        statuses.append(request(server, "/v1/embeddings", body)[0])
-
-    try:
-        for body in ({"input": "first"}, *bodies):
-            threads.append(threading.Thread(target=ask, args=(body,)))
-            threads[-1].start()
-            if len(threads) == 1:
-                wait_until(lambda: model.log)
-        wait_until(lambda: server.engine.waiting["embed"] >= len(bodies))
-        yield lambda: statuses
-    finally:
-        model.open.set()
-        for thread in threads:
-            thread.join(20)
 
 
 def test_a_full_queue_answers_429_and_not_ready(server: Server, model: Fake):

@@ -384,8 +384,9 @@ def test_documents_are_ordered_as_rerank_orders_them(
         assert [r["document"]["text"] for r in reply["results"]] == [texts[i] for i in order]
 
 
-def test_two_texts_cannot_be_reranked(server: Server):
-    status, reply, _ = request(server, "/v1/rerank", {"query": "a", "documents": ["b"]})
+def test_two_texts_have_no_likelihood(server: Server):
+    body = {"query": "a", "documents": ["b"], "rerank_by": "likelihood"}
+    status, reply, _ = request(server, "/v1/rerank", body)
     assert (status, "image" in reply["error"]["message"]) == (400, True)
 
 

@@ -15,7 +15,7 @@ from cafe.model.head import token_log_probs, token_logits
 from cafe.model.inference import InferenceModel, Vision, batches
 from cafe.model.rerank import RerankBy, named_answer_tokens
 from cafe.model.rows.inputs import Input, Inputs, as_conversation, as_messages
-from cafe.model.rows.matching import caption_dialogue, match_question
+from cafe.model.rows.matching import caption_dialogue, pair_question
 from cafe.model.rows.rows import Rows
 from cafe.types import Conversation
 
@@ -45,26 +45,26 @@ def log_odds(
 def judge(
     model: InferenceModel, query: Input, candidates: Inputs, batch_size: int, by: RerankBy
 ) -> Float[Tensor, " n"]:
-    """What the model says of the query with each candidate, one side an image, the other a text.
+    """What the model says of the query with each candidate.
 
     Args:
         model: the model.
         query: one side.
         candidates: the other sides.
         batch_size: pairs per forward.
-        by: "question", for the log-odds of the match question; or "likelihood", for
-            log P(text | image) in nats, of the text as the image's caption.
+        by: "question", for the log-odds of `pair_question`, whatever the sides are; or
+            "likelihood", for log P(text | image) in nats, of the text as the image's caption.
 
     Returns:
         float32 on the CPU.
 
     Raises:
-        DataError: a pair that is not an image and a text.
+        DataError: an empty side; or, by likelihood, a pair that is not an image and a text.
         ValueError: another `by`.
     """
     conversation, others = as_conversation(query), as_messages(candidates)
     if by == "question":
-        return log_odds(model, [match_question(conversation, o) for o in others], batch_size)
+        return log_odds(model, [pair_question(conversation, o) for o in others], batch_size)
     if by == "likelihood":
         dialogues = [caption_dialogue(conversation, other) for other in others]
         return log_likelihood(model, dialogues, batch_size)

@@ -341,8 +341,8 @@ class CAFe(TokenEncoder, nn.Module):
         array([0.01, 0.04], dtype=float32)
 
         Args:
-            query: one image, with texts as candidates; or a text, with images as candidates.
-            candidates: what to judge.
+            query: text, image or both. The question is trained for an image and a text only.
+            candidates: what to judge; anything, too (`cafe.model.rows.matching.pair_question`).
             batch_size: pairs per forward.
 
         Returns:
@@ -369,7 +369,7 @@ class CAFe(TokenEncoder, nn.Module):
             query: as for `score`.
             candidates: what to judge.
             cosines: of the query with the candidates, from a search; None: embed them now.
-            by: `score`'s question; or "likelihood", of the text as the image's caption.
+            by: `score`'s question; or "likelihood", of the text as the caption of the image.
             batch_size: as in `score`.
 
         Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -16,6 +17,8 @@ from cafe.serving.invalid import invalid_body
 from cafe.serving.middleware import RequestGuard
 from cafe.serving.page_auth import PageAuth
 from cafe.serving.routes.chat import chat_routes
+from cafe.serving.routes.decisions import decision_routes
+from cafe.serving.routes.embed import embed_routes
 from cafe.serving.routes.embeddings import embedding_routes
 from cafe.serving.routes.rerank import rerank_routes
 from cafe.serving.routes.search import search_routes
@@ -49,8 +52,14 @@ def create_app(
         redoc_url=None,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
-    for router in (embedding_routes(service), chat_routes(service), rerank_routes(service)):
-        app.include_router(router)
+    for routes in (
+        embedding_routes,
+        embed_routes,
+        chat_routes,
+        rerank_routes,
+        decision_routes,
+    ):
+        app.include_router(routes(service))
     if service.search is not None:
         app.include_router(search_routes(service, service.search))
     app.add_exception_handler(ApiError, _api_error)
@@ -100,17 +109,25 @@ def _status_routes(service: Service, guard: RequestGuard) -> APIRouter:
         """Metrics for Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @router.get("/v1/models", operation_id="models")
-    async def models() -> Response:
-        """The model that is served."""
-        model = {
+    def model() -> dict[str, Any]:
+        return {
             "id": service.name,
             "object": "model",
             "created": created,
             "owned_by": "cafe",
             "max_model_len": service.engine.model.max_tokens,
         }
-        return json_response({"object": "list", "data": [model]})
+
+    @router.get("/v1/models", operation_id="models")
+    async def models() -> Response:
+        """The model that is served."""
+        return json_response({"object": "list", "data": [model()]})
+
+    @router.get("/v1/models/{name:path}", operation_id="model")
+    async def one_model(name: str) -> Response:
+        """The model that is served, by its name."""
+        service.check_name(name)
+        return json_response(model())
 
     return router
 

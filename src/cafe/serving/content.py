@@ -21,12 +21,15 @@ from cafe.image_cost import excess
 from cafe.media import open_image
 from cafe.serving.errors import ApiError
 from cafe.serving.limits import Limits, Reservation
-from cafe.serving.schema import ChatMessage, Content, ContentPart, ImagePart, TextPart
-from cafe.types import Conversation, Image, Message, Role
+from cafe.serving.schema import ChatMessage, Content, ContentPart, ImagePart, ImageURL, TextPart
+from cafe.types import Conversation, Image, Message, Role, ToolCall
 from cafe.types import Part as ReadPart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Formats that are decoded. Pillow supports more, and some of these (EPS) execute code."""
+
+LOW_DETAIL_PIXELS = 512 * 512
+"""What "detail": "low" leaves of an image; OpenAI's has as many."""
 
 DATA_URI = re.compile(
     r"data:(image/[\w.+-]{1,99}|application/octet-stream)(;[\w.+-]{1,99}=[^;,\s]{1,99}){0,9};base64,",
@@ -57,11 +60,15 @@ class Reader:
 
     async def messages(self, messages: Sequence[ChatMessage]) -> Conversation:
         """Read a chat. Raises ApiError (400, 429), naming the field."""
-        return tuple(
-            [
-                Message(_role(m.role), await self._parts(m.content, f"messages.{i}.content"))
-                for i, m in enumerate(messages)
-            ]
+        return tuple([await self._message(m, f"messages.{i}") for i, m in enumerate(messages)])
+
+    async def _message(self, message: ChatMessage, param: str) -> Message:
+        parts = await self._parts(message.content or "", f"{param}.content")
+        calls = [call.function for call in message.tool_calls or []]
+        for call in calls:
+            self._text(call.name + call.arguments, f"{param}.tool_calls")
+        return Message(
+            _role(message.role), parts, calls=tuple(ToolCall(c.name, c.arguments) for c in calls)
         )
 
     def text(self, text: str, param: str) -> Conversation:
@@ -72,19 +79,28 @@ class Reader:
         """Read a query or a document as a user turn. Raises ApiError as `messages` does."""
         if isinstance(content, str):
             return self.text(content, param)
-        fields = [
-            name for name in ("content", "text", "image") if getattr(content, name) is not None
-        ]
+        names = ("content", "text", "image", "image_url")
+        fields = [name for name in names if getattr(content, name) is not None]
         if not fields or ("content" in fields and len(fields) > 1):
             raise ApiError.invalid(f"{param}: give content, or text, image or both", param)
         if content.content is not None:
-            return (Message("user", await self._parts(content.content, param)),)
+            return await self.parts(content.content, param)
         parts: list[ReadPart] = []
         if content.image is not None:
             parts.append(await self._image(content.image, f"{param}.image"))
+        if content.image_url is not None:
+            parts.append(await self._image_url(content.image_url, f"{param}.image_url"))
         if content.text is not None:
             parts.append(self._text(content.text, f"{param}.text"))
         return (Message("user", tuple(parts)),)
+
+    async def parts(self, content: str | Sequence[ContentPart], param: str) -> Conversation:
+        """Read the content of one user turn."""
+        return (Message("user", await self._parts(content, param)),)
+
+    async def image(self, url: str, param: str) -> Conversation:
+        """Read one image as a user turn."""
+        return (Message("user", (await self._image(url, param),)),)
 
     async def _parts(
         self, content: str | Sequence[ContentPart], param: str
@@ -96,8 +112,12 @@ class Reader:
     async def _part(self, part: TextPart | ImagePart, param: str) -> ReadPart:
         if isinstance(part, TextPart):
             return self._text(part.text, f"{param}.text")
-        url = part.image_url if isinstance(part.image_url, str) else part.image_url.url
-        return await self._image(url, f"{param}.image_url")
+        return await self._image_url(part.image_url, f"{param}.image_url")
+
+    async def _image_url(self, image: ImageURL | str, param: str) -> Image:
+        if isinstance(image, str):
+            return await self._image(image, param)
+        return await self._image(image.url, param, low=image.detail == "low")
 
     def _text(self, text: str, param: str) -> str:
         if len(text) > self._limits.text_characters:
@@ -114,14 +134,14 @@ class Reader:
             )
         return text
 
-    async def _image(self, url: str, param: str) -> Image:
+    async def _image(self, url: str, param: str, *, low: bool = False) -> Image:
         self._images += 1
         if self._images > self._limits.images:
             raise ApiError.invalid(f"more than {self._limits.images} images in a request", param)
         remote = url[:8].lower().startswith(("http://", "https://"))
         content = await self._remote(url, param) if remote else url
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._open, content, param)
+        return await loop.run_in_executor(self._pool, self._open, content, param, low)
 
     async def _remote(self, url: str, param: str) -> bytes:
         if self._fetch is None:
@@ -132,7 +152,7 @@ class Reader:
             )
         return await self._fetch(url)
 
-    def _open(self, source: str | bytes, param: str) -> Image:
+    def _open(self, source: str | bytes, param: str, low: bool) -> Image:
         content = _data(source, param) if isinstance(source, str) else source
         reason = excess(content)
         if reason is not None:
@@ -159,7 +179,8 @@ class Reader:
             )
         self._pixels.take(pixels)
         try:
-            return Image(open_image(Image(image), max_pixels=self._limits.image_pixels))
+            found = Image(image, LOW_DETAIL_PIXELS if low else None)
+            return Image(open_image(found, max_pixels=self._limits.image_pixels))
         except ImageError as error:
             raise ApiError.invalid(f"{param}: {error}", param, "invalid_image") from error
 
@@ -184,7 +205,7 @@ def _data(url: str, param: str) -> bytes:
 def _role(role: str) -> Role:
     """OpenAI's newer models call the system role "developer"."""
     match role:
-        case "system" | "user" | "assistant":
+        case "system" | "user" | "assistant" | "tool":
             return role
         case _:
             return "system"

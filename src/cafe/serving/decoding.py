@@ -21,9 +21,7 @@ from cafe.model.inference import generation_inputs, generation_settings
 from cafe.model.vlm import CAFe
 from cafe.serving.detokenize import StreamDetokenizer
 from cafe.serving.messages import Event, Prompt, WorkItem
-
-MIN_TEMPERATURE = 1e-4
-"""Below this temperature decoding is greedy (dividing by it would overflow)."""
+from cafe.serving.sampling import PerRowSampler
 
 
 class Lockstep:
@@ -103,6 +101,7 @@ class Generation:
         inputs = generation_inputs(model, [p.conversation for p in prompts], self._numbers)
         settings = generation_settings(model, 1, {"num_beams": 1})  # tokens are sent at once
         limits = self._limits(inputs["attention_mask"])
+        sampler = PerRowSampler(prompts, model.device)
         self._detokenizers = [
             StreamDetokenizer(
                 row,
@@ -111,6 +110,7 @@ class Generation:
                 end_ids=frozenset(settings["eos_token_id"]),
                 limit=limit,
                 prompt_tokens=prompt_tokens,
+                logprobs=sampler.logprobs(row),
             )
             for row, (prompt, (prompt_tokens, limit)) in enumerate(
                 zip(prompts, limits, strict=True)
@@ -127,7 +127,7 @@ class Generation:
         model.generate_tokens(
             **inputs,
             **settings | {"max_new_tokens": max(limit for _, limit in limits)},
-            logits_processor=LogitsProcessorList([PerRowSampler(prompts, model.device)]),
+            logits_processor=LogitsProcessorList([sampler]),
             stopping_criteria=StoppingCriteriaList([after_token]),
         )
 
@@ -157,54 +157,3 @@ class Generation:
                 self._events.append(event)
                 if event.answer is not None:
                     self._done.add(row)
-
-
-class PerRowSampler:
-    """A logits processor that samples itself, so that the rows of a batch may differ in settings.
-
-    It leaves a sampled row with a single possible token and a greedy row unchanged; `generate` then
-    takes the most probable token of each. A row's seed gives the same tokens whatever the other
-    rows of its batch are.
-    """
-
-    def __init__(self, prompts: list[Prompt], device: torch.device) -> None:
-        self._rows: list[tuple[int, Prompt, torch.Generator]] = []
-        for row, prompt in enumerate(prompts):
-            if prompt.temperature >= MIN_TEMPERATURE:
-                generator = torch.Generator(device)
-                if prompt.seed is None:
-                    generator.seed()
-                else:
-                    generator.manual_seed(prompt.seed)
-                self._rows.append((row, prompt, generator))
-
-    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        for row, prompt, generator in self._rows:
-            p = probabilities(scores[row], prompt.temperature, prompt.top_p)
-            chosen = torch.multinomial(p, 1, generator=generator)
-            scores[row] = -torch.inf
-            scores[row, chosen] = 0.0
-        return scores
-
-
-def probabilities(scores: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Nucleus (top-p) sampling probabilities of one row, without renormalisation.
-
-    The nucleus is the smallest set of most probable tokens whose probabilities reach `top_p`
-    (Holtzman et al., "The Curious Case of Neural Text Degeneration", section 3.1).
-
-    Args:
-        scores: Logits [vocabulary].
-        temperature: Divides the logits; above 0.
-        top_p: Probability mass of the nucleus; 0 keeps the most probable token only.
-
-    Returns:
-        Softmax of scores / temperature [vocabulary], 0 outside the nucleus.
-    """
-    p = ((scores - scores.max()) / temperature).softmax(-1)
-    if top_p >= 1:
-        return p
-    ordered, order = p.sort(descending=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p
-    outside[0] = False  # top_p = 0 keeps the most probable token
-    return p.scatter(-1, order, ordered.masked_fill(outside, 0.0))

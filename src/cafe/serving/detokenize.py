@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
-from cafe.serving.messages import Completion, Event, FinishReason, Prompt
+from cafe.serving.messages import Completion, Event, FinishReason, Prompt, TokenLogProb
 
 FIRST_CJK_CHARACTER = "\u2e80"
 """The first code point of the scripts without spaces between words (Chinese, Japanese, Korean)."""
@@ -25,6 +26,7 @@ class StreamDetokenizer:
         end_ids: frozenset[int],
         limit: int,
         prompt_tokens: int,
+        logprobs: list[TokenLogProb] | None = None,
     ) -> None:
         """Create the detokenizer of one row.
 
@@ -35,9 +37,11 @@ class StreamDetokenizer:
             end_ids: Tokens that end an answer.
             limit: Longest answer, in tokens.
             prompt_tokens: Number of tokens of the prompt.
+            logprobs: Receives those of each token before `add` does; None: not wanted.
         """
         self._row, self._prompt, self._decode = row, prompt, decode
         self._end_ids, self._limit, self._prompt_tokens = end_ids, limit, prompt_tokens
+        self._logprobs = logprobs
         self._tokens: list[int] = []
         self._sent = ""
         self._count = 0
@@ -66,9 +70,23 @@ class StreamDetokenizer:
 
     def _final_event(self, text: str, reason: FinishReason, stop: int | None) -> Event:
         answer = Completion(
-            text, "stop" if stop is not None else reason, self._prompt_tokens, self._count
+            text,
+            "stop" if stop is not None else reason,
+            self._prompt_tokens,
+            self._count,
+            None if self._logprobs is None else self._own_logprobs(stop),
         )
         return Event(self._row, self._piece(text) if self._prompt.stream else "", answer)
+
+    def _own_logprobs(self, stop: int | None) -> tuple[TokenLogProb, ...]:
+        """Of the answer's tokens: without the one that ends it, and up to the stop text."""
+        assert self._logprobs is not None
+        count = len(self._tokens)
+        if stop is not None:
+            count = bisect_left(
+                range(count), stop, key=lambda n: len(self._decode(self._tokens[:n]))
+            )
+        return tuple(self._logprobs[:count])
 
     def _piece(self, ready: str) -> str:
         """The part of `ready` that has not been sent yet."""

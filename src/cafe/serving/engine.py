@@ -180,7 +180,7 @@ class Engine:
     @property
     def waiting(self) -> dict[RequestKind, int]:
         """Number of waiting items, by kind."""
-        counts: dict[RequestKind, int] = {"embed": 0, "score": 0, "generate": 0}
+        counts: dict[RequestKind, int] = {"embed": 0, "tokens": 0, "score": 0, "generate": 0}
         with self._changed:
             for (kind, _), queue in self._lanes.items():
                 counts[kind] += queue.waiting
@@ -251,6 +251,11 @@ class Engine:
                 call.fail(ApiError.unavailable("the server is shutting down", "shutting_down"))
 
     def _loop(self, model: EngineModel) -> None:
+        functions: dict[RequestKind, Callable[[list[WorkItem]], list[Any]]] = {
+            "embed": model.embed,
+            "tokens": model.token_vectors,
+            "score": model.score,
+        }
         while True:
             batches = self._next_batches()
             if not batches and not self._running:
@@ -259,7 +264,7 @@ class Engine:
                 if kind == "generate":
                     self._running.append(self._start_generation(model, batch))
                 else:
-                    self._run_batch(kind, batch, model.embed if kind == "embed" else model.score)
+                    self._run_batch(kind, batch, functions[kind])
             for running in list(self._running):
                 self._step(model, running)
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from cafe.errors import quoted
 from cafe.serving.errors import ApiError
 
-UNION_MEMBERS = {"str", "int", "Content", "ImageURL"}
+UNION_MEMBERS = {"str", "int", "Content", "ImageURL", "ToolCalled"}
 """Names that pydantic adds to the location of an error, besides the names of fields."""
 
 KINDS = {
@@ -30,6 +30,10 @@ KINDS = {
 }
 """Errors of a value of another kind than the field's, and the field's kind."""
 
+OF_A_FIELD = {"unsupported_field", "missing_field"}
+"""Errors of `cafe.serving.schema`: pydantic locates them at the object, their context has the
+field."""
+
 BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
     "less_than_equal": ("le", "at most"),
@@ -46,10 +50,19 @@ async def invalid_body(request: Request, error: Exception) -> Response:
 def as_api_error(problems: Sequence[Any]) -> ApiError:
     """One error for all that pydantic found.
 
-    Each member of a union reports its own problem. The one with the deepest location matched most
-    of the value; of equally deep ones, one that is not about the value's kind.
+    Each member of a union reports its own problem. A field of which we say ourselves what is wrong
+    comes first. Else the one with the deepest location matched most of the value; of equally deep
+    ones, one that is not about the value's kind.
     """
-    found = max(problems, key=lambda each: (len(each["loc"]), each["type"] not in KINDS))
+    problems = [_at_its_field(each) for each in problems]
+    found = max(
+        problems,
+        key=lambda each: (
+            each["type"] in OF_A_FIELD,
+            len(each["loc"]),
+            each["type"] not in KINDS,
+        ),
+    )
     if found["type"] == "json_invalid":
         return ApiError.invalid(f"the body is not valid JSON: {found['ctx']['error']}")
     param = _param(found["loc"])
@@ -64,6 +77,12 @@ def as_api_error(problems: Sequence[Any]) -> ApiError:
     return ApiError.invalid(f"{param}: {message}" if param else message, param)
 
 
+def _at_its_field(problem: Any) -> Any:
+    if problem["type"] not in OF_A_FIELD:
+        return problem
+    return problem | {"loc": (*problem["loc"], problem["ctx"]["field"])}
+
+
 def _message(problem: Any) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind in BOUNDS:
@@ -76,6 +95,11 @@ def _message(problem: Any) -> str:
             return f"needs at least one {what}"
         few = "at most" if kind == "too_long" else "at least"
         return f"{few} {limit:,} {what}s are allowed, not {len(problem['input']):,}"
+    if kind == "unsupported_field":
+        neutral = context["neutral"]
+        return f"not supported here; {f'only {_any_of(neutral)} is' if neutral else 'leave it out'}"
+    if kind == "missing_field":
+        return "the field is missing"
     if kind == "missing":
         return "the field is missing" if len(problem["loc"]) > 1 else "the body is empty"
     if kind == "literal_error":
@@ -85,8 +109,6 @@ def _message(problem: Any) -> str:
         return f"{context['discriminator']} must be {tags}, not {quoted(context['tag'], 60)}"
     if kind == "union_tag_not_found":
         return f"{context['discriminator']} is missing"
-    if kind == "extra_forbidden":
-        return "unknown or unsupported field"
     return problem["msg"].removeprefix("Value error, ").replace("Input should", "must", 1)
 
 

@@ -16,6 +16,8 @@ class Limits:
 
     request_seconds      from the complete body to the complete answer
     send_seconds         how long a client may leave one piece of an answer unread
+    token_vector_characters  of the texts for whose tokens a request wants vectors: each is hundreds
+                         of numbers
     text_characters      of one text: far above any context length, low enough to tokenise quickly
     new_tokens           the largest `max_tokens`
     default_new_tokens   used when a request has no `max_tokens`
@@ -28,6 +30,7 @@ class Limits:
     request_seconds: float = 300.0
     inputs: int = 2048
     text_characters: int = 200_000
+    token_vector_characters: int = 100_000
     request_characters: int = 4_000_000
     images: int = 64
     image_pixels: int = 32_000_000

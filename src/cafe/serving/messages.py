@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from cafe.types import Conversation, Image
 
-RequestKind = Literal["embed", "score", "generate"]
+if TYPE_CHECKING:  # it imports torch
+    from cafe.serving.constrained import JsonMatcher
+
+RequestKind = Literal["embed", "tokens", "score", "generate"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -23,6 +27,13 @@ class Prompt:
     seed          of the sampling; None: a new one each time
     stop          texts that end the answer and are not part of it
     stream        whether pieces of the answer are wanted before its end
+    top_k         sample from this many tokens; 0: from all
+    frequency     taken from a token's logit for each time that it is in the answer already
+    presence      taken from it if it is there at all
+    bias          added to the logits of these tokens
+    logprobs      number of tokens whose log-probabilities are wanted, at every place of the answer,
+                  beside its own token's; None: no log-probabilities
+    matcher       at the beginning of the JSON that the answer must be; None: any text
     """
 
     conversation: Conversation
@@ -32,6 +43,12 @@ class Prompt:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stream: bool = False
+    top_k: int = 0
+    frequency: float = 0.0
+    presence: float = 0.0
+    bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    matcher: JsonMatcher | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,10 +58,12 @@ class WorkItem:
     content   a conversation to embed or score (a yes/no question, or a request with its answer), or
               a prompt to answer
     number    its index in the request, for error messages
+    truncate  cut the end of a text that is too long to be embedded, instead of refusing it
     """
 
     content: Conversation | Prompt
     number: int = 0
+    truncate: bool = False
 
     @property
     def conversation(self) -> Conversation:
@@ -65,6 +84,23 @@ class Embedding:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenEmbeddings:
+    """vectors: float32 [tokens, d], of length 1."""
+
+    vectors: np.ndarray
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogProb:
+    """A token of an answer, its log-probability, and the most probable tokens at its place."""
+
+    token: int
+    value: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """log P(yes) / P(no) of a question; or log P of the answer that ends a conversation."""
@@ -75,12 +111,13 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished answer."""
+    """A finished answer; `logprobs` of its tokens where they were asked for."""
 
     text: str
     finish_reason: FinishReason
     prompt_tokens: int
     new_tokens: int
+    logprobs: tuple[TokenLogProb, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +151,16 @@ class EngineModel(Protocol):
     max_tokens    context length
     temperature   that the embeddings were trained with
     thinks        whether it was trained to embed after a thought
+    token_width   dimension of the vectors of tokens; None: it has none
+    vocabulary    number of tokens
     """
 
     dimension: int
     max_tokens: int
     temperature: float
     thinks: bool
+    token_width: int | None
+    vocabulary: int
 
     def excess(self, text: str) -> tuple[int, int] | None:
         """The tokens of a prefix that exceeds the context, and its characters; None: it fits.
@@ -128,7 +169,26 @@ class EngineModel(Protocol):
         """
         ...
 
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens of the vocabulary, without special ones. Called on any thread."""
+        ...
+
+    def token_text(self, token: int) -> str:
+        """One token as text, also a special one. Called on any thread."""
+        ...
+
+    def json_matcher(self, schema: dict[str, Any]) -> JsonMatcher:
+        """For answers that are JSON of a schema. Called on any thread.
+
+        Raises:
+            ValueError: The schema cannot be used.
+            ImportError: llguidance is not installed.
+        """
+        ...
+
     def embed(self, items: list[WorkItem]) -> list[Embedding]: ...
+
+    def token_vectors(self, items: list[WorkItem]) -> list[TokenEmbeddings]: ...
 
     def score(self, items: list[WorkItem]) -> list[Score]: ...
 

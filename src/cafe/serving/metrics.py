@@ -9,7 +9,7 @@ from cafe.serving.messages import RequestKind
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-KINDS: tuple[RequestKind, ...] = ("embed", "score", "generate")
+KINDS: tuple[RequestKind, ...] = ("embed", "tokens", "score", "generate")
 
 
 class Metrics:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cafe.serving.errors import ApiError
+from cafe.serving.ignored import HEADER, SCOPE_KEY
 from cafe.serving.limits import Budget, Limits, Reservation, check_json_size
 from cafe.serving.metrics import Metrics
 from cafe.serving.page_auth import LOGIN, LOGIN_BYTES, UPLOAD, PageAuth
@@ -49,16 +50,23 @@ class _ClientDisconnectedError(Exception):
 
 @dataclass(eq=False)
 class _Reply:
-    """Sends the response, and records how much of it has been sent."""
+    """Sends the response, and records how much of it has been sent.
+
+    ignored   names of the request's fields that change nothing, for a header
+    """
 
     send: Send
     seconds: float
+    ignored: list[str] = field(default_factory=list)
     status: int = 0
     complete: bool = False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            if self.ignored:
+                headers = [*message.get("headers", []), (HEADER, ", ".join(self.ignored).encode())]
+                message = {**message, "headers": headers}
         elif message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
         async with asyncio.timeout(self.seconds):
@@ -120,6 +128,7 @@ class RequestGuard:
     async def _handle(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         with ExitStack() as cleanup:
             scope[CLEANUP] = cleanup
+            scope[SCOPE_KEY] = reply.ignored
             try:
                 body = await self._body_in_time(scope, receive, cleanup)
                 # An upload of the page is no JSON; all else is, or is a short form.

@@ -1,29 +1,32 @@
 """Runs the engine's batches on the model: the only file of serving that uses its internals.
 
-Nothing is truncated here: a text longer than the model's context is refused, while `CAFe.encode`
-truncates it.
+A text longer than the model's context is refused, while `CAFe.encode` truncates it; unless its
+request asks for that, too.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cafe.errors import DataError
 from cafe.model.head import token_log_probs
 from cafe.model.judging import yes_over_no
+from cafe.model.multi_vector import projected, token_projection_of
 from cafe.model.rerank import trained_temperature
 from cafe.model.rows.prompts import trained_thought_tokens
 from cafe.model.rows.rows import Rows
 from cafe.model.vlm import CAFe
+from cafe.serving.constrained import JsonGrammars, JsonMatcher
 from cafe.serving.decoding import Generation
-from cafe.serving.messages import Embedding, Score, WorkItem
+from cafe.serving.messages import Embedding, Score, TokenEmbeddings, WorkItem
 from cafe.types import Conversation
 
 FIRST_PREFIX = 4
@@ -41,16 +44,24 @@ class CafeCalls:
         """Raises CheckpointError if the temperature or thoughts in config.json are invalid."""
         self._model = model
         self._collator = replace(model.collator, max_tokens=sys.maxsize)
+        self._cutting = model.collator
         self._odds = yes_over_no(model)
+        self._projection = token_projection_of(model.model)
         # A copy: tokenizers cannot be configured on one thread while another one uses them.
         backend = getattr(model.processor.tokenizer, "backend_tokenizer", None)
         self._tokenizer = copy.deepcopy(backend)
         if self._tokenizer is not None:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+        end = model.processor.tokenizer.convert_tokens_to_ids(model.collator.pooled_token)
+        self._grammars = JsonGrammars(
+            model.processor.tokenizer, model.lm_head.out_features, [int(end)]
+        )
         self.dimension = model.embedding_dimension
         self.max_tokens = model.collator.max_tokens
         self.temperature = trained_temperature(model.model.config)
+        self.token_width = None if self._projection is None else self._projection.out_features
+        self.vocabulary = len(model.processor.tokenizer)
         self.thinks = trained_thought_tokens(model.model.config) > 0
 
     def excess(self, text: str) -> tuple[int, int] | None:
@@ -71,17 +82,56 @@ class CafeCalls:
                 return None
             size *= 2
 
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens of the vocabulary, without special ones."""
+        tokenizer = self._tokenizer or self._model.processor.tokenizer
+        return tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def token_text(self, token: int) -> str:
+        """One token as text, also a special one; a part of a character is U+FFFD."""
+        tokenizer = self._model.processor.tokenizer
+        decoder = self._tokenizer or tokenizer
+        text = decoder.decode([token], skip_special_tokens=False)
+        # SentencePiece's decoder drops the space in front of what it takes for a beginning.
+        name = str(tokenizer.convert_ids_to_tokens(token))
+        return " " + text if name.startswith("\u2581") and not text.startswith(" ") else text
+
+    def json_matcher(self, schema: dict[str, Any]) -> JsonMatcher:
+        """For answers that are JSON of a schema. Raises as `JsonGrammars.matcher`."""
+        return self._grammars.matcher(schema)
+
     def embed(self, items: list[WorkItem]) -> list[Embedding]:
         """Embed conversations.
 
         Raises:
             DataError: An input is too long or cannot be read; the message gives its number.
         """
-        pooled, counts = self._states(
-            items, lambda texts, numbers: self._collator.embedding_rows(texts, numbers=numbers)
-        )
-        vectors = pooled.float().cpu().numpy()
-        return [Embedding(v, count) for v, count in zip(vectors, counts, strict=True)]
+        embeddings: dict[int, Embedding] = {}
+        for truncate in (False, True):
+            chosen = [i for i, item in enumerate(items) if item.truncate is truncate]
+            if not chosen:
+                continue
+            collator = self._cutting if truncate else self._collator
+            pooled, counts = self._states(
+                [items[i] for i in chosen],
+                lambda texts, numbers, c=collator: c.embedding_rows(texts, numbers=numbers),
+            )
+            vectors = pooled.float().cpu().numpy()
+            embeddings |= zip(chosen, map(Embedding, vectors, counts), strict=True)
+        return [embeddings[i] for i in range(len(items))]
+
+    @torch.inference_mode()
+    def token_vectors(self, items: list[WorkItem]) -> list[TokenEmbeddings]:
+        """A vector for each token, as `CAFe.encode_tokens`. Raises as `embed` does."""
+        assert self._projection is not None, "the route asks whether there is one"
+        conversations, numbers = _named(items)
+        collator = replace(self._collator, every_token=True)
+        rows, vision = collator.embedding_rows(conversations, numbers=numbers)
+        counts = self._checked(rows, items)
+        states = self._model.hidden_at(rows, vision, rows.token_vectors_at)
+        vectors = functional.normalize(projected(self._projection, states).float(), dim=1).cpu()
+        own = vectors.split(rows.token_vector_counts.tolist())
+        return [TokenEmbeddings(v.numpy(), count) for v, count in zip(own, counts, strict=True)]
 
     @torch.inference_mode()
     def score(self, items: list[WorkItem]) -> list[Score]:

@@ -1,17 +1,23 @@
-"""Schemas of the requests: OpenAI's fields, and those of vLLM's that have a meaning here.
+"""Schemas of requests: what every body has in common, chats, searches and errors.
 
-An unknown field is an error, so that it is never silently ignored. Of a few fields that clients
-often send, the neutral values are accepted (`n: 1`, `frequency_penalty: 0`).
+Clients of all makers send more than a server needs. A field that is unknown here changes nothing,
+and is accepted: the log and a header name it (`cafe.serving.ignored`). A field that would change
+the answer, and is not supported, is an error: `Request.unsupported` lists those fields, each with
+the values that ask for nothing.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+import json
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_TOP = 1000
 MAX_FIELDS = 100
+MAX_CHOICES = 16
+MAX_BIASES = 1024
 
 T = TypeVar("T")
 # Validation stops at the first error: a list of a million wrong items must not become a million
@@ -28,36 +34,63 @@ def _check_surrogates(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_surrogates)]
+Neutral = dict[str, tuple[Any, ...]]
+"""Names of fields that are not supported, with the values of each that ask for nothing."""
+
+TEMPLATE: Neutral = {
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "add_special_tokens": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+}
+"""vLLM's fields that change how a conversation is written; of chats."""
 
 
 class Request(BaseModel):
-    """Base of all request schemas: strict types, no unknown fields; null is a field not given.
+    """Base of all request schemas: strict types; null is a field not given.
 
     Clients write null for what is not there: OpenAI's sends an answer back with `refusal: null`.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    unsupported: ClassVar[Neutral] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _few_fields(cls, value: Any) -> Any:
-        """Each unknown field would be an error of its own."""
-        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+    def _given_fields(cls, value: Any) -> Any:
+        """The fields that are given and ask for something."""
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MAX_FIELDS:
             raise ValueError(f"an object has more than {MAX_FIELDS} fields")
-        if isinstance(value, dict):
-            return {key: given for key, given in value.items() if given is not None}
-        return value
+        given = {key: one for key, one in value.items() if one is not None}
+        for name, neutral in cls.unsupported.items():
+            if name in given and given.pop(name) not in neutral:
+                raise unsupported(name, neutral)
+        return given
+
+
+def unsupported(name: str, neutral: tuple[Any, ...] = ()) -> PydanticCustomError:
+    """The error of a field that would change the answer; `cafe.serving.invalid` words it."""
+    return PydanticCustomError(
+        "unsupported_field",
+        "not supported",
+        {"field": name, "neutral": [json.dumps(value) for value in neutral]},
+    )
 
 
 class ImageURL(Request):
     """An image.
 
     url      a data URI ("data:image/png;base64,…"), or a URL where remote images are allowed
-    detail   only "auto": the model's processor determines how an image is read
+    detail   "low" reads the image at 512 x 512 pixels at most; all others as the model's processor
+             reads it
     """
 
     url: Text
-    detail: Literal["auto"] = "auto"
+    detail: Literal["auto", "low", "high", "original"] = "auto"
 
 
 class TextPart(Request):
@@ -73,49 +106,123 @@ class ImagePart(Request):
 ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+class FunctionCalled(Request):
+    """The function of an earlier tool call; `arguments` is a JSON object, as a string."""
+
+    name: Text
+    arguments: Text = "{}"
+
+    @model_validator(mode="after")
+    def _arguments(self) -> Self:
+        try:
+            value = json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError("the arguments of a tool call must be a JSON object, as a string")
+        return self
+
+
+class ToolCalled(Request):
+    """A tool call in an earlier answer; `id` is not shown to the model."""
+
+    type: Literal["function"] = "function"
+    id: Text | None = None
+    function: FunctionCalled
+
+
 class ChatMessage(Request):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Many[ContentPart]
-    name: None = None
+    """One turn. Only an assistant's may have no content: it may consist of calls of tools."""
+
+    unsupported: ClassVar[Neutral] = {"audio": (), "function_call": ()}
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Many[ContentPart] | None = None
+    tool_calls: Annotated[list[ToolCalled], Field(max_length=100)] | None = None
+    tool_call_id: Text | None = None
+
+    @model_validator(mode="after")
+    def _content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("missing_field", "missing", {"field": "content"})
+        if self.tool_calls and self.role != "assistant":
+            raise unsupported("tool_calls", ([],))
+        return self
 
 
 ChatMessages = Many[ChatMessage]
-
-
-class EmbeddingRequest(Request):
-    """Texts in `input`, or one conversation or a batch of them in `messages`.
-
-    caption   embed images without words with captions that the model writes, and return these
-    think     read their embeddings after what the model says of them, in at most this many tokens,
-              and return that
-    """
-
-    model: Text | None = None
-    input: Text | Many[Text] | Many[int] | Many[Many[int]] | None = None
-    messages: ChatMessages | Many[ChatMessages] | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-    encoding_format: Literal["float", "base64"] = "float"
-    caption: bool | None = False
-    think: Annotated[int, Field(ge=0)] | None = 0
-    user: Text | None = None
-
-    @field_validator("input")
-    @classmethod
-    def _no_token_ids(cls, value: Any) -> Any:
-        if isinstance(value, list) and not isinstance(value[0], str):
-            raise ValueError(
-                "token ids are not accepted because the embedding template is applied to text; "
-                "send strings (LangChain: check_embedding_ctx_length=False)"
-            )
-        return value
 
 
 class StreamOptions(Request):
     include_usage: bool = False
 
 
+StopText = Annotated[Text, Field(min_length=1, max_length=200)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class JsonSchema(Request):
+    """A schema that the answer must fit; `strict` or not, it does."""
+
+    name: Text | None = None
+    description: Text | None = None
+    strict: bool | None = None
+    json_schema: Annotated[
+        dict[str, Any] | None, Field(validation_alias=AliasChoices("schema", "json_schema"))
+    ] = None
+
+
+class ResponseFormat(Request):
+    """What an answer is: text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise PydanticCustomError("missing_field", "missing", {"field": "json_schema"})
+        return self
+
+
 class ChatRequest(Request):
-    """A chat; temperature 0, the default, is greedy, as in `CAFe.generate`."""
+    """A chat; temperature 0, the default, is greedy, as in `CAFe.generate`.
+
+    n                   answers; with `seed`, the i-th has seed + i
+    frequency_penalty   taken from a token's logit for each time that the answer has it already
+    presence_penalty    taken from it once
+    logit_bias          added to the logits of tokens, by their ids
+    logprobs            also return log-probabilities, of the model's own distribution: before
+                        temperature, penalties and biases
+    top_k               sample from this many tokens only; 0 or -1: from all
+    """
+
+    unsupported: ClassVar[Neutral] = TEMPLATE | {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "structured_outputs": ({},),
+        **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ()),
+        "modalities": (["text"], []),
+        "audio": (),
+        "web_search_options": (),
+        "repetition_penalty": (1,),
+        "length_penalty": (1,),
+        "min_p": (0,),
+        "min_tokens": (0,),
+        "best_of": (1,),
+        "use_beam_search": (False,),
+        "ignore_eos": (False,),
+        "stop_token_ids": ([],),
+        "bad_words": ([],),
+        "allowed_token_ids": (),
+        "include_stop_str_in_output": (False,),
+        "skip_special_tokens": (True,),
+        "echo": (False,),
+        "prompt_logprobs": (),
+        "return_token_ids": (False,),
+    }
 
     model: Text | None = None
     messages: ChatMessages
@@ -123,38 +230,50 @@ class ChatRequest(Request):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: (
-        Annotated[Text, Field(min_length=1, max_length=200)]
-        | Annotated[list[Annotated[Text, Field(min_length=1, max_length=200)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    user: Text | None = None
-    n: Literal[1] | None = 1
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0.0
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0.0
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern="^[0-9]{1,9}$")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=MAX_BIASES),
+        ]
+        | None
+    ) = None
+    logprobs: bool = False
+    response_format: ResponseFormat | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
 
 
 class Content(Request):
-    """A query or document: {"content": […]}, or "text", "image" (a data URI) or both."""
+    """An input, a query or a document: {"content": […]}; or "text", "image" or both.
 
-    content: Many[ContentPart] | None = None
+    Or a part of a chat by itself: {"type": "image_url", "image_url": …}, {"type": "text", …}.
+    """
+
+    unsupported: ClassVar[Neutral] = dict.fromkeys(
+        ("video", "video_url", "audio", "audio_url", "input_audio", "file", "pdf"), ()
+    )
+
+    type: Literal["text", "image_url", "image"] | None = None
+    content: Text | Many[ContentPart] | None = None
     text: Text | None = None
     image: Text | None = None
-
-
-class RerankRequest(Request):
-    """One side has images, the other texts; the relevance is the posterior of `CAFe.rerank`."""
-
-    model: Text | None = None
-    query: Text | Content
-    documents: Many[Text | Content]
-    rerank_by: Literal["question", "likelihood"] = "question"
-    top_n: Annotated[int, Field(ge=1)] | None = None
-    return_documents: bool = True
-    user: Text | None = None
+    image_url: ImageURL | Text | None = None
 
 
 class SearchRequest(Request):

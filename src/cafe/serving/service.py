@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from jinja2.exceptions import TemplateError
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from cafe.errors import DataError
@@ -20,11 +21,19 @@ from cafe.serving.content import Reader
 from cafe.serving.engine import Call, Engine
 from cafe.serving.errors import ApiError
 from cafe.serving.fetch import Fetch
+from cafe.serving.ignored import IgnoredFields
 from cafe.serving.limits import Budget, Limits, Reservation
-from cafe.serving.messages import Completion, Embedding, Prompt, RequestKind, WorkItem
+from cafe.serving.messages import (
+    Completion,
+    Embedding,
+    Prompt,
+    RequestKind,
+    TokenEmbeddings,
+    WorkItem,
+)
 from cafe.serving.metrics import Metrics
 from cafe.serving.middleware import CLEANUP
-from cafe.types import Conversation, Hit
+from cafe.types import Conversation, Hit, Message
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +100,9 @@ class Service:
     _decoders: ThreadPoolExecutor = field(init=False)
     _workers: ThreadPoolExecutor = field(init=False)
     _fetchers: ThreadPoolExecutor = field(init=False)
+    _ignored: IgnoredFields = field(init=False, default_factory=IgnoredFields)
     _said_untrained: bool = field(init=False, default=False)
+    _said_tokens: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self._pixels = Budget(self.limits.held_pixels, "pixels")
@@ -100,7 +111,15 @@ class Service:
         self._workers = ThreadPoolExecutor(os.cpu_count() or 1, "work")
         self._fetchers = ThreadPoolExecutor(MAX_FETCHES, "fetch")
 
-    def check_model(self, name: str | None) -> None:
+    def accept(self, request: Request, body: BaseModel) -> None:
+        """What every route does first with its body: fields that change nothing are named.
+
+        Raises ApiError (404) for the name of another model.
+        """
+        self._ignored.record(body, request.scope)
+        self.check_name(getattr(body, "model", None))
+
+    def check_name(self, name: str | None) -> None:
         """Raises ApiError (404) for the name of another model."""
         if name not in (None, self.name):
             raise ApiError(
@@ -146,8 +165,7 @@ class Service:
         Raises:
             ApiError: The queue is full, the engine cannot answer, or an item is invalid.
         """
-        await self._check_lengths(items)
-        call = Call(kind, items)
+        call = Call(kind, await self._checked_lengths(items))
         self.submit(request, call)
         with as_api_errors():
             return await asyncio.wrap_future(call.future)
@@ -159,10 +177,12 @@ class Service:
         *,
         caption: bool = False,
         think: int = 0,
+        truncate: bool = False,
     ) -> Embedded:
         """Embed conversations as `CAFe.encode` does, but for their length.
 
-        Captions and thoughts are decoded in the batches of all requests, a token at a time.
+        What is too long is refused, or with `truncate` cut as `CAFe.encode` cuts it. Captions and
+        thoughts are decoded in the batches of all requests, a token at a time.
 
         Raises:
             ApiError: As in `results`; or both caption and think, or too many tokens of a thought.
@@ -192,13 +212,39 @@ class Service:
                 self._warn_untrained()
         mixed_in = written if caption else nothing
         asked = inputs_and_captions(conversations, mixed_in)
-        items = [WorkItem(conversation, number) for number, conversation in enumerate(asked)]
+        items = [WorkItem(one, number, truncate) for number, one in enumerate(asked)]
         results: list[Embedding] = await self.results(request, "embed", items)
         embed_tokens = sum(one.tokens for one in results)
         self.metrics.tokens(embed_tokens)
         vectors = torch.from_numpy(np.stack([one.vector for one in results]))
         vectors = mixed(vectors, mixed_in, CAPTION_WEIGHT)
         return Embedded(vectors.numpy(), written, tokens + embed_tokens)
+
+    async def token_vectors(
+        self, request: Request, conversations: Sequence[Conversation]
+    ) -> list[TokenEmbeddings]:
+        """A vector for each token, as `CAFe.encode_tokens`.
+
+        Raises:
+            ApiError: As in `results`; or the model has no such vectors.
+        """
+        if self.engine.model.token_width is None:
+            raise ApiError.invalid(
+                "the model has no token vectors: it was not trained with "
+                "objective.multi_vector_weight",
+                "task",
+            )
+        most = self.limits.token_vector_characters
+        if sum(len(message.text) for one in conversations for message in one) > most:
+            raise ApiError.invalid(
+                f"the request's texts exceed {most:,} characters, which is the limit for vectors "
+                "of tokens; send fewer inputs at a time",
+                "input",
+            )
+        items = [WorkItem(one, number) for number, one in enumerate(conversations)]
+        vectors: list[TokenEmbeddings] = await self.results(request, "tokens", items)
+        self.metrics.tokens(sum(one.tokens for one in vectors))
+        return vectors
 
     def _check_think(self, caption: bool, think: int) -> None:
         """Raises ApiError (400) for a number of tokens that cannot be."""
@@ -209,6 +255,15 @@ class Service:
         if think > self.limits.new_tokens:
             raise ApiError.invalid(
                 f"think: at most {self.limits.new_tokens:,} are allowed", "think"
+            )
+
+    def say_tokens(self) -> None:
+        """Say once that lists of tokens are read as the model's own."""
+        if not self._said_tokens:
+            self._said_tokens = True
+            log.info(
+                "lists of tokens are decoded with the model's own tokenizer; LangChain sends "
+                "OpenAI's, unless check_embedding_ctx_length=False"
             )
 
     def _warn_untrained(self) -> None:
@@ -239,17 +294,22 @@ class Service:
             self.metrics.tokens(answer.prompt_tokens, answer.new_tokens)
         return captions, sum(answer.prompt_tokens + answer.new_tokens for answer in answers)
 
-    async def _check_lengths(self, items: Sequence[WorkItem]) -> None:
-        """Refuse (400) texts beyond the context here: the engine would tokenise all of them, each
-        to its end, while everybody waits.
+    async def _checked_lengths(self, items: Sequence[WorkItem]) -> list[WorkItem]:
+        """Refuse (400) texts beyond the context here, or cut them to a little more than it holds:
+        the engine would tokenise all of them, each to its end, while everybody waits.
         """
         model = self.engine.model
+        checked: list[WorkItem] = []
         for item in items:
+            checked.append(item)
             text = "".join(message.text for message in item.conversation)
             if len(text) <= model.max_tokens:
                 continue
             excess = await self.run_in_thread(model.excess, text)
-            if excess is not None:
+            if excess is not None and item.truncate:
+                cut = _first_characters(item.conversation, excess[1])
+                checked[-1] = replace(item, content=cut)
+            elif excess is not None:
                 tokens, characters = excess
                 counted = f" (in its first {characters:,} characters)" * (characters < len(text))
                 raise ApiError.invalid(
@@ -257,6 +317,7 @@ class Service:
                     f"{model.max_tokens}{counted}",
                     code="context_length_exceeded",
                 )
+        return checked
 
     async def stream(
         self, request: Request, item: WorkItem
@@ -270,7 +331,7 @@ class Service:
         Raises:
             ApiError: The queue is full, the engine cannot answer, or the prompt is too long.
         """
-        await self._check_lengths([item])
+        (item,) = await self._checked_lengths([item])
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
@@ -285,6 +346,20 @@ class Service:
     async def run_in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function on a thread, so that it does not block the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+
+def _first_characters(conversation: Conversation, count: int) -> Conversation:
+    """A conversation with at most so many characters of text, from its beginning."""
+    messages: list[Message] = []
+    for message in conversation:
+        parts = []
+        for part in message.content:
+            if isinstance(part, str):
+                part = part[:count]
+                count -= len(part)
+            parts.append(part)
+        messages.append(replace(message, content=tuple(parts)))
+    return tuple(messages)
 
 
 @contextmanager

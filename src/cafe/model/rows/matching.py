@@ -24,7 +24,16 @@ from cafe.errors import DataError
 from cafe.model.rows.assembly import Orders, ReadSequence, RowLayout, embedding_order
 from cafe.model.rows.rows import Rows
 from cafe.model.rows.trie import TokenSequence
-from cafe.types import CAPTION_REQUEST, MATCH_QUESTION, Conversation, Example, Image, Message
+from cafe.types import (
+    CAPTION_REQUEST,
+    MATCH_QUESTION,
+    PAIR_QUESTION,
+    Conversation,
+    Example,
+    Image,
+    Message,
+    Part,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -44,8 +53,30 @@ def match_question(a: Conversation, b: Conversation) -> Conversation:
     Raises:
         DataError: unless one side is one image and the other is text.
     """
-    image, statement = _image_and_text(a, b)
+    found = _image_and_text(a, b)
+    if found is None:
+        raise DataError("a match question needs a single image on one side, text on the other")
+    image, statement = found
     return (Message("user", (image, MATCH_QUESTION.format(statement=statement))),)
+
+
+def pair_question(query: Conversation, document: Conversation) -> Conversation:
+    """The yes/no question about any two sides.
+
+    It is `match_question`, which models are trained with, for one image and a text. For all other
+    pairs (two texts, two images, a page of both) it shows both sides, one after the other.
+
+    Raises:
+        DataError: a side has neither text nor image.
+    """
+    if _image_and_text(query, document) is not None:
+        return match_question(query, document)
+    sides = [_parts(side) for side in (query, document)]
+    for name, parts in zip(("query", "candidate"), sides, strict=True):
+        if not any(parts):
+            raise DataError(f"the {name} is empty: give it a text or an image")
+    before, between, after = PAIR_QUESTION
+    return (Message("user", (before, *sides[0], between, *sides[1], after)),)
 
 
 def caption_dialogue(a: Conversation, b: Conversation) -> Conversation:
@@ -54,12 +85,23 @@ def caption_dialogue(a: Conversation, b: Conversation) -> Conversation:
     Raises:
         DataError: unless one side is one image and the other is text.
     """
-    image, text = _image_and_text(a, b)
+    found = _image_and_text(a, b)
+    if found is None:
+        raise DataError(
+            "by likelihood compares one image with a text: one side must be a single image, the "
+            "other text only; other pairs are judged by question"
+        )
+    image, text = found
     return (Message("user", (image, CAPTION_REQUEST)), Message("assistant", (text,)))
 
 
-def _image_and_text(a: Conversation, b: Conversation) -> tuple[Image, str]:
-    sides = [[p for m in side for p in m.content] for side in (a, b)]
+def _parts(side: Conversation) -> list[Part]:
+    return [part for message in side for part in message.content]
+
+
+def _image_and_text(a: Conversation, b: Conversation) -> tuple[Image, str] | None:
+    """The image of one side and the text of the other; None for a pair of another kind."""
+    sides = [_parts(side) for side in (a, b)]
     image_side, text_side = sorted(
         sides, key=lambda side: not any(isinstance(p, Image) for p in side)
     )
@@ -67,9 +109,7 @@ def _image_and_text(a: Conversation, b: Conversation) -> tuple[Image, str]:
     match image_side:
         case [Image() as image] if len(text) and all(isinstance(p, str) for p in text_side):
             return image, text
-    raise DataError(
-        "score compares one image with a text: one side must be a single image, the other text only"
-    )
+    return None
 
 
 def match_questions(example: Example) -> list[Conversation | None]:
@@ -79,14 +119,13 @@ def match_questions(example: Example) -> list[Conversation | None]:
     """
     if example.query is None or example.target is None:
         return []
-    return [_question_or_none(example.query, side) for side in (example.target, *example.negatives)]
-
-
-def _question_or_none(a: Conversation, b: Conversation) -> Conversation | None:
-    try:
-        return match_question(a, b)
-    except DataError:
-        return None
+    sides = (example.target, *example.negatives)
+    return [
+        None
+        if _image_and_text(example.query, side) is None
+        else match_question(example.query, side)
+        for side in sides
+    ]
 
 
 class MatchQuestion(NamedTuple):

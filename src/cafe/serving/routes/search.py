@@ -15,9 +15,9 @@ from cafe.errors import DataError
 from cafe.index.full_text import NoTextsError
 from cafe.retrieval.search import Searcher
 from cafe.serving.errors import ApiError, json_response
-from cafe.serving.routes.embeddings import unit_vectors
 from cafe.serving.schema import Content, SearchRequest
 from cafe.serving.service import SearchFunction, Service
+from cafe.serving.vectors import unit_vectors
 from cafe.types import Hit
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def search_routes(service: Service, search: SearchFunction) -> APIRouter:
     @router.post("/search", operation_id="search")
     async def find(body: SearchRequest, request: Request) -> Response:
         """Search the index by text, by an image, or by both."""
+        service.accept(request, body)
         if body.query is None and body.image is None:
             raise ApiError.invalid("give query, image or both", "query")
         content = Content(text=body.query, image=body.image)
