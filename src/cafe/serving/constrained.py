@@ -85,7 +85,8 @@ class JsonGrammars:
 
         _check_patterns(schema)
         limits = LLParserLimits(max_lexer_states=MAX_STATES, step_lexer_fuel=STEP_FUEL)
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
+        overrides: Any = LAYOUT  # a typed dict, whose name llguidance does not export
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise ValueError(str(matcher.get_error()))

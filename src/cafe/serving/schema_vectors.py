@@ -93,7 +93,9 @@ class EmbeddingRequest(Request):
         """The type of the numbers, and whether they are sent as base64."""
         asked = (self.embedding_types or [self.output_dtype])[0]
         as_base64 = self.encoding_format == "base64" or asked == "base64"
-        return "float" if asked is None or asked == "base64" else asked, as_base64
+        if asked is None or asked == "base64":
+            return "float", as_base64
+        return asked, as_base64
 
 
 class PoolingRequest(Request):
