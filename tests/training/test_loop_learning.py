@@ -59,7 +59,8 @@ def test_a_run_leaves_a_model_a_log_and_a_recipe_that_runs_again(
     assert set(lines[0]) == {
         *("step", "loss", "contrastive", "language", "temperature", "gradient_norm"),
         *("learning_rate", "examples_per_second", "tokens_per_second"),
-        *("data_wait_share", "seconds", "padding"),
+        *("data_wait_share", "seconds", "padding", "total"),
+        *("modality_gap", "uniformity", "effective_rank"),
     }
     assert 0 < lines[0]["data_wait_share"] < 1
     assert lines[-1]["temperature"] != pytest.approx(0.05, rel=1e-5)
