@@ -91,7 +91,9 @@ class EmbeddingRequest(Request):
     @property
     def numbers(self) -> tuple[NumberType, bool]:
         """The type of the numbers, and whether they are sent as base64."""
-        asked = (self.embedding_types or [self.output_dtype])[0]
+        asked: NumberType | Literal["base64"] | None = self.output_dtype
+        if self.embedding_types:
+            asked = self.embedding_types[0]
         as_base64 = self.encoding_format == "base64" or asked == "base64"
         if asked is None or asked == "base64":
             return "float", as_base64
