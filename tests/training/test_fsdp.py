@@ -165,8 +165,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same_run(world: Path, one: Path, other: Path) -> None:
     """The same log and weights but for sums in another order, through a few steps of Adam."""
     for a, b in zip(without_times(one), without_times(other), strict=True):
-        planned = {"total": b["total"]}  # the killed run was to be longer
-        assert b == pytest.approx(a | planned, rel=1e-3)
+        for line in (a, b):  # the killed run was to be longer; evaluations do not say it
+            line.pop("total", None)
+        assert b == pytest.approx(a, rel=1e-3)
     assert moved(weights(world), weights(one), "") > 1e-3
     assert moved(weights(one), weights(other), "") < 2e-4
 
