@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cafe.errors import FamilyError
 from cafe.model.rows.segments import SegmentBatch, Segments
@@ -110,12 +109,11 @@ def branching_convolution(
     precise = torch.promote_types(inputs.dtype, torch.float32)
     nothing = inputs.new_zeros(1, channels)
     tokens = torch.cat([inputs.transpose(1, 2).reshape(-1, channels), nothing]).to(precise)
-    before = torch.cat([segments.before, segments.before.new_tensor([rows * length])])
     taken = torch.arange(rows * length, device=inputs.device)
     result = torch.zeros(rows * length, channels, dtype=precise, device=inputs.device)
     for weights in weight.to(precise).flip(1).unbind(1):  # the last one is the token's own
         result = result + tokens[taken] * weights
-        taken = before[taken]
+        taken = segments.before[taken]
     if bias is not None:
         result = result + bias.to(precise)
     if activation is not None:
@@ -151,15 +149,15 @@ def branching_rule(
     """
     shape = value.shape
     tokenwise = [x.flatten(0, 1) for x in (query, key, value, g, beta)]
-    result = value.new_zeros(shape).flatten(0, 1)
-    states: list[Tensor] = []
+    results, states = [], []
     for batch in segments.batches:
         start = None if batch.parents is None else torch.cat(states)[batch.parents]
         run = _padded if fused is None else _packed
         outputs, final = run(tokenwise, batch, start, use_qk_l2norm_in_kernel, fused)
-        result = result.index_put((batch.tokens[batch.real],), outputs.to(result))
+        results.append(outputs.to(value))
         states += [final] if batch.keeps else []
-    return result.view(shape)
+    tokens = value.new_zeros(shape).flatten(0, 1)  # every token is in one segment
+    return tokens.index_put((segments.taken,), torch.cat(results)).view(shape)
 
 
 def _padded(
@@ -171,14 +169,14 @@ def _padded(
     outputs, final = gated_delta_rule(
         query, key, value, g * real, beta * real, start, normalise=normalise
     )
-    return outputs[batch.real], final
+    return outputs.flatten(0, 1)[batch.unpadded], final
 
 
 def _packed(
     tokenwise: list[Tensor], batch: SegmentBatch, start: Tensor | None, normalise: bool, fused: Any
 ) -> tuple[Tensor, Tensor]:
     """The same by one call of flash-linear-attention's kernel for sequences of any length."""
-    query, key, value, g, beta = (x[batch.tokens[batch.real]][None] for x in tokenwise)
+    query, key, value, g, beta = (x[batch.taken][None] for x in tokenwise)
     outputs, final = fused(
         query,
         key,
@@ -188,7 +186,7 @@ def _packed(
         initial_state=start,
         output_final_state=True,
         use_qk_l2norm_in_kernel=normalise,
-        cu_seqlens=functional.pad(batch.real.sum(1).cumsum(0), (1, 0)),
+        cu_seqlens=batch.begins,
     )
     return outputs[0], final
 

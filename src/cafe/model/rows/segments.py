@@ -32,8 +32,13 @@ if TYPE_CHECKING:
 class SegmentBatch:
     """Segments of one depth and similar length, padded on the right.
 
+    All indices are made once for a batch of rows, and serve every layer.
+
     tokens    int64 [s, l]  flat index, row * t + token; at the padding, the segment's first token
     real      bool [s, l]   False at the padding
+    unpadded  int64 [n]     where the real tokens are in `tokens`, flattened
+    taken     int64 [n]     the real tokens, one segment after the other
+    begins    int64 [s + 1] where each segment begins in `taken`, and n
     parents   int64 [s]     whose final state each starts from, as an index of all states kept by
                             the batches before; None: they start from nothing
     keeps     whether later segments start from the final states of these
@@ -41,6 +46,9 @@ class SegmentBatch:
 
     tokens: Int[Tensor, "s l"]
     real: Bool[Tensor, "s l"]
+    unpadded: Int[Tensor, " n"]
+    taken: Int[Tensor, " n"]
+    begins: Int[Tensor, " b"]
     parents: Int[Tensor, " s"] | None
     keeps: bool
 
@@ -49,24 +57,30 @@ class SegmentBatch:
 class Segments:
     """The segments of a batch of rows.
 
-    before    int64 [rows * t]  flat index of the token before each in its sequence; rows * t where
-              there is none
+    before    int64 [rows * t + 1]  flat index of the token before each in its sequence; rows * t
+              where there is none, and for that index itself
     batches   in the order in which their states are known
+    taken     int64 [rows * t]  the tokens of all batches, in their order
     """
 
     before: Int[Tensor, " n"]
     batches: tuple[SegmentBatch, ...]
+    taken: Int[Tensor, " t"]
 
     @classmethod
     def of(cls, subtree_end: Int[Tensor, "rows t"]) -> Segments:
         """Find the segments of rows, padded ones too (`cafe.model.rows.trie.stack_rows`)."""
         ends, device = subtree_end.cpu().numpy(), subtree_end.device
-        before = np.full(ends.shape, ends.size, dtype=np.int64)
+        before = np.full(ends.size + 1, ends.size, dtype=np.int64)
+        of_row = before[:-1].reshape(ends.shape)
         runs: list[_Run] = []
         for row, row_ends in enumerate(ends):
-            _cut(row, row_ends, before[row], runs)
+            _cut(row, row_ends, of_row[row], runs)
+        batches = tuple(_batches(runs, device))
         return cls(
-            torch.from_numpy(before.reshape(-1)).to(device), tuple(_batches(runs, ends, device))
+            torch.from_numpy(before).to(device),
+            batches,
+            torch.cat([batch.taken for batch in batches]),
         )
 
 
@@ -100,7 +114,7 @@ def _cut(row: int, ends: np.ndarray, before: np.ndarray, runs: list[_Run]) -> No
             branch.append(len(runs) - 1)
 
 
-def _batches(runs: list[_Run], ends: np.ndarray, device: torch.device) -> list[SegmentBatch]:
+def _batches(runs: list[_Run], device: torch.device) -> list[SegmentBatch]:
     """Segments of one depth whose lengths differ by less than a factor of two are one batch."""
     parents = {run.parent for run in runs}
     groups: dict[tuple[int, bool, int], list[int]] = defaultdict(list)
@@ -109,6 +123,10 @@ def _batches(runs: list[_Run], ends: np.ndarray, device: torch.device) -> list[S
         groups[run.depth, leaf, (run.end - run.begin - 1).bit_length()].append(number)
     kept: dict[int, int] = {}
     batches = []
+
+    def on(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
     for (depth, leaf, _), members in sorted(groups.items()):
         begins = np.array([runs[m].begin for m in members])
         lengths = np.array([runs[m].end - runs[m].begin for m in members])
@@ -120,9 +138,12 @@ def _batches(runs: list[_Run], ends: np.ndarray, device: torch.device) -> list[S
             kept |= {m: len(kept) + i for i, m in enumerate(members)}
         batches.append(
             SegmentBatch(
-                torch.from_numpy(tokens).to(device),
-                torch.from_numpy(real).to(device),
-                None if above is None else torch.from_numpy(above).to(device),
+                tokens=on(tokens),
+                real=on(real),
+                unpadded=on(np.flatnonzero(real)),
+                taken=on(tokens[real]),
+                begins=on(np.cumsum([0, *lengths])),
+                parents=None if above is None else on(above),
                 keeps=not leaf,
             )
         )
