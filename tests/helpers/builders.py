@@ -368,26 +368,37 @@ def qwen2_5_vl(sizes: Sizes) -> tuple[Any, Any]:
     return Qwen2_5_VLForConditionalGeneration(config), processor
 
 
-def _qwen3_vl(sizes: Sizes, config: Any, model: Any, **text: Any) -> tuple[Any, Any]:
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+def _qwen3_processor(sizes: Sizes, processor: Any, words: Any) -> Any:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLVideoProcessor
 
-    words = _qwen_words()
-    processor = Qwen3VLProcessor(
+    return processor(
         image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
         tokenizer=words,
         video_processor=Qwen3VLVideoProcessor(**_qwen_pixels(sizes)),
         chat_template=_QWEN_CHAT.replace("You are a helpful assistant.", ""),
     )
+
+
+def _qwen3_tower(sizes: Sizes) -> dict[str, Any]:
+    return {
+        "depth": sizes.layers,
+        "hidden_size": sizes.width,
+        "intermediate_size": 2 * sizes.width,
+        "out_hidden_size": sizes.width,
+        "num_heads": sizes.heads,
+        "patch_size": PATCH,
+        "num_position_embeddings": 16,
+    }
+
+
+def _qwen3_vl(sizes: Sizes, config: Any, model: Any, **text: Any) -> tuple[Any, Any]:
+    from transformers import Qwen3VLProcessor
+
+    words = _qwen_words()
     return model(
         config(
             vision_config={
-                "depth": sizes.layers,
-                "hidden_size": sizes.width,
-                "intermediate_size": 2 * sizes.width,
-                "out_hidden_size": sizes.width,
-                "num_heads": sizes.heads,
-                "patch_size": PATCH,
-                "num_position_embeddings": 16,
+                **_qwen3_tower(sizes),
                 "deepstack_visual_indexes": [0],
             },
             text_config={
@@ -398,7 +409,7 @@ def _qwen3_vl(sizes: Sizes, config: Any, model: Any, **text: Any) -> tuple[Any, 
             },
             **_qwen_ids(words),
         )
-    ), processor
+    ), _qwen3_processor(sizes, Qwen3VLProcessor, words)
 
 
 def qwen3_vl(sizes: Sizes) -> tuple[Any, Any]:
@@ -424,25 +435,13 @@ def qwen3_vl_moe(sizes: Sizes) -> tuple[Any, Any]:
 
 def _qwen3_5(sizes: Sizes, config: Any, model: Any, **text: Any) -> tuple[Any, Any]:
     """Two layers in three are linear attention; the last one is not."""
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from transformers import Qwen3VLProcessor
 
     words = _qwen_words()
-    processor = Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
-        tokenizer=words,
-        video_processor=Qwen3VLVideoProcessor(**_qwen_pixels(sizes)),
-        chat_template=_QWEN_CHAT.replace("You are a helpful assistant.", ""),
-    )
     return model(
         config(
             vision_config={
-                "depth": sizes.layers,
-                "hidden_size": sizes.width,
-                "intermediate_size": 2 * sizes.width,
-                "out_hidden_size": sizes.width,
-                "num_heads": sizes.heads,
-                "patch_size": PATCH,
-                "num_position_embeddings": 16,
+                **_qwen3_tower(sizes),
             },
             text_config={
                 **sizes.text(words),
@@ -462,7 +461,7 @@ def _qwen3_5(sizes: Sizes, config: Any, model: Any, **text: Any) -> tuple[Any, A
             },
             **_qwen_ids(words),
         )
-    ), processor
+    ), _qwen3_processor(sizes, Qwen3VLProcessor, words)
 
 
 def qwen3_5(sizes: Sizes) -> tuple[Any, Any]:
@@ -688,21 +687,9 @@ def lfm2_vl(sizes: Sizes) -> tuple[Any, Any]:
 
 def lfm3_vl(sizes: Sizes) -> tuple[Any, Any]:
     """All three kinds of layers; the window of one of them has 12 tokens."""
-    from transformers import (
-        Lfm3VlConfig,
-        Lfm3VlForConditionalGeneration,
-        Lfm3VlProcessor,
-        Qwen2VLImageProcessor,
-        Qwen3VLVideoProcessor,
-    )
+    from transformers import Lfm3VlConfig, Lfm3VlForConditionalGeneration, Lfm3VlProcessor
 
     words = _qwen_words()
-    processor = Lfm3VlProcessor(
-        image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
-        tokenizer=words,
-        video_processor=Qwen3VLVideoProcessor(**_qwen_pixels(sizes)),
-        chat_template=_QWEN_CHAT.replace("You are a helpful assistant.", ""),
-    )
     config = Lfm3VlConfig(
         vision_config={
             **sizes.tower(),
@@ -721,7 +708,7 @@ def lfm3_vl(sizes: Sizes) -> tuple[Any, Any]:
         projector_hidden_size=sizes.width,
         **_qwen_ids(words),
     )
-    return Lfm3VlForConditionalGeneration(config), processor
+    return Lfm3VlForConditionalGeneration(config), _qwen3_processor(sizes, Lfm3VlProcessor, words)
 
 
 def gemma3(sizes: Sizes) -> tuple[Any, Any]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import openai
-import PIL.Image
 import pydantic
 import pytest
 import torch
@@ -25,30 +23,9 @@ from cafe.serving.routes.decisions import confidence
 from cafe.serving.run import Server
 from cafe.types import Image, Message, user
 from helpers.fakes import data_uri, request, started
-from helpers.images import noise
+from helpers.images import noise, sample_image
 
 TEXTS = ["a red cat", "two dogs at the top left", "naïve “q” 你好"]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> CAFe:
-    return CAFe.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
-def server(tiny: CAFe) -> Iterator[Server]:
-    server = started(CafeCalls(tiny), name="tiny")
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=120)
-
-
-def sample_image(seed: int) -> PIL.Image.Image:
-    return noise(seed, 4, 4).resize((96, 96))
 
 
 def part(seed: int) -> dict[str, Any]:

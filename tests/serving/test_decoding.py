@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 
@@ -18,24 +17,15 @@ from cafe.serving.messages import Completion, Prompt, WorkItem
 from cafe.serving.model_calls import CafeCalls
 from cafe.serving.sampling import PerRowSampler, probabilities
 from cafe.types import Image, user
-from helpers.images import noise
-
-
-@pytest.fixture(scope="module")
-def tiny() -> CAFe:
-    return CAFe.from_pretrained("tiny")
-
-
-def image(seed: int) -> PIL.Image.Image:
-    return noise(seed, 4, 4).resize((96, 96))
+from helpers.images import sample_image
 
 
 def prompts() -> list[Prompt]:
     describe, ask = "Describe this image.", "How many objects are there?"
     return [
-        Prompt(user(Image(image(1)), describe), 24),
+        Prompt(user(Image(sample_image(1)), describe), 24),
         Prompt(user("Write two sentences about a cat."), 9),
-        Prompt(user(Image(image(2)), ask), 24),
+        Prompt(user(Image(sample_image(2)), ask), 24),
     ]
 
 
@@ -122,7 +112,7 @@ def test_a_text_that_is_too_long_to_embed_is_refused_not_cut(tiny: CAFe):
 
 def test_batched_scores_are_those_of_score(tiny: CAFe):
     texts = ["a red cat", "two dogs and a cake"]
-    images = [image(1), image(2)]
+    images = [sample_image(1), sample_image(2)]
     pairs = [(p, t) for p in images for t in texts]
     items = [WorkItem(match_question(user(Image(p)), user(t)), i) for i, (p, t) in enumerate(pairs)]
     want = np.concatenate([tiny.score(p, texts) for p in images])

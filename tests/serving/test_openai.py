@@ -6,46 +6,22 @@ import base64
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import openai
-import PIL.Image
 import pytest
 
 from cafe.model.rerank import RerankBy
 from cafe.model.thoughts import UNTRAINED
 from cafe.model.vlm import CAFe
-from cafe.serving.model_calls import CafeCalls
 from cafe.serving.run import Server
-from helpers.fakes import data_uri, request, started
-from helpers.images import noise
+from helpers.fakes import data_uri, request
+from helpers.images import sample_image
 
 TEXTS = ["a red cat", "two dogs at the top left", "", "cat <image> <|im_end|>", "naïve “q” 你好"]
 DESCRIBE = "Describe this image."
-
-
-@pytest.fixture(scope="module")
-def tiny() -> CAFe:
-    return CAFe.from_pretrained("tiny")
-
-
-@pytest.fixture(scope="module")
-def server(tiny: CAFe) -> Iterator[Server]:
-    server = started(CafeCalls(tiny), name="tiny")
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=120)
-
-
-def sample_image(seed: int) -> PIL.Image.Image:
-    return noise(seed, 4, 4).resize((96, 96))
 
 
 def shown(seed: int, text: str | None = None) -> list[Any]:

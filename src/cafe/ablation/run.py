@@ -41,7 +41,7 @@ def _both_losses(objective: Objective) -> bool:
     return min(objective.contrastive_weight, objective.language_weight) > 0
 
 
-_TRAINED_FOR: dict[str, Callable[[Objective], bool]] = {
+_MEASURED_IF: dict[str, Callable[[Objective], bool]] = {
     "scenes-captions": _both_losses,
     "scenes-match": _both_losses,
     "scenes-likelihood": _both_losses,
@@ -178,7 +178,7 @@ def _tasks(ablation: Ablation, recipe: Recipe | None) -> list[str]:
     return [
         task
         for task in ablation.tasks
-        if task not in _TRAINED_FOR or (recipe is not None and _TRAINED_FOR[task](recipe.objective))
+        if task not in _MEASURED_IF or (recipe is not None and _MEASURED_IF[task](recipe.objective))
     ]
 
 

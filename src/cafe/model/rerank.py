@@ -82,8 +82,12 @@ def reranked(
     posterior = softmax(evidence) if len(evidence) else evidence
     if by == "likelihood":
         return Reranked(posterior, log_likelihood=judged.astype(np.float32))
-    match = (0.5 * (1 + np.tanh(second / 2))).astype(np.float32)  # the sigmoid, without overflow
-    return Reranked(posterior, match)
+    return Reranked(posterior, probability_of_yes(second).astype(np.float32))
+
+
+def probability_of_yes(log_odds: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """P(yes) from log P(yes) / P(no): the sigmoid, without overflow."""
+    return 0.5 * (1 + np.tanh(log_odds / 2))
 
 
 def softmax(evidence: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -182,6 +182,18 @@ def one_by_one(processor: Any, clips: Sequence[Clip]) -> tuple[Tensor, list[str]
     return torch.cat(frames), placeholders
 
 
+def together(processor: Any, clips: Sequence[Clip]) -> tuple[Any, list[str]]:
+    """Process clips whose frames are sampled: the processor's tensors, each clip's placeholder."""
+    inputs = processor.video_processor(
+        [list(clip.frames) for clip in clips],
+        do_sample_frames=False,
+        video_metadata=[metadata(clip) for clip in clips],
+        return_metadata=True,
+        return_tensors="pt",
+    )
+    return inputs, [processor.replace_video_token(inputs, i) for i in range(len(clips))]
+
+
 def tower_above(config: Any, tower: str) -> tuple[str, ...]:
     """Prefixes of the layers of a CLIP or SigLIP `tower` above the one that features come from.
 

@@ -21,7 +21,7 @@ import PIL.Image
 from torch import Tensor
 
 from cafe.media import Clip
-from cafe.model.families.base import Family, ProcessedImages, flat, metadata
+from cafe.model.families.base import Family, ProcessedImages, flat, together
 
 
 class Gemma4(Family):
@@ -58,14 +58,7 @@ class Gemma4(Family):
 
     def process_videos(self, processor: Any, clips: Sequence[Clip]) -> ProcessedImages:
         """Each frame is a run of its own, with its time in the text before it."""
-        inputs = processor.video_processor(
-            [list(clip.frames) for clip in clips],
-            do_sample_frames=False,
-            video_metadata=[metadata(clip) for clip in clips],
-            return_metadata=True,
-            return_tensors="pt",
-        )
-        placeholders = [processor.replace_video_token(inputs, i) for i in range(len(clips))]
+        inputs, placeholders = together(processor, clips)
         names = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
         return ProcessedImages({name: inputs[name] for name in names}, placeholders)
 

@@ -14,7 +14,7 @@ import PIL.Image
 from torch import Tensor
 
 from cafe.media import Clip
-from cafe.model.families.base import Family, Grid, ProcessedImages, flat, metadata
+from cafe.model.families.base import Family, Grid, ProcessedImages, flat, metadata, together
 from cafe.model.families.mrope import mrope_positions
 
 
@@ -48,15 +48,8 @@ class Qwen2VL(Family):
         return processor.video_token_id
 
     def process_videos(self, processor: Any, clips: Sequence[Clip]) -> ProcessedImages:
-        inputs = processor.video_processor(
-            [list(clip.frames) for clip in clips],
-            do_sample_frames=False,
-            video_metadata=[metadata(clip) for clip in clips],
-            return_metadata=True,
-            return_tensors="pt",
-        )
+        inputs, placeholders = together(processor, clips)
         merge = processor.video_processor.merge_size
-        placeholders = [processor.replace_video_token(inputs, i) for i in range(len(clips))]
         grids = [
             Grid(frames, height // merge, width // merge, self.time_step(processor, clip))
             for clip, (frames, height, width) in zip(

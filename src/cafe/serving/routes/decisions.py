@@ -149,12 +149,14 @@ def _images(parts: Any) -> int:
 
 def _answer(asked: _Asked, values: np.ndarray) -> dict[str, Any]:
     """One answer in OpenAI's shape; `values` are log-odds, or log P of each option."""
+    # Late: the server listens before torch is imported.
+    from cafe.model.rerank import probability_of_yes, softmax
+
     question = asked.question
     head = {"type": question.type, "name": question.name}
     if isinstance(question, Predicate):
-        return head | {"probability": float(0.5 * (1 + np.tanh(values[0] / 2)))}
-    p = np.exp(values - values.max())
-    p = p / p.sum()
+        return head | {"probability": float(probability_of_yes(values)[0])}
+    p = softmax(values)
     head["confidence"] = confidence(p)
     if isinstance(question, Choice):
         each = zip(question.choices, p.tolist(), strict=True)

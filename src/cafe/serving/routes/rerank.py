@@ -66,8 +66,10 @@ def rerank_routes(service: Service) -> APIRouter:
         scores: list[Score] = await service.results(request, "score", pairs)
         tokens = sum(one.tokens for one in scores)
         service.metrics.tokens(tokens)
-        # The sigmoid, without overflow.
-        odds = 0.5 * (1 + np.tanh(np.array([one.value for one in scores]) / 2))
+        # Late: the server listens before torch is imported.
+        from cafe.model.rerank import probability_of_yes
+
+        probabilities = probability_of_yes(np.array([one.value for one in scores]))
         return json_response(
             {
                 "id": f"score-{uuid.uuid4().hex}",
@@ -76,7 +78,7 @@ def rerank_routes(service: Service) -> APIRouter:
                 "model": service.name,
                 "data": [
                     {"index": i, "object": "score", "score": value}
-                    for i, value in enumerate(odds.tolist())
+                    for i, value in enumerate(probabilities.tolist())
                 ],
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             }
