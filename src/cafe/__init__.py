@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cafe.model.vlm import CAFe
     from cafe.recipes import Recipe, load_recipe
     from cafe.release.cross_encoder import export_cross_encoder
+    from cafe.release.push import push_to_hub
     from cafe.release.release import export, merge_adapter
     from cafe.release.verify import verify
     from cafe.retrieval.batch_mining import mine_batches
@@ -65,6 +66,7 @@ __all__ = [
     "merge_adapter",
     "mine_batches",
     "mine_hard_negatives",
+    "push_to_hub",
     "run_status",
     "serve",
     "train",
@@ -97,6 +99,7 @@ _HOMES = {
     "merge_adapter": "cafe.release.release",
     "mine_batches": "cafe.retrieval.batch_mining",
     "mine_hard_negatives": "cafe.retrieval.mining",
+    "push_to_hub": "cafe.release.push",
     "run_status": "cafe.training.watching",
     "serve": "cafe.serving.run",
     "train": "cafe.training.run",

@@ -39,6 +39,11 @@ def keep_memory() -> None:
 def return_memory() -> None:
     """Return free blocks to the kernel now, also those that `keep_memory` keeps."""
     gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Return the blocks that are free already; takes milliseconds, and stops no other thread."""
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)

@@ -89,7 +89,17 @@ SURFACE = {
         "--batch-size",
     ],
     "convert": ["DIR", "--to"],
-    "export": ["MODEL", "--to", "--merge", "--verify", "--cross-encoder", "--results"],
+    "export": [
+        "MODEL",
+        "--to",
+        "--merge",
+        "--verify",
+        "--cross-encoder",
+        "--results",
+        "--push",
+        "--private",
+        "--dry-run",
+    ],
     "serve": [
         "MODEL",
         "--index",

@@ -46,6 +46,22 @@ def command(
             help="Results of `cafe evaluate` for the model card: files or a folder; repeatable.",
         ),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="OWNER/NAME",
+            help="Upload the written directory (without --to: MODEL's own) to this repository of "
+            "the hub; created if it is new.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: a new repository is private.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="With --push: check and list everything, upload nothing."),
+    ] = False,
 ) -> None:
     """Write a model as one directory.
 
@@ -53,20 +69,36 @@ def command(
     must embed as MODEL does; an adapter stays an adapter, which only peft and cafe load, unless it
     is merged. The model card is README.md. --cross-encoder writes a second directory, a reranker by
     the match question for sentence-transformers and vLLM. Without either, --verify checks MODEL
-    where it is.
+    where it is. --push uploads the result to the hub.
     """
     from cafe.errors import CheckpointError
 
-    if to is None and (merge or results or not (verify or cross_encoder)):
+    if to is None and (merge or results or not (verify or cross_encoder or push)):
         raise CheckpointError("name a new directory: --to DIR (or use --verify alone)")
+    if push is None and (private or dry_run):
+        raise CheckpointError("--private and --dry-run belong to --push OWNER/NAME")
     if to is not None:
         _export(model, to, merge, verify, results or [])
     if cross_encoder is not None:
         from cafe.release.cross_encoder import export_cross_encoder
 
         _print_scores(export_cross_encoder(to or model, cross_encoder, verify=verify))
-    elif to is None:
+    elif to is None and verify:
         _verify(model)
+    if push is not None:
+        _push(to or model, push, private, dry_run)
+
+
+def _push(directory: str | Path, repository: str, private: bool, dry_run: bool) -> None:
+    from cafe.model.checkpoint.locate import locate
+    from cafe.release.push import push_to_hub
+
+    report = push_to_hub(locate(str(directory)), repository, private=private, dry_run=dry_run)
+    print(f"{len(report.files)} files, {report.size / 1e6:.1f} MB, as {report.owner}:")
+    for name in report.files:
+        print(f"  {name}")
+    state = "is there" if report.exists else "is new"
+    print(report.url or f"nothing was uploaded; the repository {report.repository} {state}")
 
 
 def _export(model: str, to: Path, merge: bool, verify: bool, results: list[Path]) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from cafe.errors import CafeError
+from cafe.memory import trim_memory
 from cafe.serving.app import create_app
 from cafe.serving.engine import Engine
 from cafe.serving.fetch import Fetch
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.05
+TRIM_SECONDS = 20
+"""How often free memory goes back to the kernel: glibc keeps what the largest requests freed."""
 CLOSE_SECONDS = 5
 """How long connections may stay open after their last response."""
 
@@ -161,7 +164,11 @@ class Server:
         with _signals() as received:
             self.start()
             reported = False
+            trimmed = time.monotonic()
             while not received and not self.ended:
+                if time.monotonic() - trimmed > TRIM_SECONDS:
+                    trim_memory()
+                    trimmed = time.monotonic()
                 if self.engine.loaded and not reported:
                     on_ready(self.url)
                     reported = True
