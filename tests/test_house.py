@@ -21,7 +21,6 @@ FACES = {"__init__.py", "__main__.py"}
 ONE_OF_A_KIND = ("cli/", "model/families/", "data/formats/", "evaluation/tasks/", "objective/")
 """Folders with one file per verb, model family, data format, task, or loss: any size is right."""
 SMALL = {
-    "memory.py": "one fact about glibc; no neighbor needs it",
     "evaluation/harness/lmms_eval_manifest.py": "an entry point, imported without torch",
 }
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from cafe.serving.run import serve
     from cafe.training.dry_run import dry_run
     from cafe.training.run import train
+    from cafe.training.run_report import write_report
     from cafe.training.watching import run_status, watch
     from cafe.types import Example, Image, Message, Video, user
 
@@ -73,6 +74,7 @@ __all__ = [
     "user",
     "verify",
     "watch",
+    "write_report",
     "write_thoughts",
 ]
 
@@ -106,6 +108,7 @@ _HOMES = {
     "user": "cafe.types",
     "verify": "cafe.release.verify",
     "watch": "cafe.training.watching",
+    "write_report": "cafe.training.run_report",
     "write_thoughts": "cafe.retrieval.thinking",
 }
 

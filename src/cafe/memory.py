@@ -1,8 +1,9 @@
-"""Keep freed memory in the process, because reallocating it costs more than the work done in it.
+"""What a process holds of memory, and why it keeps what it has freed.
 
-Every step frees and allocates the same large blocks. glibc returns a freed block to the kernel, and
-the next one arrives as fresh pages, each of which costs a page fault: on a two-core machine an
-elementwise product that writes 75 MB took 46 ms with fresh pages and 10 ms with kept or huge ones.
+Reallocating costs more than the work that is done in it: every step frees and allocates the same
+large blocks. glibc returns a freed block to the kernel, and the next one arrives as fresh pages,
+each of which costs a page fault: on a two-core machine an elementwise product that writes 75 MB
+took 46 ms with fresh pages and 10 ms with kept or huge ones.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import gc
 import os
 import sys
+from typing import Any
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -47,3 +49,22 @@ def trim_memory() -> None:
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_host_bytes() -> int | None:
+    """Most memory that this process has held, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def peak_device_bytes(device: Any) -> int | None:
+    """Most memory that torch has held on a GPU, in bytes; None for another device."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)

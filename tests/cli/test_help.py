@@ -23,6 +23,7 @@ SURFACE = {
     "demo": ["--out", "--steps", "--seed"],
     "train": ["RECIPE.yaml", "KEY=VALUE", "--resume", "--dry-run", "--json"],
     "watch": ["RUN", "--measure", "--every", "--once"],
+    "report": ["RUN...", "--to"],
     "evaluate": [
         "MODEL",
         "KEY=VALUE",

@@ -67,8 +67,12 @@ def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], prefix: str) -
 
 
 def without_times(out: Path) -> list[dict[str, float]]:
-    """The log's lines, less what the clock decides; an evaluation's scores are keys of its line."""
+    """The log's lines, less what the clock and the machine's memory decide.
+
+    An evaluation's scores are keys of its line.
+    """
     clock = {"seconds", "data_wait_share", "examples_per_second", "tokens_per_second"}
+    clock |= {"host_bytes", "device_bytes"}
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     lines = [line.pop("evaluation", {}) | line for line in lines]
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]

@@ -32,6 +32,7 @@ from cafe.cli import (
     generate,
     index,
     mine,
+    report,
     search,
     serve,
     think,
@@ -138,6 +139,7 @@ def _show_messages(context: typer.Context) -> None:
 app.command("demo")(demo.command)
 app.command("train")(train.command)
 app.command("watch")(watch.command)
+app.command("report")(report.command)
 app.command("evaluate")(evaluate.command)
 app.command("compare")(compare.command)
 app.command("ablate")(ablate.command)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +16,7 @@ import torch
 
 from cafe.data.quarantine import Quarantine, Skipped
 from cafe.errors import RecipeError, TrainingError, first_line
-from cafe.memory import keep_memory
+from cafe.memory import keep_memory, peak_device_bytes, peak_host_bytes
 from cafe.model.rows.collate import Collator
 from cafe.model.rows.inspect import SequenceView, sequence_views
 from cafe.ranks import Rank
@@ -34,6 +33,7 @@ from cafe.training.run import as_recipe, data_warnings, earlier_run
 from cafe.training.state import TrainingState
 from cafe.training.step import TrainingStep
 from cafe.training.tuning import load_model
+from cafe.training.watching import duration
 
 _SHOWN = 10  # skipped records
 
@@ -218,20 +218,10 @@ def _measured(
             "batch.chunk or set gradient_checkpointing: true"
         ) from error
     seconds = time.perf_counter() - started
-    device = torch.cuda.max_memory_allocated(state.device) if cuda else None
+    device = peak_device_bytes(state.device)
     return MeasuredStep(
         seconds, data_seconds, contrastive, language, peak_host_bytes(), device, **further
     )
-
-
-def peak_host_bytes() -> int | None:
-    """Most memory that this process has held, in bytes; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _per_source(data: TrainingData) -> dict[str, int]:
@@ -328,13 +318,6 @@ def _step_lines(report: DryRun) -> Iterator[str]:
         if size is not None
     ]
     yield (
-        f"about {_duration(report.expected_seconds)} for {report.steps:,} steps (one measured "
+        f"about {duration(report.expected_seconds)} for {report.steps:,} steps (one measured "
         f"step: {step.seconds:.2f} s){''.join(f', {part}' for part in memory)}"
     )
-
-
-def _duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever people would say."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -7,6 +7,7 @@ run reads them there, and goes on as if it had never stopped.
 from __future__ import annotations
 
 import difflib
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +19,7 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
 
 from cafe.data.quarantine import Skipped
-from cafe.errors import RecipeError
+from cafe.errors import CafeError, RecipeError
 from cafe.evaluation.model_calls import CachedCalls, Calls, DistributedCalls, ModelCalls
 from cafe.evaluation.registry import find_task, suite_data, task_names
 from cafe.evaluation.task import TaskSetup
@@ -26,9 +27,11 @@ from cafe.model.vlm import CAFe
 from cafe.precision import ComputePrecision
 from cafe.ranks import Rank
 from cafe.recipes import Evaluate, Recipe
+from cafe.report.views import write_view
 from cafe.training.build import build_collator, is_sharded, precision_in_use
 from cafe.training.data import TrainingData
 from cafe.training.distributed import any_rank, rank, world_size
+from cafe.training.evaluation_views import PairedSides, build_view
 from cafe.training.held_out import HeldOut
 from cafe.training.log import EvaluationRecord, LogReader
 from cafe.training.saving import ModelSaver
@@ -39,6 +42,8 @@ from cafe.training.validation import (
     untouched,
 )
 from cafe.types import Scores
+
+_log = logging.getLogger("cafe.training")
 
 DEFAULT_BATCH = 16
 """Number of examples per forward where the recipe has no `batch.chunk`."""
@@ -61,6 +66,18 @@ def smaller_is_better(measure: str) -> bool:
         )
     words = name.split("/")
     return any(word.endswith(_LESS_IS_BETTER) for word in words)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """One evaluation.
+
+    record    as the log has it
+    skipped   the held-out examples that cannot be used
+    """
+
+    record: EvaluationRecord
+    skipped: list[Skipped]
 
 
 @dataclass(slots=True)
@@ -107,13 +124,11 @@ class Evaluations:
         ended = self.rank.index == 0 and minutes >= (settings.every_minutes or 0)
         return any_rank(ended, self.device)  # the clock of the first process decides for all
 
-    def run(
-        self, step: int, stopped: Callable[[], bool]
-    ) -> tuple[EvaluationRecord, list[Skipped]] | None:
+    def run(self, step: int, stopped: Callable[[], bool]) -> Evaluated | None:
         """Measure the model after a step. A collective of all ranks.
 
         Returns:
-            The record, and the held-out examples that cannot be used; None: the run is to stop.
+            What was measured; None: the run is to stop.
 
         Raises:
             RecipeError: `checkpoint.best` is not among the measures.
@@ -122,11 +137,12 @@ class Evaluations:
         started = time.monotonic()
         scores: Scores = {}
         skipped: list[Skipped] = []
-        samples = ()
+        samples, sides = (), None
         try:
             with self.measured():
                 if self.validation is not None:
-                    scores, skipped = self.validation.scores(stopped)
+                    held_out = self.validation.scores(stopped)
+                    scores, skipped, sides = held_out.scores, held_out.skipped, held_out.sides
                     samples = self.validation.answers()
                 scores |= self._task_scores(stopped)
         except EvaluationStopped:
@@ -136,8 +152,20 @@ class Evaluations:
         # Decisions follow from the scores, so all processes must have the same to the last bit.
         record = self.rank.share([record] * self.rank.size, list)[0]
         self.records.append(record)
+        self._keep_view(step, sides)
         self._last = time.monotonic()
-        return record, skipped
+        return Evaluated(record, skipped)
+
+    def _keep_view(self, step: int, sides: PairedSides | None) -> None:
+        """Write what people can look at. It is no reason to end a run that it cannot be written."""
+        if self.validation is None or self.rank.index != 0:
+            return
+        view = build_view(step, sides, self.validation.sample_prompts)
+        best = self.best
+        try:
+            write_view(self.recipe.output_dir, view, {0, *([] if best is None else [best.step])})
+        except (CafeError, OSError) as error:
+            _log.warning("the report will not show the evaluation after step %d: %s", step, error)
 
     def _task_scores(self, stopped: Callable[[], bool]) -> Scores:
         names = [one for name in self.settings.tasks for one in task_names(name)]

@@ -65,6 +65,8 @@ class StepRecord:
                          of earlier versions
     modality_gap, uniformity, effective_rank   geometry of the batch's embeddings
                          (`cafe.training.divergence`); None without pairs
+    host_bytes, device_bytes   most memory that the first process has held so far, since it was
+                         started; None where it is not known, and in the logs of earlier versions
     total                number of steps of the whole run; None in the logs of earlier versions
     """
 
@@ -87,6 +89,8 @@ class StepRecord:
     modality_gap: float | None = None
     uniformity: float | None = None
     effective_rank: float | None = None
+    host_bytes: int | None = None
+    device_bytes: int | None = None
     total: int | None = None
 
     def known(self) -> dict[str, float]:
@@ -183,13 +187,13 @@ class LogReader:
                 self._content = LogContent.empty()
             file.seek(self._offset)
             for line in file:
-                if not line.endswith(b"\n") or _parsed(line, self._content) is None:
+                if not line.endswith(b"\n") or parsed_line(line, self._content) is None:
                     break
                 self._offset += len(line)
         return self._content
 
 
-def _parsed(line: bytes, content: LogContent) -> dict[str, Any] | None:
+def parsed_line(line: bytes, content: LogContent) -> dict[str, Any] | None:
     """The values of a line, which are added to the content; None: it is none of a log."""
     try:
         values = json.loads(line)
@@ -219,7 +223,7 @@ class RunLog:
     def __init__(self, path: Path, done: int) -> None:
         lines: list[dict[str, Any]] = []
         for line in path.read_bytes().splitlines() if path.exists() else ():
-            if (values := _parsed(line, LogContent.empty())) is None:
+            if (values := parsed_line(line, LogContent.empty())) is None:
                 break
             lines.append(values)
         kept = [line for line in lines if line["step"] <= done]

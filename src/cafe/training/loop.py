@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 
 from cafe.data.quarantine import Quarantine, Skipped
 from cafe.errors import CafeError, DataError, TrainingError
+from cafe.memory import peak_device_bytes, peak_host_bytes
 from cafe.recipes import Recipe
 from cafe.training.checkpoints import Checkpoints
 from cafe.training.contrastive import StallDetector
@@ -169,9 +170,9 @@ class Loop:
                         self.checkpoints.save(self.state, done)
                     raise
                 if measured is not None:
-                    record, skipped = measured
-                    self.reporter.evaluation(record, evaluations.shown(record))
-                    self._report_unmeasured(skipped)
+                    shown = evaluations.shown(measured.record)
+                    self.reporter.evaluation(measured.record, shown)
+                    self._report_unmeasured(measured.skipped)
         best = evaluations.best
         return best is not None and best.step == done and not self._is_kept(best)
 
@@ -344,6 +345,8 @@ class Loop:
             seconds=seconds,
             padding=padding / max(row_tokens, 1),
             temperature=temperature if objective.learn_temperature else None,
+            host_bytes=peak_host_bytes(),
+            device_bytes=peak_device_bytes(self.state.device),
             total=self.total,
             **further,
             **_geometry(metrics),

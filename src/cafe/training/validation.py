@@ -27,6 +27,7 @@ from cafe.model.vlm import CAFe
 from cafe.objective import next_token_nll
 from cafe.ranks import Rank
 from cafe.training.distributed import any_rank
+from cafe.training.evaluation_views import PairedSides
 from cafe.training.held_out import HeldOut
 from cafe.training.log import SampleAnswer
 from cafe.training.state import random_state, set_random_state
@@ -66,6 +67,20 @@ class _Read:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOutScores:
+    """What was measured.
+
+    scores    the measures (`measure_names`)
+    skipped   the examples that cannot be used
+    sides     what was embedded; None: there are no pairs
+    """
+
+    scores: Scores
+    skipped: list[Skipped]
+    sides: PairedSides | None
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
     """How a run's model is measured on its held-out examples.
 
@@ -88,8 +103,8 @@ class Validation:
     rank: Rank = field(default_factory=Rank)
     sharded: bool = False
 
-    def scores(self, stopped: Callable[[], bool]) -> tuple[Scores, list[Skipped]]:
-        """The measures (`measure_names`), and the examples that cannot be used.
+    def scores(self, stopped: Callable[[], bool]) -> HeldOutScores:
+        """Measure the model on all examples.
 
         Raises:
             DataError: Fewer than two pairs can be used.
@@ -104,6 +119,7 @@ class Validation:
 
         parts = read(batches) if self.sharded else self.rank.share(batches, read)
         scores: Scores = {}
+        sides: PairedSides | None = None
         if tokens := sum(part.tokens for part in parts):
             scores["language_loss"] = sum(part.nats for part in parts) / tokens
         if pairs := [pair for part in parts for pair in part.pairs]:
@@ -111,18 +127,30 @@ class Validation:
             used = [self.held_out.examples[i] for i in numbers]
             try:
                 scores |= pair_scores(used, np.stack(query), np.stack(target))
+                sides = paired_sides(used, np.stack(query), np.stack(target))
             except (DataError, ValueError) as error:
                 raise DataError(f"{self.held_out.name}: {error}") from error
-        return scores, [item for part in parts for item in part.skipped]
+        return HeldOutScores(scores, [item for part in parts for item in part.skipped], sides)
 
-    def answers(self) -> tuple[SampleAnswer, ...]:
-        """What the model answers to a few examples, which are always the same."""
+    @property
+    def sampled(self) -> list[Example]:
+        """The examples that the model answers, which are always the same."""
         asked = [e for e in self.held_out.examples if e.dialogues]
         if self.sharded or not asked or not self.samples:
-            return ()
+            return []
         numbers = np.linspace(0, len(asked) - 1, min(self.samples, len(asked))).astype(int)
-        chosen = [asked[i] for i in numbers]
-        prompts = [_prompt(example.dialogues[0]) for example in chosen]
+        return [asked[i] for i in numbers]
+
+    @property
+    def sample_prompts(self) -> list[Conversation]:
+        """What is asked of them."""
+        return [_prompt(example.dialogues[0]) for example in self.sampled]
+
+    def answers(self) -> tuple[SampleAnswer, ...]:
+        """What the model answers to a few examples."""
+        chosen, prompts = self.sampled, self.sample_prompts
+        if not chosen:
+            return ()
 
         def generate(own: Sequence[Conversation]) -> list[str]:
             with self.autocast():
@@ -240,29 +268,51 @@ def pair_scores(
     Raises:
         DataError, ValueError: Fewer than two queries or targets, or embeddings without a direction.
     """
-    names = side_names(examples)
-    query, target = _units(query), _units(target)
-    queries, query_of = _distinct([content_key(e.query or ()) for e in examples])
-    targets, target_of = _distinct([content_key(e.target or ()) for e in examples])
-    if min(len(queries), len(targets)) < 2:
-        raise DataError("fewer than two different queries, or targets, can be used")
-    relevant: list[set[int]] = [set() for _ in queries]
-    for i, j in zip(query_of, target_of, strict=True):
-        relevant[i].add(j)
-    sides = {names[0]: query[queries], names[1]: target[targets]}
-    ranks = two_way_ranks(query[queries], target[targets], [sorted(own) for own in relevant])
+    paired = paired_sides(examples, query, target)
+    names, sides = paired.names, dict(zip(paired.names, paired.embeddings, strict=True))
+    ranks = two_way_ranks(*paired.embeddings, [sorted(own) for own in paired.right[0]])
     of_side = dict(zip(names, ranks, strict=True))
     one, other = _ordered(names)
     scores: Scores = {}
     for a, b in ((one, other), (other, one)):
         scores |= {f"{a}_to_{b}_recall@{k}": float((of_side[a] <= k).mean()) for k in KS}
     scores |= {"modality_gap": modality_gap(sides[one], sides[other])}
-    scores |= {"alignment": alignment(query, target)}
+    scores |= {"alignment": alignment(_units(query), _units(target))}
     for side in (one, other):
         some = sides[side][:GEOMETRY_ROWS]
         scores |= {f"uniformity/{side}": uniformity(some)}
         scores |= {f"effective_rank/{side}": effective_rank(some)}
     return scores
+
+
+def paired_sides(
+    examples: Sequence[Example],
+    query: Float[np.ndarray, "n d"],
+    target: Float[np.ndarray, "n d"],
+) -> PairedSides:
+    """The distinct queries and targets, and which belong together; an embedding of each side.
+
+    Raises:
+        DataError: Fewer than two queries or targets.
+    """
+    shown = [e.query or () for e in examples], [e.target or () for e in examples]
+    queries, query_of = _distinct([content_key(side) for side in shown[0]])
+    targets, target_of = _distinct([content_key(side) for side in shown[1]])
+    if min(len(queries), len(targets)) < 2:
+        raise DataError("fewer than two different queries, or targets, can be used")
+    right: tuple[list[set[int]], list[set[int]]] = (
+        [set() for _ in queries],
+        [set() for _ in targets],
+    )
+    for i, j in zip(query_of, target_of, strict=True):
+        right[0][i].add(j)
+        right[1][j].add(i)
+    return PairedSides(
+        side_names(examples),
+        ([shown[0][i] for i in queries], [shown[1][i] for i in targets]),
+        (_units(query)[queries], _units(target)[targets]),
+        right,
+    )
 
 
 def _ordered(names: tuple[str, str]) -> tuple[str, str]:
