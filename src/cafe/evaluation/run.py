@@ -335,6 +335,7 @@ def _prompts(task: str, model: CAFe) -> dict[str, Any]:
     if settings.get("embedding_prompt") == DEFAULT_PROMPT:
         settings["embedding_prompt"] = model.collator.own_prompt
     if "embedding_prompt" in settings:
+        settings["protocol"] = model.collator.protocol.name
         prompt = PROMPTS[settings["embedding_prompt"]]
         settings["prompts"] = {"image": prompt.image, "text": prompt.text, "both": prompt.both}
     return settings

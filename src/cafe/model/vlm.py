@@ -19,7 +19,7 @@ from cafe.model import inference, judging
 from cafe.model.attention import SdpaWhileGenerating, layer_windows, row_sharing
 from cafe.model.best_of import best
 from cafe.model.captions import CAPTION_TOKENS, CAPTION_WEIGHT, write_captions
-from cafe.model.checkpoint.directory import load_pretrained, save_checkpoint
+from cafe.model.checkpoint.directory import load_pretrained, save_checkpoint, with_protocol
 from cafe.model.encoding import Encoding, encode_inputs
 from cafe.model.families import family_of
 from cafe.model.families.base import distinct_features
@@ -33,6 +33,7 @@ from cafe.model.rows.collate import Collator
 from cafe.model.rows.inputs import EncodeOptions, Input, Inputs, as_messages, is_many
 from cafe.model.rows.inspect import embedding_contract
 from cafe.model.rows.prompts import DEFAULT_PROMPT, TrainedPrompts, own_prompt, turn_end
+from cafe.model.rows.protocol import Protocol
 from cafe.model.rows.rows import Rows
 from cafe.model.stateful import allow_branches
 from cafe.model.token_vectors import TokenEncoder
@@ -48,10 +49,9 @@ Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
 class CAFe(TokenEncoder, nn.Module):
     """A vision-language model for retrieval and for answers.
 
-    Building one changes the transformers model that it wraps: parameters that no forward reads
-    (layers above the one that image features come from) are frozen, because they never get a
-    gradient; and the last language layer gets hooks, with which `hidden_at` computes it only at the
-    tokens that are asked for (`cafe.model.last_layer`).
+    Building one changes the transformers model: parameters that no forward reads (layers above the
+    one that image features come from) are frozen, as they never get a gradient; and the last
+    language layer gets hooks, with which `hidden_at` computes it only at the tokens asked for.
 
     model      transformers' `...ForConditionalGeneration`, with its `processor`
     family     the facts of its model family
@@ -97,6 +97,7 @@ class CAFe(TokenEncoder, nn.Module):
         device: torch.device | str | None = None,
         attention: Attention = "sdpa",
         adapter: str | Path | None = None,
+        protocol: str | Protocol | None = None,
     ) -> CAFe:
         """Load a model for inference or training.
 
@@ -110,6 +111,8 @@ class CAFe(TokenEncoder, nn.Module):
             device: None: a GPU where there is one.
             attention: the language model's attention kernel.
             adapter: directory or hub id of LoRA or DoRA weights.
+            protocol: how embeddings are asked for (`cafe.model.rows.protocol`); None: as the
+                model's own files say.
 
         Raises:
             CheckpointError: there is no model, or its weights do not match its configuration.
@@ -119,11 +122,11 @@ class CAFe(TokenEncoder, nn.Module):
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         if dtype == torch.bfloat16:
             warn_if_emulated(device)
-        model, processor = load_pretrained(
-            name_or_dir, dtype=dtype, attention=attention, adapter=adapter
-        )
-        source = ModelSource(cls.from_pretrained, name_or_dir, attention, adapter)
-        return cls(model, processor, source=source).to(device).eval()
+        loaded = load_pretrained(name_or_dir, dtype=dtype, attention=attention, adapter=adapter)
+        vlm = cls(*loaded, source=ModelSource(cls.from_pretrained, name_or_dir, attention, adapter))
+        origin = (vlm.model.config, name_or_dir, adapter, protocol)
+        vlm.collator = with_protocol(vlm.collator, *origin)
+        return vlm.to(device).eval()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write one directory for every tool: transformers, sentence-transformers, vLLM, cafe.
@@ -149,8 +152,8 @@ class CAFe(TokenEncoder, nn.Module):
     def token_cost(self) -> float:
         """The cost of one token's matrix products, in tokens attended to at the same cost.
 
-        A layer's matrices take about 12 width² multiplications per token, and attention 2 width per
-        pair of tokens, assumed to run at a third of the speed: 12 width² / (3 * 2 width).
+        A layer's matrices take about 12 width² multiplications per token, and attention, at a
+        third of the speed, 2 width per pair of tokens: 12 width² / (3 * 2 width).
         """
         return 2.0 * self.embedding_dimension
 
@@ -288,8 +291,6 @@ class CAFe(TokenEncoder, nn.Module):
         >>> model.generate({"image": image, "text": "Is there a dog in the picture?"})
         'no'
 
-        A model with FlexAttention generates with SDPA (`cafe.model.attention`).
-
         Args:
             messages: a string, image, {"text", "image"} dict, chat messages, or a list of these.
             max_new_tokens: the longest answer.
@@ -300,8 +301,7 @@ class CAFe(TokenEncoder, nn.Module):
             **sampling: for transformers' `generate` (temperature, top_p, ...), in place of what
                 generation_config.json says; without it, or with temperature=0, greedy.
 
-        Returns:
-            A string, a list of strings for a list of inputs, or an iterator with `stream`.
+        Returns: a string, a list of strings for a list of inputs, or an iterator with `stream`.
         """
         conversations = as_messages(messages)
         if stream:

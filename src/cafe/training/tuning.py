@@ -12,7 +12,7 @@ from torch import nn
 from cafe.errors import RecipeError
 from cafe.model import last_layer
 from cafe.model.checkpoint.adapter import adapter_of, add_adapter, linear_layers
-from cafe.model.checkpoint.directory import load_pretrained, read_config
+from cafe.model.checkpoint.directory import load_pretrained, read_config, with_protocol
 from cafe.model.checkpoint.locate import lasting_name, locate
 from cafe.model.families import family_of
 from cafe.model.latent import add_latent_tokens, averaged_tokens, latent_count, latent_text
@@ -24,6 +24,7 @@ from cafe.model.multi_vector import (
 )
 from cafe.model.rows.official import TURN_END
 from cafe.model.rows.prompts import OFFICIAL_PROMPT, PROMPT_KEY
+from cafe.model.rows.protocol import CAFE_PROTOCOL
 from cafe.model.vlm import CAFe
 from cafe.precision import resolved_precision
 from cafe.recipes import Recipe, Tuning
@@ -109,7 +110,7 @@ def take_published_prompts(vlm: CAFe, *, embeds: bool) -> None:
     vlm.collator = replace(vlm.collator, pooled_token=TURN_END)
     if embeds:
         setattr(vlm.model.config, PROMPT_KEY, OFFICIAL_PROMPT)
-        vlm.collator = replace(vlm.collator, own_prompt=OFFICIAL_PROMPT)
+        vlm.collator = replace(vlm.collator, own_prompt=OFFICIAL_PROMPT, protocol=CAFE_PROTOCOL)
 
 
 def adapt(vlm: CAFe, tuning: Tuning, base: str) -> None:
@@ -242,4 +243,6 @@ def _in_four_bits(recipe: Recipe, device: torch.device) -> CAFe:
         attention=recipe.attention,
         quantization=quantization,
     )
-    return CAFe(model, processor).to(device)
+    vlm = CAFe(model, processor)
+    vlm.collator = with_protocol(vlm.collator, model.config, recipe.model)
+    return vlm.to(device)

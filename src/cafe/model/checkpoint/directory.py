@@ -6,7 +6,7 @@ format as this library does, without custom code:
 
     config.json  generation_config.json  model*.safetensors     transformers
     processor_config.json  tokenizer*.json  chat_template.jinja
-    embedding_template.jinja                                    prompts for an embedding
+    embedding_template.jinja  cafe_protocol.json                prompts for an embedding
     modules.json  config_sentence_transformers.json             sentence-transformers
     sentence_bert_config.json  1_Pooling/  2_Normalize/
     multi_vector/     of models with token vectors only (`cafe.model.checkpoint.multi_vector`)
@@ -26,6 +26,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ from cafe.model.multi_vector import (
     without_token_projection,
 )
 from cafe.model.rows.collate import Collator
-from cafe.model.rows.prompts import DEFAULT_PROMPT, default_chat_template
+from cafe.model.rows.prompts import DEFAULT_PROMPT, UNPROMPTED, default_chat_template
+from cafe.model.rows.protocol import Protocol, protocol_of, write_protocol
 
 
 def load_pretrained(
@@ -171,6 +173,23 @@ def _load_whole(
         )
     _take_projection(model, path)
     return model, processor
+
+
+def with_protocol(
+    collator: Collator,
+    config: Any,
+    name_or_dir: str | Path,
+    adapter: str | Path | None = None,
+    protocol: str | Protocol | None = None,
+) -> Collator:
+    """The collator of a loaded model, with the protocol that was named or that its files say."""
+    path = locate(name_or_dir)
+    directories = [path] if adapter is None else [locate(adapter, "adapter"), path]
+    if is_adapter(path):
+        directories.append(locate_base(path))
+    found = protocol_of(protocol, directories, config, collator.processor)
+    own_prompt = collator.own_prompt if found.one_word else UNPROMPTED
+    return replace(collator, protocol=found, max_frames=found.max_frames, own_prompt=own_prompt)
 
 
 def read_config(path: Path, name: str) -> Any:
@@ -348,7 +367,8 @@ def _model_around(model: Any, weights: dict[str, torch.Tensor]) -> Any:
 
 
 def save_processor(processor: Any, collator: Collator, directory: Path) -> None:
-    """Write the processor with its chat template, and the embedding template."""
+    """Write the processor with its chat template, the embedding template and the protocol."""
+    write_protocol(collator.protocol, directory)
     named = processor.chat_template
     processor.chat_template = default_chat_template(processor)
     try:

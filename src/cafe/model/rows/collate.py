@@ -37,6 +37,7 @@ from cafe.model.rows.matching import (
 )
 from cafe.model.rows.official import answers_labelled, official_labels
 from cafe.model.rows.prompts import DEFAULT_PROMPT
+from cafe.model.rows.protocol import CAFE_PROTOCOL, Protocol
 from cafe.model.rows.render import RenderedSequence, Renderer
 from cafe.model.rows.rows import Rows, hashes, identity, shared_rows
 from cafe.model.rows.trie import TokenSequence
@@ -51,7 +52,9 @@ class Collator:
     """Turns examples into `Chunk`s.
 
     processor, family   the model's own
-    pooled_token        the token that ends an assistant turn; embeddings are read there
+    pooled_token        the token that ends an assistant turn; embeddings are read there, unless
+                        the protocol names another
+    protocol            how embeddings are asked for (`cafe.model.rows.protocol`)
     max_tokens          longest sequence; longer texts are cut, images never
     sharing             "trie": one row per example; "none": one row per sequence
     row_tokens          pack rows up to this length (for FlexAttention); None: one example a row
@@ -86,6 +89,7 @@ class Collator:
     block_cost: int | None = None
     matching: bool = False
     every_token: bool = False
+    protocol: Protocol = CAFE_PROTOCOL
 
     @cached_property
     def render(self) -> Renderer:
@@ -97,6 +101,7 @@ class Collator:
             self.official,
             self.own_prompt,
             self.latent,
+            self.protocol,
         )
 
     @property

@@ -34,6 +34,7 @@ from cafe.model.rows.prompts import (
     offered_tools,
     template_messages,
 )
+from cafe.model.rows.protocol import CAFE_PROTOCOL, Protocol, protocol_template
 from cafe.model.rows.template import render_chat, template_file
 from cafe.types import Conversation, Image, Message, Video, joined_turns
 
@@ -107,6 +108,7 @@ class Renderer:
     official: bool
     own_prompt: str
     latent: str = ""
+    protocol: Protocol = CAFE_PROTOCOL
 
     def template(self, prompt: str) -> str:
         """The Jinja text of the embedding template of a named prompt.
@@ -116,6 +118,15 @@ class Renderer:
         """
         if prompt not in PROMPTS:
             raise DataError(f"embedding prompt {prompt!r}: use one of {', '.join(PROMPTS)}")
+        if not self.protocol.one_word:
+            ends_with, family = self.protocol.ends_with, self.family
+            return protocol_template(
+                self.protocol,
+                default_chat_template(self.processor) if self.protocol.chat else "",
+                self.latent + (self.pooled_token if ends_with is None else ends_with),
+                family.marker(self.processor),
+                family.video_marker(self.processor),
+            )
         if prompt == DEFAULT_PROMPT:
             prompt = self.own_prompt
         published = self.official or prompt == OFFICIAL_PROMPT
