@@ -67,9 +67,8 @@ def decision_routes(service: Service) -> APIRouter:
         _check_size(service, state, asked)
         judged = [one for question in asked for one in question.conversations(state)]
         items = [WorkItem(one, number) for number, one in enumerate(judged)]
-        scores: list[Score] = await service.results(request, "score", items)
-        tokens = sum(one.tokens for one in scores)
-        service.metrics.tokens(tokens)
+        scores: list[Score]
+        scores, tokens = await service.counted(request, "score", items)
         values = iter([one.value for one in scores])
         answers = [
             _answer(one, np.array([next(values) for _ in range(len(one.options) or 1)]))
