@@ -186,10 +186,13 @@ class ResponseFormat(Request):
         return self
 
 
+FunctionName = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+
+
 class OfferedFunction(Request):
     """A function that the model may call; `parameters` is the JSON schema of its arguments."""
 
-    name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    name: FunctionName
     description: Text | None = None
     parameters: dict[str, Any] | None = None
 

@@ -42,7 +42,11 @@ class SearchFunction(Protocol):
     think      the most tokens of the thoughts after which its images were read, and query images
                are to be read; 0: none
     has_words  whether it can also order by words
+    by_tokens  whether it is searched by vectors of tokens
     """
+
+    @property
+    def by_tokens(self) -> bool: ...
 
     @property
     def think(self) -> int: ...
@@ -53,7 +57,9 @@ class SearchFunction(Protocol):
     def __call__(
         self, vector: np.ndarray, top: int, where: str | None, words: str | None, /
     ) -> Sequence[Hit]:
-        """Unit vector [d], number of hits, SQL or None, words or None -> hits, best first.
+        """A query, number of hits, SQL or None, words or None -> hits, best first.
+
+        The query is a unit vector [d], or unit vectors [n, dim] where it is searched `by_tokens`.
 
         Raises:
             ApiError: bad SQL, or words where there are no texts.
