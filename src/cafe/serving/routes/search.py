@@ -32,6 +32,7 @@ class IndexSearch:
 
     def __init__(self, index: Index) -> None:
         self._searcher = Searcher(index)
+        self._model = index.model
         self._searcher.say_writer()
 
     @property
@@ -75,7 +76,12 @@ class IndexSearch:
             except DataError as error:
                 raise ApiError.invalid(str(error), "where") from error
         try:
-            found = self._searcher.search(vector, top, where, hybrid=words or False)
+            try:
+                found = self._searcher.search(vector, top, where, hybrid=words or False)
+            except DataError:
+                self._open_again()
+                found = self._searcher.search(vector, top, where, hybrid=words or False)
+            self._check_model()
             return [one.hit for one in found]
         except NoTextsError:
             raise ApiError.invalid(
@@ -83,6 +89,18 @@ class IndexSearch:
             ) from None
         except DataError as error:  # its message names the folder, which clients must not see
             raise RuntimeError("the index cannot be searched") from error
+
+    def _open_again(self) -> None:
+        """Open the index that stands there now; rows that are added are seen without that."""
+        self._searcher = Searcher(type(self._searcher.index).open(self._searcher.index.uri))
+
+    def _check_model(self) -> None:
+        """Raises ApiError (503) where the index has been made again with another model."""
+        if self._searcher.index.model != self._model:
+            raise ApiError.unavailable(
+                "the index was made again with another model, and the server needs a restart",
+                "index_replaced",
+            )
 
 
 def search_routes(service: Service, search: SearchFunction) -> APIRouter:
