@@ -23,6 +23,7 @@ from cafe.serving.routes.embeddings import embedding_routes
 from cafe.serving.routes.rerank import rerank_routes
 from cafe.serving.routes.responses import response_routes
 from cafe.serving.routes.search import search_routes
+from cafe.serving.routes.systemone import systemone_routes
 from cafe.serving.routes.tokens import token_routes
 from cafe.serving.schema import ErrorBody
 from cafe.serving.service import Service
@@ -63,6 +64,7 @@ def create_app(
         rerank_routes,
         decision_routes,
         response_routes,
+        systemone_routes,
         token_routes,
     ):
         app.include_router(routes(service))
