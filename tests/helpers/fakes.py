@@ -41,7 +41,7 @@ def vector(text: str) -> np.ndarray:
 def text_of(item: WorkItem) -> str:
     content = item.content
     conversation = content.conversation if isinstance(content, Prompt) else content
-    return "".join(message.text for message in conversation)
+    return "".join(message.text for message in conversation if message.role != "tools")
 
 
 class Fake:
@@ -57,6 +57,7 @@ class Fake:
     thinks = False
     token_width = 3
     vocabulary = 256
+    tools = "none"
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -88,7 +89,13 @@ class Fake:
     def token_text(self, token: int) -> str:
         return chr(token)
 
-    def json_matcher(self, schema: Any) -> Any:
+    def tokens_of(self, text: str) -> list[int]:
+        return list(map(ord, text))
+
+    def prompt_text(self, conversation: Any) -> str:
+        return "".join(message.text for message in conversation)
+
+    def json_matcher(self, schema: Any, calls: Any) -> Any:
         raise ValueError("a fake knows no schema")
 
     def token_vectors(self, items: list[WorkItem]) -> list[TokenEmbeddings]:

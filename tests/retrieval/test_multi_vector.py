@@ -18,7 +18,10 @@ from cafe.model.multi_vector import add_token_projection, new_token_projection
 from cafe.model.vlm import CAFe
 from cafe.retrieval.indexing import build_index, model_facts
 from cafe.retrieval.search import Searcher
+from cafe.serving.model_calls import CafeCalls
 from cafe.serving.routes.search import IndexSearch
+from cafe.serving.run import Server, ServerSettings
+from helpers.fakes import request, wait_until
 from helpers.images import noise
 from helpers.models import build_small_model, with_token_vectors
 
@@ -225,12 +228,26 @@ def test_a_thought_of_no_number_of_tokens_leaves_no_index(
     assert Index.find(tmp_path / "i") is None
 
 
-def test_a_server_says_that_it_searches_by_embeddings(
-    index: str, late: CAFe, photos: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("query", QUERIES)
+def test_the_server_searches_as_the_command_line_does(index: str, late: CAFe, query: str) -> None:
     search = IndexSearch(Index.open(index))
-    assert "the server searches it by the embeddings" in caplog.text
-    hits = search(late.encode(photos / "5.png"), 3, None, None)
-    assert hits[0].id == "5.png"
-    dense = Searcher.open(index, late).search(photos / "5.png", top=3, multi_vector=False)
-    assert [hit.id for hit in hits] == [hit.id for hit in dense]
+    server = Server(
+        lambda: CafeCalls(late), ServerSettings(name="late", port=0, page=False), search
+    )
+    server.start()
+    try:
+        wait_until(lambda: server.engine.loaded)
+        status, reply, _ = request(server, "/search", {"query": query, "top": COUNT})
+        want = Searcher.open(index, late).search(query, top=COUNT)
+        assert status == 200
+        assert [hit["id"] for hit in reply["hits"]] == [hit.id for hit in want]
+        scores = [hit["score"] for hit in reply["hits"]]
+        np.testing.assert_allclose(scores, [hit.score for hit in want], atol=1e-5)
+        dense = Searcher.open(index, late).search(query, top=COUNT, multi_vector=False)
+        assert abs(dense[0].score - want[0].score) > 1e-3, "both alike shows nothing"
+        for words in ({"caption": True}, {"think": 8}):
+            status, reply, _ = request(server, "/search", {"query": query, **words})
+            assert status == 400
+            assert "changes an embedding only" in reply["error"]["message"]
+    finally:
+        server.stop()

@@ -535,3 +535,14 @@ def test_vectors_of_tokens_are_those_of_encode_tokens():
             assert same(found, vectors)
     finally:
         server.stop()
+
+
+def test_llama_index_embeds_as_encode_does(server: Server, tiny: CAFe):
+    embeddings = pytest.importorskip("llama_index.embeddings.openai")
+    client = embeddings.OpenAIEmbedding(
+        model_name="tiny", api_base=f"{server.url}/v1", api_key="any", max_retries=0
+    )
+    found = client.get_text_embedding_batch(["a red cat", "two dogs"])
+    assert np.abs(np.array(found) - tiny.encode(["a red cat", "two dogs"])).max() < 1e-5
+    query = client.get_query_embedding("a red cat")
+    assert np.abs(np.array(query) - tiny.encode("a red cat")).max() < 1e-5

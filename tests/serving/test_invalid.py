@@ -70,7 +70,7 @@ def refusal(name: str, body: Any) -> ApiError:
         ("ChatRequest", CHAT | {"n": 17}, "n: must be at most 16"),
         ("ChatRequest", {}, "messages: the field is missing"),
         # what would change the answer
-        ("ChatRequest", CHAT | {"tools": [1]}, "tools: not supported here; only [] is"),
+        ("ChatRequest", CHAT | {"tools": [1]}, "tools.0: must be an object"),
         (
             "ChatRequest",
             CHAT | {"guided_regex": "a"},
@@ -79,7 +79,7 @@ def refusal(name: str, body: Any) -> ApiError:
         (
             "ChatRequest",
             CHAT | {"tool_choice": {}},
-            'tool_choice: not supported here; only "none" or "auto" is',
+            "tool_choice.type: the field is missing",
         ),
         ("ChatRequest", CHAT | {"min_p": 0.5}, "min_p: not supported here; only 0 is"),
         (

@@ -15,8 +15,8 @@ from cafe.errors import CafeError
 from cafe.serving.errors import ApiError
 from cafe.serving.page.mount import delete_oldest, paths_in
 from cafe.serving.page.thumbnails import SMALL_PIXELS, Thumbnails
-from cafe.serving.page.turns import next_piece
 from cafe.serving.page_auth import COOKIE, LOGIN, PageAuth
+from cafe.serving.streams import next_event
 from cafe.types import Hit
 from helpers.fakes import Fake, started
 from helpers.images import noise
@@ -203,7 +203,7 @@ def test_a_cancellation_that_comes_together_with_a_piece_is_not_lost(turns_of_th
 
     async def cancelled_after(turns: int) -> bool:
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        task = asyncio.create_task(next_piece(time.monotonic() + 60, pieces))
+        task = asyncio.create_task(next_event(time.monotonic() + 60, pieces))
         for _ in range(3):
             await asyncio.sleep(0)  # now it waits
         pieces.put_nowait("one")

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import logging
+from enum import StrEnum
 from functools import partial
 from typing import Annotated
 
 import typer
 
 from cafe.cli.arguments import Model
+from cafe.cli.config_file import ConfigOption
 
 IndexOption = Annotated[
     str | None, typer.Option("--index", metavar="DIR", help="An index to search as well.")
@@ -23,6 +26,14 @@ ApiKeyOption = Annotated[
     str | None,
     typer.Option(envvar="CAFE_API_KEY", help="Key that clients send and the web page asks for."),
 ]
+
+
+class LogLevel(StrEnum):
+    """Of messages; the access log is one that was asked for, and is written at any."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 def command(
@@ -42,12 +53,23 @@ def command(
         bool, typer.Option("--allow-remote-images", help="Fetch images from public URLs.")
     ] = False,
     ui: Annotated[bool, typer.Option("--ui", help="Also serve a web page, at /ui.")] = False,
+    access_log: Annotated[
+        bool,
+        typer.Option(
+            "--access-log", help="Log each request as a line of JSON, without its contents."
+        ),
+    ] = False,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="The least serious messages that are logged.")
+    ] = LogLevel.INFO,
+    config: ConfigOption = None,
 ) -> None:
     """Serve the model over HTTP.
 
-    Routes: /v1/embeddings, /v1/chat/completions, /v1/rerank, /v1/models, /search, /health,
-    /ready, /metrics. On SIGTERM and Ctrl-C, running requests are finished first.
+    Routes: /v1/embeddings, /v1/chat/completions, /v1/responses, /v1/rerank, /v1/models, /search,
+    /health, /ready, /metrics. On SIGTERM and Ctrl-C, running requests are finished first.
     """
+    logging.getLogger("cafe").setLevel(log_level.value.upper())
     from cafe.errors import CafeError
 
     try:
@@ -68,6 +90,7 @@ def command(
         max_queue=max_queue,
         allow_remote_images=allow_remote_images,
         ui=ui,
+        access_log=access_log,
         report=partial(print, flush=True),
     )
 

@@ -6,12 +6,15 @@
 
 run.py          `serve`: socket, signals, draining
 app.py          all routes as one application
-routes/         embeddings, chat, rerank, search: one file each
+routes/         embeddings, chat, responses, rerank, search, …: one file each
 page/           the web page
 middleware.py   what every request passes: keys, hosts, sizes, draining, disconnected clients
 page_auth.py    which of the page's routes a browser may reach, and its cookie
 service.py      what the routes share
-schema.py       schemas of the requests
+schema….py      schemas of the requests
+answering.py    what the routes that generate share
+streams.py      answers as streams of events
+tools.py        tools of a chat, and calls of them in an answer
 content.py      their texts and images -> conversations
 fetch.py        remote images, where they are allowed
 limits.py       limits of requests, and budgets that they share

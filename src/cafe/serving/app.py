@@ -21,7 +21,10 @@ from cafe.serving.routes.decisions import decision_routes
 from cafe.serving.routes.embed import embed_routes
 from cafe.serving.routes.embeddings import embedding_routes
 from cafe.serving.routes.rerank import rerank_routes
+from cafe.serving.routes.responses import response_routes
 from cafe.serving.routes.search import search_routes
+from cafe.serving.routes.systemone import systemone_routes
+from cafe.serving.routes.tokens import token_routes
 from cafe.serving.schema import ErrorBody
 from cafe.serving.service import Service
 
@@ -32,6 +35,7 @@ def create_app(
     api_key: str | None = None,
     hosts: frozenset[str] | None = None,
     page: bool = False,
+    access_log: bool = False,
     root: Path | None = None,
 ) -> RequestGuard:
     """The application that serves `service`.
@@ -41,6 +45,7 @@ def create_app(
         api_key: As in `RequestGuard`.
         hosts: As in `RequestGuard`.
         page: Whether to serve the web page.
+        access_log: As in `RequestGuard`.
         root: Folder of the index's images, for the page.
 
     Raises:
@@ -58,6 +63,9 @@ def create_app(
         chat_routes,
         rerank_routes,
         decision_routes,
+        response_routes,
+        systemone_routes,
+        token_routes,
     ):
         app.include_router(routes(service))
     if service.search is not None:
@@ -73,6 +81,7 @@ def create_app(
         api_key=api_key,
         hosts=hosts,
         routes=frozenset(),
+        access_log=access_log,
     )
     app.include_router(_status_routes(service, guard))
     guard.routes = frozenset(app.openapi()["paths"]) | {"/openapi.json"}

@@ -1,4 +1,4 @@
-"""Answers that are JSON of a schema: at every step only tokens that can go on to it are possible.
+"""Answers that are JSON, or calls of tools: only tokens that can go on to one are possible.
 
 The grammar and its state are those of llguidance, which follows them token by token, within limits
 on work and size, so no schema of a client can hold up the others for long. It has no limit on one
@@ -8,13 +8,15 @@ thing, so that is limited here: regular expressions that a text must all fit (`_
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cafe.serving.tools import BEGIN, END
 
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One way to write a value: a small model that may write spaces may never stop."""
@@ -74,26 +76,50 @@ class JsonGrammars:
 
         return from_tokenizer(self._fast, n_vocab=self._size, eos_token=list(self._ends))
 
-    def matcher(self, schema: dict[str, Any]) -> JsonMatcher:
-        """A matcher for values of a JSON schema.
+    def matcher(
+        self, schema: dict[str, Any] | None, calls: Mapping[str, dict[str, Any]] | None = None
+    ) -> JsonMatcher:
+        """A matcher for values of a JSON schema, for one call of a tool, or for either.
+
+        Args:
+            schema: Of the answer; None: it must be a call.
+            calls: Names of tools, with the schemas of their arguments.
 
         Raises:
-            ValueError: The schema is wrong, or uses what llguidance does not support.
+            ValueError: A schema is wrong, or uses what llguidance does not support.
             ImportError: llguidance is not installed.
         """
         from llguidance import LLMatcher, LLParserLimits
 
-        _check_patterns(schema)
+        _check_patterns([schema, calls])
         limits = LLParserLimits(max_lexer_states=MAX_STATES, step_lexer_fuel=STEP_FUEL)
-        overrides: Any = LAYOUT  # a typed dict, whose name llguidance does not export
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides)
+        grammar = _grammar(schema, calls or {})
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise ValueError(str(matcher.get_error()))
         return JsonMatcher(matcher, self._size, self._ends)
 
 
-def _check_patterns(schema: dict[str, Any]) -> None:
+def _grammar(schema: dict[str, Any] | None, calls: Mapping[str, dict[str, Any]]) -> str:
+    """In llguidance's dialect of Lark, where each schema is a grammar by itself."""
+    answers = [] if schema is None else ["value"]
+    lines = [] if schema is None else [f"value: %json {json.dumps(_laid_out(schema))}"]
+    tail = json.dumps("}\n" + END)
+    for number, (name, arguments) in enumerate(calls.items()):
+        head = f'{BEGIN}\n{{"name": {json.dumps(name)}, "arguments": '
+        answers.append(f"call{number}")
+        lines += [
+            f"call{number}: {json.dumps(head)} arguments{number} {tail}",
+            f"arguments{number}: %json {json.dumps(_laid_out(arguments))}",
+        ]
+    return "\n".join([f"start: {' | '.join(answers)}", *lines])
+
+
+def _laid_out(schema: dict[str, Any]) -> dict[str, Any]:
+    return schema | {"x-guidance": LAYOUT}
+
+
+def _check_patterns(schema: Any) -> None:
     """Raises ValueError for more regular expressions than may have to be fitted together."""
     patterns, together = 0, False
     waiting: list[Any] = [schema]

@@ -68,7 +68,7 @@ async def read_items(
 
     async def read(item: str | Content | list[int], name: str) -> Conversation:
         if isinstance(item, list):
-            return reader.text(await _text_of_tokens(service, item, name), name)
+            return reader.text(await text_of_tokens(service, item, name), name)
         if isinstance(item, str) and images:
             return await reader.image(item, name)
         return await reader.content(item, name)
@@ -83,7 +83,7 @@ def instructed(conversation: Conversation, instruction: str | None) -> Conversat
     return (Message("system", (instruction,)), *conversation)
 
 
-async def _text_of_tokens(service: Service, tokens: Sequence[int], param: str) -> str:
+async def text_of_tokens(service: Service, tokens: Sequence[int], param: str) -> str:
     """What the model's own tokenizer decodes the tokens to: the template is applied to text."""
     model = service.engine.model
     if len(tokens) > service.limits.text_characters:

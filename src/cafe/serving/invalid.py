@@ -12,7 +12,7 @@ from starlette.responses import Response
 from cafe.errors import quoted
 from cafe.serving.errors import ApiError
 
-UNION_MEMBERS = {"str", "int", "Content", "ImageURL", "ToolCalled"}
+UNION_MEMBERS = {"str", "int", "Content", "ImageURL", "ToolCalled", "NamedTool"}
 """Names that pydantic adds to the location of an error, besides the names of fields."""
 
 KINDS = {

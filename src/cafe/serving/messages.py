@@ -12,6 +12,7 @@ from cafe.types import Conversation, Image
 
 if TYPE_CHECKING:  # it imports torch
     from cafe.serving.constrained import JsonMatcher
+    from cafe.serving.tools import ToolSupport
 
 RequestKind = Literal["embed", "tokens", "score", "generate"]
 FinishReason = Literal["stop", "length"]
@@ -153,6 +154,7 @@ class EngineModel(Protocol):
     thinks        whether it was trained to embed after a thought
     token_width   dimension of the vectors of tokens; None: it has none
     vocabulary    number of tokens
+    tools         what its chat template makes of tools
     """
 
     dimension: int
@@ -161,6 +163,7 @@ class EngineModel(Protocol):
     thinks: bool
     token_width: int | None
     vocabulary: int
+    tools: ToolSupport
 
     def excess(self, text: str) -> tuple[int, int] | None:
         """The tokens of a prefix that exceeds the context, and its characters; None: it fits.
@@ -177,8 +180,22 @@ class EngineModel(Protocol):
         """One token as text, also a special one. Called on any thread."""
         ...
 
-    def json_matcher(self, schema: dict[str, Any]) -> JsonMatcher:
-        """For answers that are JSON of a schema. Called on any thread.
+    def tokens_of(self, text: str) -> list[int]:
+        """The tokens of a text, without those that begin or end it. Called on any thread."""
+        ...
+
+    def prompt_text(self, conversation: Conversation) -> str:
+        """The prompt of a conversation without images, as text. Called on any thread."""
+        ...
+
+    def json_matcher(
+        self, schema: dict[str, Any] | None, calls: Mapping[str, dict[str, Any]]
+    ) -> JsonMatcher:
+        """For answers that are JSON of a schema, or a call of a tool. Called on any thread.
+
+        Args:
+            schema: Of the answer; None: it must be a call.
+            calls: Names of tools, with the schemas of their arguments.
 
         Raises:
             ValueError: The schema cannot be used.

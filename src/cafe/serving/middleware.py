@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from cafe.serving.errors import ApiError
@@ -29,6 +33,12 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+access = logging.getLogger("cafe.serving.access")
+access.setLevel(logging.INFO)  # whoever asks for it wants it at any level of the other messages
+
+REQUEST_ID = b"x-request-id"
+_SANE_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 
 CLEANUP = "cafe.cleanup"
 DEADLINE = "cafe.deadline"
@@ -52,22 +62,28 @@ class _ClientDisconnectedError(Exception):
 class _Reply:
     """Sends the response, and records how much of it has been sent.
 
+    request_id  for a header, by which the client finds the request in the logs
     ignored   names of the request's fields that change nothing, for a header
+    sent      bytes of the body
     """
 
     send: Send
     seconds: float
+    request_id: str
     ignored: list[str] = field(default_factory=list)
     status: int = 0
+    sent: int = 0
     complete: bool = False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            headers = [*message.get("headers", []), (REQUEST_ID, self.request_id.encode())]
             if self.ignored:
-                headers = [*message.get("headers", []), (HEADER, ", ".join(self.ignored).encode())]
-                message = {**message, "headers": headers}
+                headers.append((HEADER, ", ".join(self.ignored).encode()))
+            message = {**message, "headers": headers}
         elif message["type"] == "http.response.body":
+            self.sent += len(message.get("body", b""))
             self.complete = not message.get("more_body", False)
         async with asyncio.timeout(self.seconds):
             await self.send(message)
@@ -84,6 +100,7 @@ class RequestGuard:
                 the page's own (DNS rebinding)
     page_auth   access control of the web page, where a browser has a cookie instead of a header;
                 None: there is no page
+    access_log  write one line for each request (`access_line`)
     draining    new requests are refused with 503
     active      number of accepted requests in progress, without health probes and logins: what a
                 client sends without a key must not delay the end of the process
@@ -96,6 +113,7 @@ class RequestGuard:
     api_key: str | None = None
     hosts: frozenset[str] | None = None
     page_auth: PageAuth | None = None
+    access_log: bool = False
     draining: bool = False
     active: int = 0
     _bodies: Budget = field(init=False)
@@ -110,20 +128,21 @@ class RequestGuard:
             return
         path = scope["path"]
         begin = time.monotonic()
-        reply = _Reply(send, self.limits.send_seconds)
+        reply = _Reply(send, self.limits.send_seconds, request_id(scope["headers"]))
         try:
             await self._handle(scope, receive, reply)
         except (_ClientDisconnectedError, TimeoutError):
             reply.status = CLIENT_CLOSED_REQUEST
         except Exception:
-            log.exception("%s %s failed", scope["method"], path)
+            log.exception("%s %s failed (request %s)", scope["method"], path, reply.request_id)
             if not reply.status:
                 await _send_error(ApiError(500, "internal error"), scope, receive, reply)
         finally:
             route = path if path in self.routes else "page" if self._is_page(path) else "other"
-            self.metrics.request(
-                route, reply.status or CLIENT_CLOSED_REQUEST, time.monotonic() - begin
-            )
+            status, seconds = reply.status or CLIENT_CLOSED_REQUEST, time.monotonic() - begin
+            self.metrics.request(route, status, seconds)
+            if self.access_log:
+                access.info("%s", access_line(scope["method"], route, status, seconds, reply))
 
     async def _handle(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         with ExitStack() as cleanup:
@@ -262,6 +281,27 @@ class RequestGuard:
         if route.cancelled():
             raise _ClientDisconnectedError
         route.result()
+
+
+def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The client's own id of its request if that is a plain word, else a new one."""
+    found = next((value for name, value in headers if name.lower() == REQUEST_ID), b"")
+    return found.decode() if _SANE_ID.fullmatch(found) else uuid.uuid4().hex
+
+
+def access_line(method: str, route: str, status: int, seconds: float, reply: _Reply) -> str:
+    """A request as one line of JSON: no contents, no address of its sender, no path of ours."""
+    return json.dumps(
+        {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": reply.request_id,
+            "method": method if method.isalpha() else "?",
+            "route": route,
+            "status": status,
+            "seconds": round(seconds, 4),
+            "bytes": reply.sent,
+        }
+    )
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

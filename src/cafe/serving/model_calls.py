@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from cafe.model.vlm import CAFe
 from cafe.serving.constrained import JsonGrammars, JsonMatcher
 from cafe.serving.decoding import Generation
 from cafe.serving.messages import Embedding, Score, TokenEmbeddings, WorkItem
+from cafe.serving.tools import ToolSupport, tool_support
 from cafe.types import Conversation
 
 FIRST_PREFIX = 4
@@ -62,6 +63,7 @@ class CafeCalls:
         self.temperature = trained_temperature(model.model.config)
         self.token_width = None if self._projection is None else self._projection.out_features
         self.vocabulary = len(model.processor.tokenizer)
+        self.tools: ToolSupport = tool_support(model.processor)
         self.thinks = trained_thought_tokens(model.model.config) > 0
 
     def excess(self, text: str) -> tuple[int, int] | None:
@@ -96,9 +98,22 @@ class CafeCalls:
         name = str(tokenizer.convert_ids_to_tokens(token))
         return " " + text if name.startswith("\u2581") and not text.startswith(" ") else text
 
-    def json_matcher(self, schema: dict[str, Any]) -> JsonMatcher:
-        """For answers that are JSON of a schema. Raises as `JsonGrammars.matcher`."""
-        return self._grammars.matcher(schema)
+    def tokens_of(self, text: str) -> list[int]:
+        """The tokens of a text, without those that begin or end it; special ones are read."""
+        if self._tokenizer is None:
+            return self._model.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        (encoded,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        return encoded.ids
+
+    def prompt_text(self, conversation: Conversation) -> str:
+        """The prompt of a conversation without images, as text. Raises DataError."""
+        return self._cutting.render.prompt(conversation).text
+
+    def json_matcher(
+        self, schema: dict[str, Any] | None, calls: Mapping[str, dict[str, Any]]
+    ) -> JsonMatcher:
+        """For answers that are JSON or calls. Raises as `JsonGrammars.matcher`."""
+        return self._grammars.matcher(schema, calls)
 
     def embed(self, items: list[WorkItem]) -> list[Embedding]:
         """Embed conversations.

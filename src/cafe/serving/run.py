@@ -57,6 +57,7 @@ class ServerSettings:
                           request at most an eighth of it counts
     allow_remote_images   fetch images from public URLs
     page                  serve the web page
+    access_log            log one line of JSON for each request, without its contents
     limits                of requests
     """
 
@@ -69,6 +70,7 @@ class ServerSettings:
     max_queue: int = 256
     allow_remote_images: bool = False
     page: bool = False
+    access_log: bool = False
     limits: Limits = field(default_factory=Limits)
 
 
@@ -113,6 +115,7 @@ class Server:
             api_key=settings.api_key,
             hosts=loopback_hosts(settings.host) if settings.api_key is None else None,
             page=settings.page,
+            access_log=settings.access_log,
             root=root,
         )
         self._drain_seconds = limits.request_seconds
@@ -195,6 +198,7 @@ def serve(
     max_queue: int = 256,
     allow_remote_images: bool = False,
     ui: bool = False,
+    access_log: bool = False,
     limits: Limits | None = None,
     report: Callable[[str], None] = log.info,
 ) -> None:
@@ -214,6 +218,8 @@ def serve(
             request at most an eighth of it counts.
         allow_remote_images: Whether to fetch images from public URLs.
         ui: Whether to serve the web page too, at `/ui`.
+        access_log: Whether to log one line of JSON for each request, without its contents, on the
+            logger `cafe.serving.access`.
         limits: Limits of requests; None: the defaults.
         report: Receives one line when loading starts, and one with the address when the model is
             loaded.
@@ -235,6 +241,7 @@ def serve(
         max_queue=max_queue,
         allow_remote_images=allow_remote_images,
         page=ui,
+        access_log=access_log,
         limits=limits or Limits(),
     )
     root = None if search is None else search.root

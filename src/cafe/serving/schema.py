@@ -18,6 +18,7 @@ MAX_TOP = 1000
 MAX_FIELDS = 100
 MAX_CHOICES = 16
 MAX_BIASES = 1024
+MAX_TOOLS = 128
 
 T = TypeVar("T")
 # Validation stops at the first error: a list of a million wrong items must not become a million
@@ -185,6 +186,33 @@ class ResponseFormat(Request):
         return self
 
 
+FunctionName = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+
+
+class OfferedFunction(Request):
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class OfferedTool(Request):
+    type: Literal["function"]
+    function: OfferedFunction
+
+
+class NamedFunction(Request):
+    name: Text
+
+
+class NamedTool(Request):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatRequest(Request):
     """A chat; temperature 0, the default, is greedy, as in `CAFe.generate`.
 
@@ -195,11 +223,10 @@ class ChatRequest(Request):
     logprobs            also return log-probabilities, of the model's own distribution: before
                         temperature, penalties and biases
     top_k               sample from this many tokens only; 0 or -1: from all
+    parallel_tool_calls  false: the first call of an answer counts
     """
 
     unsupported: ClassVar[Neutral] = TEMPLATE | {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "structured_outputs": ({},),
@@ -251,6 +278,9 @@ class ChatRequest(Request):
     logprobs: bool = False
     response_format: ResponseFormat | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[OfferedTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

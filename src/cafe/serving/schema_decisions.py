@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cafe.serving.schema import ImagePart, ImageURL, Many, Neutral, Request, Text, TextPart
 
@@ -106,4 +106,48 @@ class DecisionRequest(Request):
     input: Text | Many[DecisionMessage]
     questions: Annotated[
         list[Question], Field(min_length=1, max_length=MAX_QUESTIONS, fail_fast=True)
+    ]
+
+
+Described = Text | dict[str, Any] | list[Any]
+"""A text, or JSON that is shown to the model as such."""
+
+
+class SystemOneQuestion(Request):
+    """A question of `/v1/systemone`.
+
+    criteria   of a noul (yes or no): what "true" and "false" mean; of a choice: its options, with
+               what each means or null; of a score: its levels, the lowest first
+    """
+
+    type: Literal["noul", "choice", "score"]
+    instructions: Described | None = None
+    criteria: dict[Text, Described | None] | list[Described] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        expected = list if self.type == "score" else dict
+        found = self.criteria if self.criteria is not None or self.type != "noul" else {}
+        if not isinstance(found, expected):
+            what = "a list of levels" if self.type == "score" else "an object of options"
+            raise ValueError(f"the criteria of a {self.type} are {what}")
+        if self.type == "noul" and not set(found) <= {"true", "false"}:
+            raise ValueError("the criteria of a noul are those of true and of false")
+        if self.type != "noul" and not 2 <= len(found) <= MAX_OPTIONS:
+            raise ValueError(f"a {self.type} has 2 to {MAX_OPTIONS} criteria")
+        return self
+
+
+class SystemOneRequest(Request):
+    """Named questions about a state, which is a text or JSON."""
+
+    unsupported: ClassVar[Neutral] = {
+        **dict.fromkeys(("images", "audio", "videos"), ([],)),
+        "assets": ({},),
+    }
+
+    model: Text | None = None
+    state: Described
+    questions: Annotated[
+        dict[NonEmptyText, SystemOneQuestion], Field(min_length=1, max_length=MAX_QUESTIONS)
     ]

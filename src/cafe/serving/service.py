@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from pydantic import BaseModel
 from starlette.requests import Request
 
-from cafe.errors import DataError
 from cafe.serving.content import Reader
 from cafe.serving.engine import Call, Engine
 from cafe.serving.errors import ApiError
@@ -32,7 +29,8 @@ from cafe.serving.messages import (
     WorkItem,
 )
 from cafe.serving.metrics import Metrics
-from cafe.serving.middleware import CLEANUP
+from cafe.serving.middleware import CLEANUP, DEADLINE
+from cafe.serving.streams import AnswerStream, as_api_errors
 from cafe.types import Conversation, Hit, Message
 
 log = logging.getLogger(__name__)
@@ -44,7 +42,11 @@ class SearchFunction(Protocol):
     think      the most tokens of the thoughts after which its images were read, and query images
                are to be read; 0: none
     has_words  whether it can also order by words
+    by_tokens  whether it is searched by vectors of tokens
     """
+
+    @property
+    def by_tokens(self) -> bool: ...
 
     @property
     def think(self) -> int: ...
@@ -55,7 +57,9 @@ class SearchFunction(Protocol):
     def __call__(
         self, vector: np.ndarray, top: int, where: str | None, words: str | None, /
     ) -> Sequence[Hit]:
-        """Unit vector [d], number of hits, SQL or None, words or None -> hits, best first.
+        """A query, number of hits, SQL or None, words or None -> hits, best first.
+
+        The query is a unit vector [d], or unit vectors [n, dim] where it is searched `by_tokens`.
 
         Raises:
             ApiError: bad SQL, or words where there are no texts.
@@ -170,6 +174,15 @@ class Service:
         with as_api_errors():
             return await asyncio.wrap_future(call.future)
 
+    async def counted(
+        self, request: Request, kind: RequestKind, items: list[WorkItem]
+    ) -> tuple[list[Any], int]:
+        """As `results`, and the number of tokens read for them, which the metrics count."""
+        found = await self.results(request, kind, items)
+        tokens = sum(one.tokens for one in found)
+        self.metrics.tokens(tokens)
+        return found, tokens
+
     async def embed(
         self,
         request: Request,
@@ -213,9 +226,8 @@ class Service:
         mixed_in = written if caption else nothing
         asked = inputs_and_captions(conversations, mixed_in)
         items = [WorkItem(one, number, truncate) for number, one in enumerate(asked)]
-        results: list[Embedding] = await self.results(request, "embed", items)
-        embed_tokens = sum(one.tokens for one in results)
-        self.metrics.tokens(embed_tokens)
+        results: list[Embedding]
+        results, embed_tokens = await self.counted(request, "embed", items)
         vectors = torch.from_numpy(np.stack([one.vector for one in results]))
         vectors = mixed(vectors, mixed_in, CAPTION_WEIGHT)
         return Embedded(vectors.numpy(), written, tokens + embed_tokens)
@@ -242,9 +254,7 @@ class Service:
                 "input",
             )
         items = [WorkItem(one, number) for number, one in enumerate(conversations)]
-        vectors: list[TokenEmbeddings] = await self.results(request, "tokens", items)
-        self.metrics.tokens(sum(one.tokens for one in vectors))
-        return vectors
+        return (await self.counted(request, "tokens", items))[0]
 
     def _check_think(self, caption: bool, think: int) -> None:
         """Raises ApiError (400) for a number of tokens that cannot be."""
@@ -319,29 +329,16 @@ class Service:
                 )
         return checked
 
-    async def stream(
-        self, request: Request, item: WorkItem
-    ) -> tuple[Call, asyncio.Queue[str | None]]:
-        """Queue a prompt whose answer is streamed.
-
-        Returns:
-            The call, and a queue that receives the pieces of the answer, then None. After None the
-            call's future holds the whole answer, or the error.
+    async def stream(self, request: Request, items: Sequence[WorkItem]) -> AnswerStream:
+        """Queue prompts whose answers are streamed.
 
         Raises:
-            ApiError: The queue is full, the engine cannot answer, or the prompt is too long.
+            ApiError: The queue is full, the engine cannot answer, or a prompt is too long.
         """
-        (item,) = await self._checked_lengths([item])
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
-
-        def post(piece: str | None) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        call = Call("generate", [item], on_piece=post)
-        call.future.add_done_callback(lambda _: post(None))
-        self.submit(request, call)
-        return call, pieces
+        stream = AnswerStream(request.scope[DEADLINE])
+        for number, item in enumerate(await self._checked_lengths(items)):
+            self.submit(request, stream.call(number, item))
+        return stream
 
     async def run_in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function on a thread, so that it does not block the event loop."""
@@ -360,14 +357,3 @@ def _first_characters(conversation: Conversation, count: int) -> Conversation:
             parts.append(part)
         messages.append(replace(message, content=tuple(parts)))
     return tuple(messages)
-
-
-@contextmanager
-def as_api_errors() -> Iterator[None]:
-    """Turn errors that the request caused into an ApiError (400)."""
-    try:
-        yield
-    except DataError as error:
-        raise ApiError.invalid(str(error)) from error
-    except TemplateError as error:
-        raise ApiError.invalid(f"the model's chat template rejects this: {error}") from error

@@ -6,7 +6,6 @@ whose message may be shown.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import time
 from collections.abc import AsyncGenerator, Iterator
@@ -17,10 +16,10 @@ from starlette.requests import Request
 
 from cafe.serving.errors import ApiError
 from cafe.serving.messages import Completion, Prompt, WorkItem
-from cafe.serving.middleware import CLEANUP
+from cafe.serving.middleware import CLEANUP, DEADLINE
 from cafe.serving.routes.search import hits_of
 from cafe.serving.schema import Content
-from cafe.serving.service import Service, as_api_errors
+from cafe.serving.service import Service
 from cafe.types import Hit
 
 
@@ -44,26 +43,22 @@ async def stream_answer(service: Service, question: str, image: str | None) -> A
     if not question.strip():
         raise ApiError.invalid("Type a question.")
     begin = time.monotonic()
-    deadline = begin + service.limits.request_seconds
-    with _turn() as request:
+    with _turn(begin + service.limits.request_seconds) as request:
         content = _content(question.strip(), image)
         conversation = await service.reader(request).content(content, "question")
         limits = service.limits
         length = min(limits.default_new_tokens, limits.new_tokens)
-        call, pieces = await service.stream(
-            request, WorkItem(Prompt(conversation, length, stream=True))
-        )
+        prompt = Prompt(conversation, length, stream=True)
         text = ""
-        while (piece := await next_piece(deadline, pieces)) is not None:
+        async for _, piece in await service.stream(request, [WorkItem(prompt)]):
             if not text:
                 service.metrics.first_token(time.monotonic() - begin)
-            text += piece
-            yield text
-        with as_api_errors():
-            (answer,) = call.future.result()
-        assert isinstance(answer, Completion)
-        service.metrics.tokens(answer.prompt_tokens, answer.new_tokens)
-        yield answer.text
+            if isinstance(piece, Completion):
+                service.metrics.tokens(piece.prompt_tokens, piece.new_tokens)
+                yield piece.text
+            else:
+                text += piece
+                yield text
 
 
 async def check_image(service: Service, image: str | None) -> None:
@@ -74,14 +69,16 @@ async def check_image(service: Service, image: str | None) -> None:
 
 
 @contextmanager
-def _turn() -> Iterator[Request]:
+def _turn(deadline: float | None = None) -> Iterator[Request]:
     """A request for one turn of a visitor; what it reserves is released at its end.
+
+    `deadline` is by the monotonic clock, which is the event loop's.
 
     Gradio handles an event after the HTTP request that sent it has ended, so that request cannot
     be used.
     """
     with ExitStack() as cleanup:
-        yield Request({"type": "http", "headers": [], CLEANUP: cleanup})
+        yield Request({"type": "http", "headers": [], CLEANUP: cleanup, DEADLINE: deadline})
 
 
 def _content(text: str | None, image: str | None) -> Content:
@@ -93,16 +90,3 @@ def _content(text: str | None, image: str | None) -> Content:
     except OSError:  # the oldest uploads are deleted to make room for new ones
         raise ApiError.invalid("The image is no longer available. Please add it again.") from None
     return Content(text=text, image=f"data:image/any;base64,{encoded}")
-
-
-async def next_piece(deadline: float, pieces: asyncio.Queue[str | None]) -> str | None:
-    """The next piece of an answer, None at its end. `deadline`: by the monotonic clock."""
-    try:
-        # Not wait_for: in Python 3.11 it loses a cancellation that arrives together with a piece,
-        # and the answer that the visitor has stopped is generated to its end.
-        async with asyncio.timeout(deadline - time.monotonic()):
-            return await pieces.get()
-    except TimeoutError:
-        raise ApiError(
-            504, "the answer was not finished within the time limit", code="timeout"
-        ) from None

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
-from cafe.errors import first_line
-from cafe.serving.engine import Call
+from cafe.serving.answering import (
+    ToolChoices,
+    answer_matcher,
+    described_call,
+    new_tokens,
+    usage_of,
+)
 from cafe.serving.errors import ApiError, json_response
 from cafe.serving.messages import Completion, EngineModel, Prompt, TokenLogProb, WorkItem
-from cafe.serving.middleware import DEADLINE
 from cafe.serving.schema import ChatRequest
-from cafe.serving.service import Service, as_api_errors
-from cafe.types import Conversation
-
-if TYPE_CHECKING:  # it imports torch
-    from cafe.serving.constrained import JsonMatcher
+from cafe.serving.service import Service
+from cafe.serving.streams import AnswerStream, data_event, event_stream
+from cafe.serving.tools import CallReader, read_calls
+from cafe.types import Conversation, ToolCall
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -40,27 +41,32 @@ def chat_routes(service: Service) -> APIRouter:
         begin = time.monotonic()
         service.accept(request, body)
         model = service.engine.model
-        if body.stream and body.n > 1:
-            raise ApiError.invalid("n: only one answer can be streamed", "n")
-        conversation = await service.reader(request).messages(body.messages)
-        matcher = await _matcher(service, body)
+        tools = ToolChoices(service, body.tools, body.tool_choice)
+        conversation = tools.told(await service.reader(request).messages(body.messages))
+        matcher = await answer_matcher(service, body.response_format, tools)
         prompts = [_prompt(body, conversation, service, i) for i in range(body.n)]
         items = [WorkItem(replace(prompt, matcher=matcher)) for prompt in prompts]
         if body.stream:
-            return await _stream(service, request, body, items[0])
+            return await _stream(service, request, body, items, bool(tools.offered))
         answers: list[Completion] = await service.results(request, "generate", items)
         service.metrics.first_token(time.monotonic() - begin)
-        usage = _usage(answers)
+        usage = usage_of(answers)
         service.metrics.tokens(usage["prompt_tokens"], usage["completion_tokens"])
-        choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": await service.run_in_thread(_logprobs, model, answer),
-                "finish_reason": answer.finish_reason,
-            }
-            for i, answer in enumerate(answers)
-        ]
+        choices: list[dict[str, Any]] = []
+        for i, answer in enumerate(answers):
+            text, calls = read_calls(answer.text) if tools.offered else (answer.text, [])
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if calls := calls if body.parallel_tool_calls else calls[:1]:
+                message["content"] = text or None
+                message["tool_calls"] = [described_call(call) for call in calls]
+            choices.append(
+                {
+                    "index": i,
+                    "message": message,
+                    "logprobs": await service.run_in_thread(_logprobs, model, answer),
+                    "finish_reason": _reason(answer, bool(calls)),
+                }
+            )
         return json_response(
             _head(service, "chat.completion") | {"choices": choices, "usage": usage}
         )
@@ -70,16 +76,10 @@ def chat_routes(service: Service) -> APIRouter:
 
 def _prompt(body: ChatRequest, conversation: Conversation, service: Service, number: int) -> Prompt:
     """What the engine answers; `number` is that of the answer."""
-    limits = service.limits
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    if max_tokens is not None and max_tokens > limits.new_tokens:
-        raise ApiError.invalid(
-            f"max_tokens: at most {limits.new_tokens:,} are allowed", "max_tokens"
-        )
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return Prompt(
         conversation,
-        max_new_tokens=max_tokens or min(limits.default_new_tokens, limits.new_tokens),
+        max_new_tokens=new_tokens(service, body.max_completion_tokens or body.max_tokens),
         temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=None if body.seed is None else _seed(body.seed + number),
@@ -91,23 +91,6 @@ def _prompt(body: ChatRequest, conversation: Conversation, service: Service, num
         bias=_biases(body, service.engine.model.vocabulary),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-
-
-async def _matcher(service: Service, body: ChatRequest) -> JsonMatcher | None:
-    """What keeps an answer to its format. Raises ApiError (400) for a schema that cannot be."""
-    asked = body.response_format
-    if asked is None or asked.type == "text":
-        return None
-    schema: dict[str, Any] = {"type": "object"}
-    if asked.type == "json_schema" and asked.json_schema is not None:
-        schema = asked.json_schema.json_schema or schema
-    try:
-        return await service.run_in_thread(service.engine.model.json_matcher, schema)
-    except ImportError:
-        reason = "this server lacks llguidance; install it with pip install 'cafe-vlm[serve]'"
-    except ValueError as error:
-        reason = first_line(error)
-    raise ApiError.invalid(f"response_format: {reason}", "response_format")
 
 
 def _seed(value: int) -> int:
@@ -128,71 +111,61 @@ def _biases(body: ChatRequest, vocabulary: int) -> dict[int, float]:
 
 
 async def _stream(
-    service: Service, request: Request, body: ChatRequest, item: WorkItem
+    service: Service, request: Request, body: ChatRequest, items: list[WorkItem], calls: bool
 ) -> Response:
-    """Stream an answer; a failure before the first piece of text is an ordinary error response."""
+    """Stream answers; a failure before the first piece of text is an ordinary error response."""
     begin = time.monotonic()
-    call, pieces = await service.stream(request, item)
-    first = await pieces.get()
-    if first is None:
-        with as_api_errors():
-            call.future.result()
+    stream = await service.stream(request, items)
+    await stream.begin()
     service.metrics.first_token(time.monotonic() - begin)
-    usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _events(service, call, pieces, first, usage, request.scope[DEADLINE])
-    return StreamingResponse(
-        events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-    )
+    return event_stream(_events(service, body, stream, calls))
 
 
 async def _events(
-    service: Service,
-    call: Call,
-    pieces: asyncio.Queue[str | None],
-    piece: str | None,
-    usage: bool,
-    deadline: float,
+    service: Service, body: ChatRequest, stream: AnswerStream, calls: bool
 ) -> AsyncIterator[str]:
+    """Server-sent events; with `calls`, calls of tools are read, and sent each as a whole."""
     head = _head(service, "chat.completion.chunk")
+    usage = body.stream_options is not None and body.stream_options.include_usage
     no_usage = {"usage": None} if usage else {}
 
-    def chunk(
-        delta: dict[str, Any],
-        finish_reason: str | None = None,
-        logprobs: dict[str, Any] | None = None,
-    ) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return _event(head | {"choices": [choice]} | no_usage)
+    def chunk(number: int, delta: dict[str, Any], **end: Any) -> str:
+        choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
+        return data_event(head | {"choices": [choice | end]} | no_usage)
 
-    yield chunk({"role": "assistant", "content": ""})
-    try:
-        while piece is not None:
-            yield chunk({"content": piece})
-            async with asyncio.timeout_at(deadline):
-                piece = await pieces.get()
-        with as_api_errors():
-            (answer,) = call.future.result()
-    except TimeoutError:
-        yield _event(
-            ApiError(504, "the answer was not finished within the time limit", code="timeout").body
-        )
-        return
-    except ApiError as error:
-        yield _event(error.body)
-        return
-    except Exception:
-        yield _event(ApiError(500, "internal error").body)
-        raise
-    service.metrics.tokens(answer.prompt_tokens, answer.new_tokens)
-    logprobs = await service.run_in_thread(_logprobs, service.engine.model, answer)
-    yield chunk({}, answer.finish_reason, logprobs)
+    for number in range(body.n):
+        yield chunk(number, {"role": "assistant", "content": ""})
+    readers = [CallReader() for _ in range(body.n)]
+    counts = [0] * body.n
+    answers: list[Completion] = []
+    async for number, piece in stream:
+        found: list[str | ToolCall] = [] if isinstance(piece, Completion) else [piece]
+        if calls:
+            reader = readers[number]
+            ended = isinstance(piece, Completion)
+            found = [reader.end()] if ended else list(reader.feed(str(piece)))
+        for one in found:
+            if isinstance(one, str):
+                if one:
+                    yield chunk(number, {"content": one})
+            elif body.parallel_tool_calls or not counts[number]:
+                call = {"index": counts[number]} | described_call(one)
+                counts[number] += 1
+                yield chunk(number, {"tool_calls": [call]})
+        if isinstance(piece, Completion):
+            answers.append(piece)
+            logprobs = await service.run_in_thread(_logprobs, service.engine.model, piece)
+            reason = _reason(piece, bool(counts[number]))
+            yield chunk(number, {}, logprobs=logprobs, finish_reason=reason)
+    total = usage_of(answers)
+    service.metrics.tokens(total["prompt_tokens"], total["completion_tokens"])
     if usage:
-        yield _event(head | {"choices": [], "usage": _usage([answer])})
+        yield data_event(head | {"choices": [], "usage": total})
     yield "data: [DONE]\n\n"
 
 
-def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"
+def _reason(answer: Completion, called: bool) -> str:
+    return "tool_calls" if called and answer.finish_reason == "stop" else answer.finish_reason
 
 
 def _head(service: Service, kind: str) -> dict[str, Any]:
@@ -202,12 +175,6 @@ def _head(service: Service, kind: str) -> dict[str, Any]:
         "created": int(time.time()),
         "model": service.name,
     }
-
-
-def _usage(answers: Sequence[Completion]) -> dict[str, int]:
-    """Tokens of the answers to one prompt, which counts once."""
-    prompt, new = answers[0].prompt_tokens, sum(answer.new_tokens for answer in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
 def _logprobs(model: EngineModel, answer: Completion) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ from cafe.types import Conversation, Image, Message, Part
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class AskedQuestion:
     """A question as the model is asked it.
 
     options   texts that may be the answer; empty: yes or no
@@ -63,18 +63,11 @@ def decision_routes(service: Service) -> APIRouter:
         _ = service.engine.model  # refuses while the model loads
         reader = service.reader(request)
         state = await _state(reader, body)
-        asked = [await _asked(reader, q, f"questions.{i}") for i, q in enumerate(body.questions)]
-        _check_size(service, state, asked)
-        judged = [one for question in asked for one in question.conversations(state)]
-        items = [WorkItem(one, number) for number, one in enumerate(judged)]
-        scores: list[Score] = await service.results(request, "score", items)
-        tokens = sum(one.tokens for one in scores)
-        service.metrics.tokens(tokens)
-        values = iter([one.value for one in scores])
-        answers = [
-            _answer(one, np.array([next(values) for _ in range(len(one.options) or 1)]))
-            for one in asked
+        asked = [
+            await read_question(reader, q, f"questions.{i}") for i, q in enumerate(body.questions)
         ]
+        values, tokens = await scored(service, request, state, asked)
+        answers = [_answer(*one) for one in zip(asked, values, strict=True)]
         usage = {
             "input_tokens": tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
@@ -85,6 +78,26 @@ def decision_routes(service: Service) -> APIRouter:
         return json_response({"model": service.name, "answers": answers, "usage": usage})
 
     return router
+
+
+async def scored(
+    service: Service, request: Request, state: Conversation, asked: list[AskedQuestion]
+) -> tuple[list[np.ndarray], int]:
+    """What the model says of each question, and the number of tokens that were read.
+
+    The log-odds of yes, [1], or log P of each of the question's options, [options].
+
+    Raises:
+        ApiError: As in `Service.results`; or the questions are too many.
+    """
+    _check_size(service, state, asked)
+    judged = [one for question in asked for one in question.conversations(state)]
+    items = [WorkItem(one, number) for number, one in enumerate(judged)]
+    scores: list[Score]
+    scores, tokens = await service.counted(request, "score", items)
+    values = iter([one.value for one in scores])
+    counts = [len(one.options) or 1 for one in asked]
+    return [np.array([next(values) for _ in range(count)]) for count in counts], tokens
 
 
 async def _state(reader: Reader, body: DecisionRequest) -> Conversation:
@@ -99,12 +112,15 @@ async def _state(reader: Reader, body: DecisionRequest) -> Conversation:
     return tuple(messages)
 
 
-async def _asked(reader: Reader, question: Predicate | Choice | Rating, param: str) -> _Asked:
+async def read_question(
+    reader: Reader, question: Predicate | Choice | Rating, param: str
+) -> AskedQuestion:
+    """A question with its options. Raises ApiError (400) for two options of the same text."""
     content = as_chat_content(question.instructions)
     (read,) = await reader.parts(content, f"{param}.instructions")
     match question:
         case Predicate():
-            return _Asked(question, (*read.content, "\nIs this true? Answer yes or no."), ())
+            return AskedQuestion(question, (*read.content, "\nIs this true? Answer yes or no."), ())
         case Choice():
             texts = [_text(option.value) for option in question.choices]
             described = [option.description for option in question.choices]
@@ -116,14 +132,14 @@ async def _asked(reader: Reader, question: Predicate | Choice | Rating, param: s
     lines = [f"- {t}: {d}" if d else f"- {t}" for t, d in zip(texts, described, strict=True)]
     listed = "\nAnswer with one of these:\n" + "\n".join(lines)
     reader.text(listed, param)  # counts towards the limits
-    return _Asked(question, (*read.content, listed), tuple(texts))
+    return AskedQuestion(question, (*read.content, listed), tuple(texts))
 
 
 def _text(value: bool | str) -> str:
     return value if isinstance(value, str) else str(value).lower()
 
 
-def _check_size(service: Service, state: Conversation, asked: list[_Asked]) -> None:
+def _check_size(service: Service, state: Conversation, asked: list[AskedQuestion]) -> None:
     """Raises ApiError (400) for more than the limits allow: the input is read for each option."""
     limits = service.limits
     counts = [len(one.options) or 1 for one in asked]
@@ -147,7 +163,7 @@ def _images(parts: Any) -> int:
     return sum(isinstance(part, Image) for part in parts)
 
 
-def _answer(asked: _Asked, values: np.ndarray) -> dict[str, Any]:
+def _answer(asked: AskedQuestion, values: np.ndarray) -> dict[str, Any]:
     """One answer in OpenAI's shape; `values` are log-odds, or log P of each option."""
     # Late: the server listens before torch is imported.
     from cafe.model.rerank import probability_of_yes, softmax

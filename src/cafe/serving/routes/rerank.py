@@ -17,7 +17,8 @@ from cafe.serving.inputs import instructed, read_items
 from cafe.serving.messages import Embedding, Score, WorkItem
 from cafe.serving.schema import Content
 from cafe.serving.schema_vectors import RerankRequest, ScoreRequest
-from cafe.serving.service import Service, as_api_errors
+from cafe.serving.service import Service
+from cafe.serving.streams import as_api_errors
 from cafe.serving.vectors import unit_vectors
 from cafe.types import Conversation, Image
 
@@ -63,9 +64,8 @@ def rerank_routes(service: Service) -> APIRouter:
         """The probability of "yes" to the question about each pair, as `CAFe.score`."""
         service.accept(request, body)
         pairs = await _pairs(service, request, body)
-        scores: list[Score] = await service.results(request, "score", pairs)
-        tokens = sum(one.tokens for one in scores)
-        service.metrics.tokens(tokens)
+        scores: list[Score]
+        scores, tokens = await service.counted(request, "score", pairs)
         # Late: the server listens before torch is imported.
         from cafe.model.rerank import probability_of_yes
 
@@ -104,13 +104,11 @@ async def _ranked(service: Service, request: Request, body: RerankRequest) -> tu
     pairs = [WorkItem(one, number) for number, one in enumerate(questions)]
     asked = WorkItem(instructed(query, body.instruction))
     sides = [asked, *(WorkItem(one, number) for number, one in enumerate(documents))]
-    scores, embeddings = await asyncio.gather(
-        service.results(request, "score", pairs), service.results(request, "embed", sides)
+    (scores, judged), (embeddings, embedded) = await asyncio.gather(
+        service.counted(request, "score", pairs), service.counted(request, "embed", sides)
     )
-    tokens = sum(one.tokens for one in (*scores, *embeddings))
-    service.metrics.tokens(tokens)
     ranked = await service.run_in_thread(_rerank, embeddings, scores, temperature, body.rerank_by)
-    return ranked, tokens
+    return ranked, judged + embedded
 
 
 async def _pairs(service: Service, request: Request, body: ScoreRequest) -> list[WorkItem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from starlette.responses import Response
 
 from cafe.errors import DataError
 from cafe.index.full_text import NoTextsError
+from cafe.retrieval.multi_vector import searched_by_tokens
 from cafe.retrieval.search import Searcher
 from cafe.serving.errors import ApiError, json_response
 from cafe.serving.schema import Content, SearchRequest
@@ -23,8 +23,6 @@ from cafe.types import Hit
 if TYPE_CHECKING:
     from cafe.index import Index
 
-logger = logging.getLogger(__name__)
-
 
 class IndexSearch:
     """An index as a `cafe.serving.service.SearchFunction`.
@@ -34,18 +32,18 @@ class IndexSearch:
 
     def __init__(self, index: Index) -> None:
         self._searcher = Searcher(index)
+        self._model = index.model
         self._searcher.say_writer()
-        if index.model.pool is not None:
-            logger.warning(
-                "index %s: the server searches it by the embeddings; `cafe search` searches it by "
-                "the token vectors",
-                index.uri,
-            )
 
     @property
     def root(self) -> Path | None:
         """The folder that the paths of its images are relative to; None: there is none."""
         return self._searcher.root
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether it is searched by the vectors of tokens (MaxSim), as `cafe search` does."""
+        return searched_by_tokens(self._searcher.index, None)
 
     @property
     def think(self) -> int:
@@ -66,6 +64,8 @@ class IndexSearch:
     ) -> list[Hit]:
         """The nearest rows; with `words`, ordered by these as well.
 
+        `vector` is [d], or [tokens, dim] where it is searched `by_tokens`.
+
         Raises:
             ApiError: 400 for an invalid `where`, or words where the index has no texts.
             RuntimeError: The index is broken.
@@ -76,7 +76,12 @@ class IndexSearch:
             except DataError as error:
                 raise ApiError.invalid(str(error), "where") from error
         try:
-            found = self._searcher.search(vector, top, where, hybrid=words or False)
+            try:
+                found = self._searcher.search(vector, top, where, hybrid=words or False)
+            except DataError:
+                self._open_again()
+                found = self._searcher.search(vector, top, where, hybrid=words or False)
+            self._check_model()
             return [one.hit for one in found]
         except NoTextsError:
             raise ApiError.invalid(
@@ -84,6 +89,18 @@ class IndexSearch:
             ) from None
         except DataError as error:  # its message names the folder, which clients must not see
             raise RuntimeError("the index cannot be searched") from error
+
+    def _open_again(self) -> None:
+        """Open the index that stands there now; rows that are added are seen without that."""
+        self._searcher = Searcher(type(self._searcher.index).open(self._searcher.index.uri))
+
+    def _check_model(self) -> None:
+        """Raises ApiError (503) where the index has been made again with another model."""
+        if self._searcher.index.model != self._model:
+            raise ApiError.unavailable(
+                "the index was made again with another model, and the server needs a restart",
+                "index_replaced",
+            )
 
 
 def search_routes(service: Service, search: SearchFunction) -> APIRouter:
@@ -135,9 +152,18 @@ async def hits_of(
     if hybrid and not (query.text or "").strip():
         raise ApiError.invalid("hybrid needs words: give query", "hybrid")
     conversation = await service.reader(request).content(query, "query")
+    words = query.text if hybrid else None
+    if search.by_tokens:
+        if caption or think:
+            raise ApiError.invalid(
+                "this index is searched by the vectors of tokens, and a caption or a thought "
+                "changes an embedding only; leave it out",
+                "caption" if caption else "think",
+            )
+        (tokens,) = await service.token_vectors(request, [conversation])
+        return list(await service.run_in_thread(search, tokens.vectors, top, where, words))
     if think is None:
         think = 0 if caption else min(search.think, service.limits.new_tokens)
     embedded = await service.embed(request, [conversation], caption=caption, think=think)
     (vector,) = unit_vectors(embedded.vectors, embedded.vectors.shape[1])
-    words = query.text if hybrid else None
     return list(await service.run_in_thread(search, vector, top, where, words))
