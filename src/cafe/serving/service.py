@@ -44,6 +44,7 @@ class SearchFunction(Protocol):
     think      the most tokens of the thoughts after which its images were read, and query images
                are to be read; 0: none
     has_words  whether it can also order by words
+    holds      whether a path, as in hits' metadata, is that of a document with a page in the index
     """
 
     @property
@@ -51,6 +52,8 @@ class SearchFunction(Protocol):
 
     @property
     def has_words(self) -> bool: ...
+
+    def holds(self, path: str, /) -> bool: ...
 
     def __call__(
         self, vector: np.ndarray, top: int, where: str | None, words: str | None, /
