@@ -24,8 +24,30 @@ from cafe.metrics.interval import bootstrap_interval
 
 FILES = 10
 TOP = 5
-NAMES = "Velora Santik Morrow Pellan Dorvik Halsen Quimby Torrel Aldane Brisco".split()
-PARTS = "pump valve turbine lamp bridge clock gate furnace boiler antenna".split()
+NAMES = [
+    "Velora",
+    "Santik",
+    "Morrow",
+    "Pellan",
+    "Dorvik",
+    "Halsen",
+    "Quimby",
+    "Torrel",
+    "Aldane",
+    "Brisco",
+]
+PARTS = [
+    "pump",
+    "valve",
+    "turbine",
+    "lamp",
+    "bridge",
+    "clock",
+    "gate",
+    "furnace",
+    "boiler",
+    "antenna",
+]
 SHARED = (
     "This report was written for the yearly meeting of the water board.",
     "All measures are given in metres, and all years are those of the calendar.",

@@ -57,6 +57,8 @@ SURFACE = {
         "--think",
         "--multi-vector",
         "--pool",
+        "--page-pixels",
+        "--max-pages",
         "--batch-size",
     ],
     "search": [

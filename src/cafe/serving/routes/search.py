@@ -68,7 +68,7 @@ class IndexSearch:
         if PAGE not in index.columns:
             return False
         quoted = path.replace("'", "''")
-        return index.count(f"path = '{quoted}' AND {PAGE} IS NOT NULL") > 0
+        return index.count(f"path = '{quoted}' AND {PAGE} >= 1") > 0
 
     def __call__(
         self, vector: np.ndarray, top: int, where: str | None, words: str | None
