@@ -74,7 +74,7 @@ def test_a_document_that_cannot_be_read_says_why(tmp_path: Path):
     for content in (b"", b"no PDF", b"%PDF-1.7\n", made.one_page()[:200]):
         with pytest.raises(DataError, match="is not a PDF that can be read"):
             open_document(written(tmp_path / "broken.pdf", content))
-    with pytest.raises(DataError, match=r"has no pages|is not a PDF"):
+    with pytest.raises(DataError, match="has no pages"):
         open_document(written(tmp_path / "empty.pdf", made.without_pages()))
     with pytest.raises(DataError, match="cannot be read"):
         open_document(tmp_path / "gone.pdf")

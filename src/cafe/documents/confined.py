@@ -128,9 +128,9 @@ class _Reader:
         except self._pdfium.PdfiumError as error:
             if error.err_code in (raw.FPDF_ERR_PASSWORD, raw.FPDF_ERR_SECURITY):
                 raise _Refused("is encrypted; save it without its password") from error
-            if error.err_code == raw.FPDF_ERR_SUCCESS:
-                raise _Refused("has no pages") from error
-            raise _Refused(f"is not a PDF that can be read ({_first_line(error)})") from error
+            # PDFium calls a document without pages broken, too.
+            why = f"is not a PDF that can be read, or has no pages ({_first_line(error)})"
+            raise _Refused(why) from error
 
     def _page(self, document: Any, number: int) -> Any:
         if not 1 <= number <= len(document):
