@@ -35,6 +35,19 @@ class StoredImage(ABC):
     def read(self) -> bytes:
         """The encoded image. Raises ImageError when it no longer exists."""
 
+    @property
+    def fingerprint(self) -> bytes | None:
+        """What tells its content apart from others' without reading it; None: only reading does."""
+        return None
+
+    def text(self) -> str | None:
+        """The text that the container stores for the image, as a PDF does for a page; None: none.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        return None
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:

@@ -58,6 +58,8 @@ SURFACE = {
         "--think",
         "--multi-vector",
         "--pool",
+        "--page-pixels",
+        "--max-pages",
         "--batch-size",
     ],
     "search": [

@@ -23,6 +23,7 @@ from cafe.serving.model_calls import CafeCalls
 from cafe.serving.routes.search import IndexSearch
 from cafe.serving.run import Server, ServerSettings
 from cafe.types import Image
+from helpers.documents import write_pdf
 from helpers.fakes import Fake, request, started, wait_until
 
 api = pytest.importorskip("playwright.sync_api", reason="pip install 'cafe-vlm[dev]'")
@@ -192,6 +193,46 @@ def test_a_box_adds_the_order_by_words_where_there_are_captions(
         server.stop()
     assert names == [Path(hit.id).name for hit in want]
     assert names[0] == Path(first.id).name
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_page_of_a_document_is_shown_and_opened(
+    browser: Any, small_dir: Path, small_model: Any, tmp_path: Path, width: int
+):
+    """The link leads to the PDF at the page; no other file of the folder is sent."""
+    pytest.importorskip("pypdfium2", reason="pip install 'cafe-vlm[documents]'")
+    folder, uri = tmp_path / "files", tmp_path / "index"
+    pdf = write_pdf(folder / "deep" / "a report.pdf", ["Maps of the valley", "The clock tower"])
+    write_pdf(folder / ".hidden.pdf", ["Not in the index"])
+    build_index(small_dir, folder, uri, page_pixels=200_000)
+    search_of = IndexSearch(Index.open(uri))
+    settings = ServerSettings(name="small", port=0, page=True, limits=LIMITS)
+    server = Server(lambda: CafeCalls(small_model), settings, search_of, search_of.root)
+    server.start()
+    try:
+        wait_until(lambda: server.engine.loaded)
+        with opened(browser, server, width) as page:
+            page.locator("#hybrid input").check()
+            page.fill("#words input", "clock tower")
+            page.click("#search")
+            first = page.locator("#gallery .caption-label").first
+            first.wait_for()
+            assert first.inner_text().split("\n")[1:] == ["a report.pdf", "page 2"]
+            page.locator("#gallery button.thumbnail-item").first.click()
+            asked(page)
+            link = page.get_by_role("link", name="Open deep/a report.pdf, page 2")
+            link.wait_for()
+            assert link.get_attribute("href") == "document/deep/a%20report.pdf#page=2"
+            assert overflow(page) == 0
+            page.screenshot(path=tmp_path / "page.png", full_page=True)
+            reply = page.context.request.get(f"{server.url}/ui/document/deep/a%20report.pdf")
+            assert reply.body() == pdf.read_bytes()
+            assert reply.headers["content-type"] == "application/pdf"
+            for other in (".hidden.pdf", "deep/../.hidden.pdf", "x' OR 'a'='a", "%2e%2e/index"):
+                status, body, _ = request(server, f"/ui/document/{other.replace(' ', '%20')}")
+                assert status == 404, (other, body)
+    finally:
+        server.stop()
 
 
 def test_an_image_finds_itself(page: Any, scenes: Path):

@@ -25,7 +25,7 @@ def command(
         str,
         typer.Argument(
             metavar="FOLDER_OR_DATA",
-            help="A folder of images, a data file of images with captions, or a .jsonl of "
+            help="A folder of images and PDFs, a data file of images with captions, or a .jsonl of "
             '{"text": ...}.',
         ),
     ],
@@ -43,6 +43,13 @@ def command(
         float | None,
         typer.Option(min=1, metavar="N", help="With --multi-vector: one vector for N tokens."),
     ] = None,
+    page_pixels: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Size of a PDF page's image (1,000,000 pixels)."),
+    ] = None,
+    max_pages: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Documents with more pages are skipped.")
+    ] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs embedded, then written.")] = 64,
 ) -> None:
     """Make or update an index for cafe search.
@@ -61,6 +68,8 @@ def command(
             caption=caption or None,  # an index that has captions keeps them
             think=think,
             multi_vector=_vectors_for(multi_vector, pool),
+            page_pixels=page_pixels,
+            max_pages=max_pages,
             batch_size=batch_size,
             on_skipped=on_skipped,
             show_progress_bar=True,

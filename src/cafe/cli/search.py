@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cafe.cli.arguments import CaptionOption, ThinkOption
-from cafe.errors import printable
+from cafe.errors import printable, shortened
 
 if TYPE_CHECKING:
     from cafe.retrieval.search import RankedHit, SearchAnswer
     from cafe.types import Image
+
+_PAGE_CHARACTERS = 200
+"""Of a page's text in the table; --json gives all of it."""
 
 _JUDGED = ("match", "log_likelihood", "posterior")
 
@@ -126,20 +129,31 @@ def _as_json(hits: list[RankedHit], said: SearchAnswer | None) -> dict[str, Any]
             "score": hit.score,
             **{name: value for name in _JUDGED if (value := getattr(hit, name)) is not None},
             "file": hit.file,
+            "location": hit.location,
             **hit.hit.metadata,
         }
         for hit in hits
     ]
     if said is None:
         return {"hits": records}
-    sources = [{"number": n, "id": hits[n - 1].id, "file": hits[n - 1].file} for n in said.sources]
+    sources = [
+        {
+            "number": n,
+            "id": (hit := hits[n - 1]).id,
+            "file": hit.file,
+            "page": hit.page,
+            "location": hit.location,
+        }
+        for n in said.sources
+    ]
     answer = {"text": said.text, "sources": sources, "note": said.note}
     return {"hits": records, "answer": answer}
 
 
 def _text(metadata: Mapping[str, Any]) -> str:
     """A hit's own text; without one, what a model wrote of its image, by which --hybrid orders."""
-    return str(metadata.get("text") or metadata.get("generated_caption") or "")
+    text = str(metadata.get("text") or metadata.get("generated_caption") or "")
+    return text if metadata.get("page") is None else shortened(text, _PAGE_CHARACTERS)
 
 
 def _show(hits: list[RankedHit], said: SearchAnswer | None) -> None:
@@ -157,7 +171,7 @@ def _show(hits: list[RankedHit], said: SearchAnswer | None) -> None:
     for name in judged:
         table.add_column(name.replace("_", " "), justify="right")
     table.add_column("found", overflow="fold")
-    names = [printable(hit.file or hit.id, sys.stdout) for hit in hits]
+    names = [printable(hit.location if hit.file else hit.id, sys.stdout) for hit in hits]
     texts = [printable(_text(hit.hit.metadata).replace("\n", " / "), sys.stdout) for hit in hits]
     if any(texts):
         table.add_column("text", overflow="ellipsis", no_wrap=True)

@@ -3,7 +3,7 @@
 id       string   path inside the folder, or the id of the record
 kind     string   image, text, or both
 path     string   of the image file, relative to the folder that the index is of
-text     string   the text itself, or an image's caption
+text     string   the text itself, an image's caption, or what a document stores for its page
 hash     string   blake2b of the file's bytes (of a text: of its UTF-8)
 record   string   blake2b of everything else: text, path, other columns
 width    int32    of the image, in pixels, after its EXIF rotation
@@ -12,6 +12,7 @@ vector   float32 [dimension], of length one
 tokens   list<float32 [dim]>  vectors of its tokens; only in an index made with them
 generated_caption  string  what a model wrote of the image, as a caption or a thought; only in an
          index made with them
+page     int64    number of a document's page, from 1; only in an index with documents
 …        the other columns of the data: bool, int64, double or string
 """
 
@@ -21,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -97,11 +98,24 @@ class Origin:
     source   the folder or file, absolute, or the name of a data set
     root     where the rows' paths start; None: they have none
     made_by  which verb fills it: an index that `cafe embed` wrote is not kept equal to a folder
+    page_pixels  size of the images of documents' pages, at most; None: it has no pages
     """
 
     source: str
     root: str | None = None
     made_by: Literal["index", "embed"] = "index"
+    page_pixels: int | None = None
+
+    def to_json(self) -> str:
+        """What earlier versions wrote, and the size of pages where there are pages."""
+        facts = asdict(self)
+        if self.page_pixels is None:
+            del facts["page_pixels"]
+        return json.dumps(facts)
+
+    @classmethod
+    def from_json(cls, text: str) -> Origin:
+        return cls(**json.loads(text))
 
 
 def schema_of(

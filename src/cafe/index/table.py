@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -130,7 +128,7 @@ class Index:
         """
         name = str(uri)
         database = connect(name)
-        notes = {} if origin is None else {_ORIGIN: json.dumps(asdict(origin))}
+        notes = {} if origin is None else {_ORIGIN: origin.to_json()}
         schema = schema_of(model, columns or {}, notes)
         with lance_errors(name):
             return cls(name, database.create_table(TABLE, schema=schema), encode)
@@ -156,10 +154,10 @@ class Index:
     @property
     def origin(self) -> Origin | None:
         text = self._note(_ORIGIN)
-        return None if text is None else Origin(**json.loads(text))
+        return None if text is None else Origin.from_json(text)
 
     def set_origin(self, origin: Origin) -> None:
-        self._set_note(_ORIGIN, json.dumps(asdict(origin)))
+        self._set_note(_ORIGIN, origin.to_json())
 
     @property
     def approximate(self) -> Approximate | None:

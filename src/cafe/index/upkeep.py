@@ -220,6 +220,7 @@ class _Run:
             row = _row(item, digest)
             if self._known.get(item.id) == RowState(row.kind, row.hash, row.record):
                 return _Loaded(item, row, same=True)
+            row = _with_own_text(item, row)
             duplicate_of = self._by_content.get((row.kind, row.hash))
             if duplicate_of is not None:
                 return _Loaded(item, row, duplicate_of=duplicate_of)
@@ -296,7 +297,7 @@ class _Run:
         try:
             content = _content(item)
             digest = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
-            return _decoded(item, _row(item, digest), content)
+            return _decoded(item, _with_own_text(item, _row(item, digest)), content)
         except DataError as error:
             self._report.skipped.append(_skipped(item, error))
             return None
@@ -325,13 +326,14 @@ def _check_texts(item: IndexItem) -> None:
 
 
 def _content(item: IndexItem) -> bytes:
+    """What a row's hash is of: the file's bytes, the text, or what is known without reading."""
     if item.source is None:
         return (item.text or "").encode()
     match item.source.source:
         case bytes() as content:
             return content
         case StoredImage() as stored:
-            return stored.read()
+            return stored.fingerprint or stored.read()
         case str() | Path() as path:
             try:
                 return Path(path).read_bytes()
@@ -347,10 +349,24 @@ def _row(item: IndexItem, digest: str) -> IndexRow:
     return IndexRow(item.id, item.kind, item.path, item.text, digest, record, extra=item.extra)
 
 
+def _with_own_text(item: IndexItem, row: IndexRow) -> IndexRow:
+    """The row with the text that the container stores for the image, if nothing else is said of it.
+
+    It is read late, and is no part of `record`: it changes only with the image's content.
+    """
+    source = None if item.source is None else item.source.source
+    if item.text is not None or not isinstance(source, StoredImage):
+        return row
+    text = source.text()
+    return row if text is None else replace(row, text=text)
+
+
 def _decoded(item: IndexItem, row: IndexRow, content: bytes) -> _Loaded:
     if item.source is None:
         return _Loaded(item, row, item.text)
-    image = open_image(Image(content, item.source.pixel_budget))
+    source = item.source.source
+    late = isinstance(source, StoredImage) and source.fingerprint is not None
+    image = open_image(item.source if late else Image(content, item.source.pixel_budget))
     return _Loaded(item, _sized(row, *image.size), image)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cafe.data.records import Record
 from cafe.data.tables import open_table
+from cafe.documents import is_document
 from cafe.errors import DataError, quoted
 from cafe.files import as_on_disk, files_in
 from cafe.index import SkippedItem
@@ -30,26 +31,33 @@ class FolderImages:
     """The images in a folder.
 
     names     their paths inside the folder, in order
+    documents  paths of its PDFs, and Word and PowerPoint files, if they are asked for
     left_out  the other files, by kind (a suffix, "without suffix", "hidden") -> number of them
     """
 
     names: list[str] = field(default_factory=list)
+    documents: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def folder_images(folder: Path, *, hidden: bool) -> FolderImages:
+def folder_images(folder: Path, *, hidden: bool, documents: bool = False) -> FolderImages:
     """The images inside `folder`, at any depth.
 
     Args:
         folder: Where to look.
         hidden: Include files whose name, or that of a folder on the way, begins with a dot.
+        documents: List documents as such.
     """
     found = FolderImages()
     suffixes = image_suffixes()
     for path in files_in(folder):
         suffix = path.suffix.lower()
+        shown = hidden or not any(part.startswith(".") for part in path.parts)
+        if documents and shown and is_document(folder / path):
+            found.documents.append(path.as_posix())
+            continue
         image = suffix in suffixes or (not suffix and is_image_file(folder / path))
-        if image and (hidden or not any(part.startswith(".") for part in path.parts)):
+        if image and shown:
             found.names.append(path.as_posix())
         elif path.as_posix() not in METADATA:
             found.left_out["hidden images" if image else suffix or "without suffix"] += 1

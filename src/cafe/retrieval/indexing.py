@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cafe.data.quarantine import log_skipped
+from cafe.documents import MAX_PAGES
 from cafe.errors import CheckpointError, DataError
 from cafe.index import (
     APPROXIMATE_ROWS,
@@ -26,6 +27,7 @@ from cafe.index import (
 from cafe.index.fingerprint import prompt_fingerprint, weights_fingerprint
 from cafe.index.store import one_run
 from cafe.progress import progress_bar
+from cafe.retrieval.documents import at_size, has_pages, size_of_pages
 from cafe.retrieval.multi_vector import checked_pool, token_encoder, with_tokens
 from cafe.retrieval.own_words import OwnWords
 from cafe.retrieval.sources import Listing, list_items
@@ -67,6 +69,8 @@ def build_index(
     think: int | None = None,
     writer: CAFe | str | Path | None = None,
     multi_vector: float | None = None,
+    page_pixels: int | None = None,
+    max_pages: int = MAX_PAGES,
     batch_size: int = 64,
     encode: Callable[..., np.ndarray] | None = None,
     load: Callable[[str], CAFe] | None = None,
@@ -80,8 +84,8 @@ def build_index(
 
     Args:
         model: a loaded model, or what `CAFe.from_pretrained` takes.
-        source: a folder of images, a data file of images with captions, or a .jsonl file of
-            {"text": ...} (`cafe.retrieval.sources`).
+        source: a folder of images and documents, a document, a data file of images with captions,
+            or a .jsonl file of {"text": ...} (`cafe.retrieval.sources`).
         to: the index: a folder, or the URI of an object store.
         caption: embed each image with a caption that the model writes (`CAFe.encode`), which the
             column `generated_caption` keeps; None: as an existing index was made, else without.
@@ -90,6 +94,9 @@ def build_index(
         writer: another model, which writes the captions or thoughts.
         multi_vector: also store vectors of tokens, one for so many (`CAFe.encode_tokens`; 1: for
             each), by which the index is then searched; None: as an existing index, else none.
+        page_pixels: the largest size of the image of a document's page, width x height; None: as in
+            the index, else `cafe.documents.PAGE_PIXELS`. Another one embeds all pages again.
+        max_pages: a document with more pages is skipped.
         batch_size: inputs that are embedded together and then written in one step.
         encode: embeds items (PIL images in RGB, and strings; keywords `caption` or `think`) in
             place of the model's own `encode`, as float32 [n, d]: a pool of processes, for example.
@@ -112,8 +119,11 @@ def build_index(
         >>> build_index("tiny", "photos", "photos.index").changes.unchanged
         4
     """
-    listing = list_items(str(source))  # before torch: a wrong path is reported immediately
-    index, origin = Index.find(to), _origin(listing)
+    listing = list_items(str(source), max_pages)  # before torch: a wrong path is told immediately
+    index = Index.find(to)
+    pixels = size_of_pages(index, page_pixels)
+    listing.items[:] = at_size(listing.items, pixels)
+    origin = _origin(listing, pixels)
     words = _own_words(index, origin, caption, think)
     multi_vector = checked_pool(index, multi_vector)
     vlm, facts = open_model(model, index, load=load)
@@ -127,6 +137,7 @@ def build_index(
                 index, listing.items, embed, batch_size=batch_size, progress=bar.to,
                 write_captions=write, encode_tokens=token_encoder(vlm, multi_vector, batch_size),
             )  # fmt: skip
+        index.set_origin(origin)
         return _reported(index, changes, listing, encode or vlm.encode, on_skipped or log_skipped)
 
 
@@ -138,7 +149,6 @@ def _reported(
     on_skipped: Callable[[str], None],
 ) -> IndexReport:
     """What a run did, once the index is compacted, and approximate if it is large."""
-    index.set_origin(_origin(listing))
     changes.skipped[:0] = listing.skipped
     _report_skipped(changes, on_skipped)
     rows = len(index)
@@ -245,8 +255,10 @@ def _facts(model: CAFe, name: str, weights: str) -> ModelFacts:
     return ModelFacts(name, weights, prompt, model.embedding_dimension)
 
 
-def _origin(listing: Listing) -> Origin:
-    return Origin(listing.source, None if listing.root is None else str(listing.root))
+def _origin(listing: Listing, page_pixels: int) -> Origin:
+    root = None if listing.root is None else str(listing.root)
+    pixels = page_pixels if has_pages(listing.items) else None
+    return Origin(listing.source, root, page_pixels=pixels)
 
 
 def _check_origin(index: Index, origin: Origin) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from cafe.errors import DataError
 from cafe.files import inside
 from cafe.index import Index
+from cafe.retrieval.documents import hit_image, location_of, page_number
 from cafe.retrieval.multi_vector import searched_by_tokens
 from cafe.types import Hit, Image, Part, user
 
@@ -47,8 +48,8 @@ class RankedHit:
     """A hit, its image file, and what the model says of it.
 
     hit        the row that was found, and its cosine with the query
-    file       path of its image; None: the hit is a text, or its image is no file of an indexed
-               folder
+    file       path of its image, or of the document whose page it is; None: the hit is a text, or
+               its image is no file of an indexed folder
     posterior  probability that this is the hit meant, by the cosine and the next of these together
     match      probability that the image shows what the text says, as the model answers
     log_likelihood  log-probability of the text as the image's caption, in nats
@@ -64,6 +65,16 @@ class RankedHit:
     @property
     def id(self) -> str:
         return self.hit.id
+
+    @property
+    def page(self) -> int | None:
+        """Which page of the document `file` it is, from 1; None: it is no page."""
+        return page_number(self.hit)
+
+    @property
+    def location(self) -> str:
+        """Its file and page for people, such as "reports/2024.pdf, page 3"; without one, its id."""
+        return location_of(self.hit, self.file)
 
     @property
     def score(self) -> float:
@@ -247,7 +258,7 @@ class Searcher:
         # Those of token vectors are no cosines of embeddings, which the posterior is about.
         by_tokens = searched_by_tokens(self.index, None)
         cosines = None if by_tokens else np.array([one.score for one in judged])
-        ranked = self._model.rerank(asked, [_part(one) for one in judged], cosines, by=by)
+        ranked = self._model.rerank(asked, [self._part(one) for one in judged], cosines, by=by)
         order = np.argsort(-ranked.posterior, kind="stable").tolist()
         scores = {name: values for name, values in ranked._asdict().items() if values is not None}
         return [
@@ -271,11 +282,11 @@ class Searcher:
         if not hits:
             raise DataError("there are no hits to answer from")
         if knows_one_image(self._model):
-            text = str(self._model.generate(user(_part(hits[0]), question)))
+            text = str(self._model.generate(user(self._part(hits[0]), question)))
             return SearchAnswer(f"{text} [1]", [1], ONE_IMAGE)
         parts: list[Part] = []
         for number, one in enumerate(hits, 1):
-            part = _part(one)
+            part = self._part(one)
             name = "Image" if isinstance(part, Image) else "Text"
             parts += [f"{name} [{number}]: ", part, "\n"]
         text = str(self._model.generate(user(*parts, _ASK.format(question=question))))
@@ -317,6 +328,22 @@ class Searcher:
                 f"index {self.index.uri}: {writer} wrote the captions or thoughts of its images, "
                 "and the model that searches writes those of queries"
             )
+
+    def _part(self, one: RankedHit) -> str | Image:
+        """What the model is shown of a hit. Raises DataError when its image cannot be opened."""
+        if one.hit.metadata.get("kind") == "text":
+            return str(one.hit.metadata.get("text", ""))
+        if one.file is None:
+            raise DataError(
+                f"hit {one.id!r}: its image is not a file of an indexed folder, so the model "
+                "cannot look at it again; index a folder of images"
+            )
+        if not Path(one.file).is_file():
+            raise DataError(f"hit {one.id!r}: {one.file} is gone; update the index: cafe index")
+        if one.page is None:
+            return Image(one.file)
+        origin = self.index.origin
+        return hit_image(one.hit, Path(one.file), origin.page_pixels if origin else None)
 
     def _file(self, hit: Hit, walked: dict[Path, Path]) -> str | None:
         """Path of the hit's image; None when it is not a file of the index's own folder.
@@ -363,17 +390,3 @@ def knows_one_image(vlm: CAFe) -> bool:
     from cafe.model.tiny import ONE_IMAGE_KEY
 
     return getattr(vlm.model.config, ONE_IMAGE_KEY, False) is True
-
-
-def _part(one: RankedHit) -> str | Image:
-    """What the model is shown of a hit. Raises DataError when its image cannot be opened."""
-    if one.hit.metadata.get("kind") == "text":
-        return str(one.hit.metadata.get("text", ""))
-    if one.file is None:
-        raise DataError(
-            f"hit {one.id!r}: its image is not a file of an indexed folder, so the model cannot "
-            "look at it again; index a folder of images"
-        )
-    if not Path(one.file).is_file():
-        raise DataError(f"hit {one.id!r}: {one.file} is gone; update the index: cafe index")
-    return Image(one.file)

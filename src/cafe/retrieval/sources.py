@@ -7,6 +7,9 @@
                        metadata.jsonl in it gives captions and columns:
                        {"file_name": "a.jpg", "text": "A red mug.", ...};
                        without it, a.txt beside a.jpg is its caption
+                       For an index, PDFs (and .docx, .pptx where LibreOffice is) in it are images
+                       of their pages, with their text layer (`cafe.retrieval.documents`)
+    report.pdf         the same of one document, for an index
     captions.json, …   any other data set that `cafe train` reads (`cafe.data.tables`,
                        `cafe.data.formats`), as long as its records are texts, or images with or
                        without captions
@@ -43,9 +46,11 @@ from cafe.data.tables import HUB, RawRecord, Table, open_table
 from cafe.data.tables.captioned import caption_beside, caption_file
 from cafe.data.tables.captions import caption_layout
 from cafe.data.tables.text import LINES, text_lines
+from cafe.documents import MAX_PAGES, is_document
 from cafe.errors import DataError, quoted
 from cafe.files import as_on_disk
 from cafe.index import IndexItem, SkippedItem
+from cafe.retrieval.documents import page_items
 from cafe.retrieval.folders import FolderImages, FolderMetadata, folder_images
 from cafe.retrieval.items import TEXT, columns_of, items_of, merged
 from cafe.types import Image
@@ -279,16 +284,26 @@ class Listing:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def list_items(source: str) -> Listing:
+def list_items(source: str, max_pages: int = MAX_PAGES) -> Listing:
     """Everything that an index of `source` should hold.
+
+    Args:
+        source: As the module says.
+        max_pages: A document with more pages is skipped.
 
     Raises:
         DataError: There is nothing to index, or it cannot be read.
     """
     path = Path(source)
-    if path.is_dir() and (images := folder_images(path, hidden=False)).names:
-        return _folder(path, images)
-    if is_text_list(path):
+    images = FolderImages()
+    if path.is_dir():
+        images = folder_images(path, hidden=False, documents=True)
+    if images.names or images.documents:
+        listing = _folder(path, images, max_pages)
+    elif path.is_file() and is_document(path):
+        listing = Listing(_origin(source), path.parent.resolve())
+        _list_document(path.parent, path.name, FolderMetadata(path.parent), max_pages, listing)
+    elif is_text_list(path):
         listing = Listing(_origin(source), path.parent.resolve())
         _list_texts(path, listing)
     else:
@@ -310,14 +325,28 @@ def _list_texts(path: Path, listing: Listing) -> None:
             listing.items.append(IndexItem(record.location, record.id, text=record.text))
 
 
-def _folder(folder: Path, images: FolderImages) -> Listing:
+def _list_document(
+    folder: Path, name: str, metadata: FolderMetadata, max_pages: int, listing: Listing
+) -> None:
+    try:
+        records = metadata.of(name)
+        listing.items.extend(page_items(folder / name, name, records, max_pages))
+    except DataError as error:
+        listing.skipped.append(SkippedItem(name, str(error)))
+
+
+def _folder(folder: Path, images: FolderImages, max_pages: int) -> Listing:
     metadata = FolderMetadata(folder)
     captions = {caption_file(folder / name) for name in images.names if not metadata.of(name)}
     read = Counter(file.suffix.lower() for file in captions if file is not None)
     listing = Listing(str(folder.absolute()), folder.resolve(), left_out=images.left_out - read)
     listing.skipped.extend(metadata.skipped)
     media = MediaResolver(folder)
-    for name in images.names:
+    documents = frozenset(images.documents)
+    for name in sorted([*images.names, *documents]):
+        if name in documents:
+            _list_document(folder, name, metadata, max_pages, listing)
+            continue
         records = metadata.of(name)
         try:
             source = media.image(name)

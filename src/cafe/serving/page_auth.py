@@ -24,7 +24,7 @@ COOKIE = "cafe_session"
 
 _READ = re.compile(
     rf"/|{PAGE}(/|/login|/config|/theme\.css|/favicon\.ico|/manifest\.json"
-    r"|/(assets|static|svelte)/.+"
+    r"|/(assets|static|svelte)/.+|/document/.+"
     r"|/gradio_api/(file=.+|queue/data|upload_progress|startup-events|app_id))?"
 )
 _WRITE = re.compile(rf"{PAGE}(/login|/gradio_api/(queue/join|upload|cancel|reset))")

@@ -43,6 +43,7 @@ class SearchFunction(Protocol):
                are to be read; 0: none
     has_words  whether it can also order by words
     by_tokens  whether it is searched by vectors of tokens
+    holds      whether a path, as in hits' metadata, is that of a document with a page in the index
     """
 
     @property
@@ -53,6 +54,8 @@ class SearchFunction(Protocol):
 
     @property
     def has_words(self) -> bool: ...
+
+    def holds(self, path: str, /) -> bool: ...
 
     def __call__(
         self, vector: np.ndarray, top: int, where: str | None, words: str | None, /

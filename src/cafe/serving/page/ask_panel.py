@@ -32,11 +32,13 @@ class AskPanel(NamedTuple):
     """What the rest of the page needs of the panel.
 
     image       the image to ask about
+    source      which page of which document it is, with a link; empty for other images
     answer      the answer, or a note
     answering   the event that writes the answer
     """
 
     image: gr.Image
+    source: gr.HTML
     answer: gr.HTML
     answering: Any
 
@@ -52,6 +54,7 @@ def ask_panel(service: Service, has_search: bool) -> AskPanel:
         height=300,
         elem_id="asked-image",
     )
+    source = gr.HTML(elem_id="source")
     with gr.Row(elem_id="ask-row"):
         question = gr.Textbox(
             label="Question",
@@ -95,13 +98,14 @@ def ask_panel(service: Service, has_search: bool) -> AskPanel:
         None, None, None, js=_STOPPED, api_visibility="private"
     )
     components.check_uploads(service, image, answer_box, INITIAL_NOTE, button, [answering])
+    image.upload(None, None, source, js="() => ''", api_visibility="private")
     image.clear(
-        lambda: components.note(INITIAL_NOTE),
+        lambda: ("", components.note(INITIAL_NOTE)),
         None,
-        answer_box,
+        [source, answer_box],
         cancels=[answering],
         api_visibility="private",
     )
     if has_search:
         gr.HTML('<a href="#gallery">Back to the results</a>', elem_id="back")
-    return AskPanel(image, answer_box, answering)
+    return AskPanel(image, source, answer_box, answering)

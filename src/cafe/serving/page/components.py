@@ -45,7 +45,7 @@ def image_box(label: str, placeholder: str, height: int, elem_id: str) -> gr.Ima
         show_label=False,  # it would cover a corner of the image
         type="filepath",
         sources=["upload", "clipboard"],
-        buttons=[],
+        buttons=["fullscreen"],
         placeholder=placeholder,
         height=height,
         elem_id=elem_id,

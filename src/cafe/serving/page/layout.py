@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 
+from cafe.retrieval.documents import location_of, page_number
 from cafe.serving.page import components
 from cafe.serving.page.ask_panel import INITIAL_NOTE, AskPanel, ask_panel
 from cafe.serving.page.search_panel import search_panel
 from cafe.serving.page.thumbnails import Thumbnails
 from cafe.serving.service import Service
+from cafe.types import Hit
 
 MAX_CONCURRENT_EVENTS = 64
 """Number of events handled concurrently; the engine's own queue bounds the work."""
@@ -54,6 +57,16 @@ def layout(service: Service, thumbnails: Thumbnails) -> gr.Blocks:
     return blocks
 
 
+def _source(hit: Hit | None) -> str:
+    """The file and page of a hit, as a link that opens the document there."""
+    number = None if hit is None else page_number(hit)
+    if hit is None or number is None:
+        return ""
+    path = quote(str(hit.metadata["path"]))
+    link = f'<a href="document/{path}#page={number}" target="_blank" rel="noopener">'
+    return f"<p>{link}Open {escape(location_of(hit))}</a></p>"
+
+
 def _title(service: Service) -> str:
     title, instructions = (
         ("Ask about an image", "Add an image and type a question.")
@@ -67,16 +80,17 @@ def _connect(gallery: gr.Gallery, ask: AskPanel, thumbnails: Thumbnails) -> None
     """A hit that the visitor chooses becomes the image to ask about."""
 
     # `mount.PageGuard` and gradio have checked the gallery's files; the event says which of them.
-    def choose(tiles: list[Any] | None, event: gr.SelectData) -> tuple[str | None, str]:
+    def choose(tiles: list[Any] | None, event: gr.SelectData) -> tuple[str | None, str, str]:
         index = event.index
         valid = isinstance(index, int) and 0 <= index < len(tiles or [])
-        image = thumbnails.large((tiles or [])[index][0]) if valid else None
-        return image, components.note(INITIAL_NOTE)
+        small = (tiles or [])[index][0] if valid else ""
+        image = thumbnails.large(small) if valid else None
+        return image, _source(thumbnails.hit_of(small)), components.note(INITIAL_NOTE)
 
     gallery.select(
         choose,
         gallery,
-        [ask.image, ask.answer],
+        [ask.image, ask.source, ask.answer],
         cancels=[ask.answering],
         show_progress="hidden",
         api_visibility="private",

@@ -18,19 +18,22 @@ from urllib.parse import parse_qs
 
 from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from cafe.errors import CafeError
+from cafe.documents import pdf_of
+from cafe.errors import CafeError, DataError
+from cafe.files import inside
 from cafe.serving.errors import ApiError
 from cafe.serving.middleware import App, Receive, Scope, Send
 from cafe.serving.page.thumbnails import Thumbnails
 from cafe.serving.page_auth import LOGIN, PAGE, UPLOAD, PageAuth
-from cafe.serving.service import Service
+from cafe.serving.service import SearchFunction, Service
 
 HERE = Path(__file__).parent
 JOIN = f"{PAGE}/gradio_api/queue/join"
 FILE = f"{PAGE}/gradio_api/file="
+DOCUMENT = f"{PAGE}/document/"
 
 HELD_BYTES = 2**30
 """Disk space for uploads and thumbnails together; the oldest are deleted first."""
@@ -87,6 +90,9 @@ def mount_page(app: FastAPI, service: Service, page_auth: PageAuth, root: Path |
         Route("/", _to_page, include_in_schema=False),
         Route(LOGIN, functools.partial(_login, page_auth), methods=["GET", "POST"]),
     ]
+    if root is not None and service.search is not None:
+        send = functools.partial(_document, root, service.search)
+        app.router.routes.append(Route(f"{DOCUMENT}{{path:path}}", send, include_in_schema=False))
     blocks = layout(service, Thumbnails(root, files))
     gr.mount_gradio_app(
         app,
@@ -219,6 +225,25 @@ def delete_oldest(folder: Path, held_bytes: int = HELD_BYTES) -> None:
             return
         file.unlink(missing_ok=True)
         total -= size
+
+
+def _document(root: Path, search: SearchFunction, request: Request) -> Response:
+    """The PDF of a document with pages in the index; no other file of its folder is sent.
+
+    Starlette runs it on a thread: a Word file may have to be converted first.
+    """
+    path = request.path_params["path"]
+    try:
+        file = inside(root, path) if search.holds(path) else None
+        if file is None or not file.is_file():
+            raise ApiError(404, "no such document in the index")
+        pdf = pdf_of(file)
+    except (DataError, ValueError) as error:
+        raise ApiError(404, "no such document in the index") from error
+    name = file.with_suffix(".pdf").name
+    return FileResponse(
+        pdf, media_type="application/pdf", filename=name, content_disposition_type="inline"
+    )
 
 
 # ---------------------------------------------------------------------- login

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from cafe.retrieval.documents import page_number
 from cafe.serving.page import components
 from cafe.serving.page.thumbnails import Thumbnails
 from cafe.serving.page.turns import find_hits
@@ -120,7 +121,9 @@ def _gallery_update(tiles: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def _caption(hit: Hit) -> str:
-    return f"{hit.score:.3f}\n{hit.id.rpartition('/')[2]}"
+    name = str(hit.metadata["path"] if page_number(hit) else hit.id).rpartition("/")[2]
+    page = f"\npage {page_number(hit)}" if page_number(hit) else ""
+    return f"{hit.score:.3f}\n{name}{page}"
 
 
 def _text_list(hits: list[Hit]) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from cafe.errors import DataError
 from cafe.files import inside, replacing
 from cafe.media import open_image
-from cafe.types import Hit, Image
+from cafe.retrieval.documents import hit_image, page_number
+from cafe.types import Hit
 
 SMALL_PIXELS = 384 * 384
 """Pixels of an image in the gallery: sharp at 200 points on a high-density screen."""
@@ -35,7 +36,7 @@ class Thumbnails:
     def __init__(self, root: Path | None, folder: Path) -> None:
         self._root = root
         self._folder = folder
-        self._originals: OrderedDict[str, Path] = OrderedDict()
+        self._originals: OrderedDict[str, tuple[Hit, Path]] = OrderedDict()
 
     def small(self, hit: Hit) -> str | None:
         """Path of a small copy; None for a hit without an image that can be opened."""
@@ -43,19 +44,24 @@ class Thumbnails:
         if file is None:
             return None
         try:
-            copy = self._copy(file, SMALL_PIXELS)
+            copy = self._copy(hit, file, SMALL_PIXELS)
         except (DataError, OSError):
             return None
-        self._originals[copy] = file
+        self._originals[copy] = hit, file
         while len(self._originals) > MAX_ORIGINALS:
             self._originals.popitem(last=False)
         return copy
 
+    def hit_of(self, small: str) -> Hit | None:
+        """The hit that `small` is a copy of."""
+        original = self._originals.get(small)
+        return None if original is None else original[0]
+
     def large(self, small: str) -> str:
         """Path of a larger copy of the image that `small` is a copy of; else `small` itself."""
-        file = self._originals.get(small)
+        original = self._originals.get(small)
         try:
-            return small if file is None else self._copy(file, LARGE_PIXELS)
+            return small if original is None else self._copy(*original, LARGE_PIXELS)
         except (DataError, OSError):
             return small
 
@@ -73,12 +79,13 @@ class Thumbnails:
             return None
         return file if file is not None and file.is_file() else None
 
-    def _copy(self, file: Path, pixels: int) -> str:
-        """Raises ImageError for a file that is not an image."""
-        identity = f"{file}\0{file.stat().st_mtime_ns}\0{pixels}".encode()
+    def _copy(self, hit: Hit, file: Path, pixels: int) -> str:
+        """Raises ImageError for a file that is not an image, or a page that cannot be drawn."""
+        page = page_number(hit)
+        identity = f"{file}\0{page}\0{file.stat().st_mtime_ns}\0{pixels}".encode()
         copy = self._folder / f"{hashlib.blake2b(identity, digest_size=16).hexdigest()}.webp"
         if not copy.exists():
-            image = open_image(Image(file, pixel_budget=pixels))
+            image = open_image(hit_image(hit, file, pixels))
             with replacing(copy) as unfinished:
                 image.save(unfinished, "webp", quality=85)
         return str(copy)

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from cafe.errors import DataError
 from cafe.index.full_text import NoTextsError
+from cafe.retrieval.documents import PAGE, location_of, page_number
 from cafe.retrieval.multi_vector import searched_by_tokens
 from cafe.retrieval.search import Searcher
 from cafe.serving.errors import ApiError, json_response
@@ -58,6 +59,14 @@ class IndexSearch:
         except NoTextsError:
             return False
         return True
+
+    def holds(self, path: str) -> bool:
+        """Whether a page of the document at `path` is in the index."""
+        index = self._searcher.index
+        if PAGE not in index.columns:
+            return False
+        quoted = path.replace("'", "''")
+        return index.count(f"path = '{quoted}' AND {PAGE} >= 1") > 0
 
     def __call__(
         self, vector: np.ndarray, top: int, where: str | None, words: str | None
@@ -126,7 +135,18 @@ def search_routes(service: Service, search: SearchFunction) -> APIRouter:
             hybrid=body.hybrid is True,
         )
         return json_response(
-            {"hits": [{"id": h.id, "score": h.score, "metadata": h.metadata} for h in hits]}
+            {
+                "hits": [
+                    {
+                        "id": hit.id,
+                        "score": hit.score,
+                        "location": location_of(hit),
+                        "page": page_number(hit),
+                        "metadata": hit.metadata,
+                    }
+                    for hit in hits
+                ]
+            }
         )
 
     return router
