@@ -99,6 +99,7 @@ SURFACE = {
         "--max-batch",
         "--max-wait-ms",
         "--max-queue",
+        "--prefix-cache-mb",
         "--allow-remote-images",
         "--ui",
     ],

@@ -34,6 +34,50 @@ LayerKeys = tuple[Tensor, Tensor] | None
 """Keys and values of one row in one layer, [1, heads, tokens, width]; None: it keeps none."""
 
 
+SPARE_COLUMNS = 64
+"""By how many columns a layer's memory grows at a time."""
+
+
+class RoomyLayer(DynamicLayer):
+    """transformers' layer of keys and values, with room for the next tokens.
+
+    That one copies all of its keys for every token. Here a token is written into spare columns, as
+    long as `keys` and `values` are those that the last update returned.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._rooms: list[tuple[Tensor, Tensor]] = []  # memory, and its part that is in use
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As in transformers: the new keys and values are added, and all are returned."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rooms = self._rooms or [(key_states, key_states), (value_states, value_states)]
+        self._rooms = [
+            _extended(used, new, *room)
+            for used, new, room in zip(
+                (self.keys, self.values), (key_states, value_states), rooms, strict=True
+            )
+        ]
+        (_, self.keys), (_, self.values) = self._rooms
+        return self.keys, self.values
+
+
+def _extended(used: Any, new: Tensor, room: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory with `new` after what is used of it, and the part that is then in use."""
+    begin = used.shape[2] if used.ndim == new.ndim else 0
+    end = begin + new.shape[2]
+    if used is not last or room.shape[2] < end:
+        room = new.new_empty(*new.shape[:2], end + SPARE_COLUMNS, new.shape[3])
+        if begin:
+            room[:, :, :begin] = used
+    room[:, :, begin:end] = new
+    return room, room[:, :, :end]
+
+
 def new_cache(config: Any) -> DynamicCache:
     """An empty cache of a model's language model.
 
@@ -42,9 +86,9 @@ def new_cache(config: Any) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[i] = DynamicLayer()
-    known = (DynamicLayer, LinearAttentionLayer, DummyLayer)
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            cache.layers[i] = RoomyLayer()
+    known = (RoomyLayer, LinearAttentionLayer, DummyLayer)
     unknown = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
     if unknown:
         raise FamilyError(

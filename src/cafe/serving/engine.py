@@ -33,8 +33,11 @@ Lane = tuple[RequestKind, bool]
 OnBatch = Callable[[RequestKind, int, float], None]
 
 ROWS_PER_BATCH = 4
-"""As many times the largest batch of prompts are answered at a time; later prompts stay in the
-queue. A token of all of them costs little more than one of a single one, but each takes memory."""
+"""About as many largest batches of prompts are answered at a time; later ones wait. A token of all
+costs little more than one of a single answer, but each takes memory."""
+
+PROMPTS_PER_STEP = 4
+"""A batch of prompts is the largest batch divided by this: others wait while it is read."""
 
 SHARES = 8
 """No call counts for more than this part of the queue, however many of its items wait: batches take
@@ -166,8 +169,6 @@ class Engine:
         self._model: EngineModel | None = None
         self.failure: BaseException | None = None
 
-    # ------------------------------------------------------------------ for requests
-
     @property
     def model(self) -> EngineModel:
         """The loaded model. Raises ApiError (503) while it is loading or after it failed."""
@@ -288,13 +289,10 @@ class Engine:
             while True:
                 now = self._clock()
                 due = [lane for lane in self._lanes if self._due(lane) <= now]
-                room = self._room
                 batches: list[tuple[RequestKind, list[_QueuedItem]]] = []
                 for lane in due:
-                    count = min(self._max_batch, room) if lane[0] == "generate" else self._max_batch
-                    if batch := self._lanes[lane].take(count):
+                    if batch := self._lanes[lane].take(self._batch_size(lane)):
                         batches.append((lane[0], batch))
-                        room -= len(batch) if lane[0] == "generate" else 0
                 if batches or self._answering:
                     return batches
                 soonest = min((self._due(lane) for lane in self._lanes), default=float("inf"))
@@ -305,17 +303,19 @@ class Engine:
 
     @property
     def _room(self) -> int:
-        """How many more prompts may be answered at a time."""
         return ROWS_PER_BATCH * self._max_batch - len(self._answering)
 
+    def _batch_size(self, lane: Lane) -> int:
+        if lane[0] != "generate":
+            return self._max_batch
+        return min(self._room, max(1, self._max_batch // PROMPTS_PER_STEP))
+
     def _due(self, lane: Lane) -> float:
-        """When a lane's next batch should start: immediately when it is full, and prompts also
-        when others are being answered.
-        """
+        """When a lane's next batch starts: at once when it is full, or joins other answers."""
         queue = self._lanes[lane]
         if not queue.calls or (lane[0] == "generate" and self._room <= 0):
             return float("inf")
-        joins = lane[0] == "generate" and bool(self._answering)
+        joins = lane[0] == "generate" and self._answering
         if self._closing or joins or queue.waiting >= self._max_batch:
             return 0.0
         return queue.oldest + self._max_wait_seconds
