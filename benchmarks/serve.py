@@ -10,7 +10,7 @@ chat     Each of `--clients` clients asks about images of its own, for answers o
          which do not end before (their end token is ruled out). Then the same beside two clients
          that embed a text 20 times a second in total.
 images   16 questions that are asked at the same moment about one image, and about 16 images; none
-         of them has been seen before. The answers have 8 tokens.
+         of them has been seen before. The answers have 2 tokens, as yes and no have.
 
 The server, `cafe serve`, runs in its own process. `--against` names another source tree of cafe (a
 `git worktree` of an earlier commit): chat and images are run with its server, too, before and after
@@ -41,7 +41,7 @@ SHORTEST, LONGEST = 8, 256
 """Answers of the chat clients, in tokens."""
 
 QUESTIONS = 16
-PER_CLIENT = 2
+QUESTION_TOKENS = 2
 ROUNDS = 5
 
 
@@ -152,14 +152,14 @@ class ChatBenchmark:
 
     def measure(self) -> ChatMeasurements:
         self.questions([0] * 4, 0)  # warm up
-        tokens = self.chat(1)
+        tokens = self.chat(1, 2)
         stop, seconds = threading.Event(), []
         embedding = [
             threading.Thread(target=self.embed, args=(stop, seconds), daemon=True) for _ in range(2)
         ]
         for thread in embedding:
             thread.start()
-        self.chat(2)
+        self.chat(2, 1)
         stop.set()
         for thread in embedding:
             thread.join()
@@ -172,11 +172,9 @@ class ChatBenchmark:
             tokens, p95, float(np.median(one)), float(np.median(many)), self.errors
         )
 
-    def chat(self, seed: int) -> float:
-        """Tokens per second of clients whose answers differ in length."""
-        lengths = np.random.default_rng(seed).integers(
-            SHORTEST, LONGEST + 1, (self.clients, PER_CLIENT)
-        )
+    def chat(self, seed: int, each: int) -> float:
+        """Tokens per second of clients that ask for `each` answers, which differ in length."""
+        lengths = np.random.default_rng(seed).integers(SHORTEST, LONGEST + 1, (self.clients, each))
 
         def one(number: int) -> None:
             for i, length in enumerate(lengths[number]):
@@ -191,7 +189,7 @@ class ChatBenchmark:
             messages(image, f"Is there an object of kind {n} in it?", 384)
             for n, image in enumerate(images, seed)
         ]
-        return timed(lambda n: self.ask(asked[n], 8), len(asked))
+        return timed(lambda n: self.ask(asked[n], QUESTION_TOKENS), len(asked))
 
     def ask(self, conversation: list[Any], length: int) -> None:
         try:

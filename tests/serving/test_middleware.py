@@ -548,7 +548,7 @@ def test_requests_batches_and_tokens_are_counted():
         'cafe_requests_total{route="/v1/embeddings",status="400"} 1.0',
         'cafe_requests_total{route="other",status="404"} 1.0',
         'cafe_batch_size_sum{kind="embed"} 2.0',
-        'cafe_batch_size_count{kind="generate"} 1.0',
+        'cafe_batch_size_count{kind="generate"} 2.0',
         'cafe_tokens_total{kind="prompt"} 6.0',
         'cafe_tokens_total{kind="new"} 1.0',
         'cafe_queue_depth{kind="embed"} 0.0',

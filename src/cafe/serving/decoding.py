@@ -112,7 +112,7 @@ class ChatDecoding:
 
     @torch.inference_mode()
     def _choose(self, rows: list[_AnswerRow], logits: Tensor) -> list[Event]:
-        """Choose the next token of each row by its logits [rows, vocabulary]."""
+        """Choose the next token of each row by its logits [rows, vocabulary]; ended rows leave."""
         events = []
         for row, own, best in zip(rows, logits, logits.argmax(dim=-1).tolist(), strict=True):
             try:
@@ -122,6 +122,7 @@ class ChatDecoding:
                 event = Event(row.number, error=error)
             row.ended = event.answer is not None or event.error is not None
             events.append(event)
+        self._leave()
         return events
 
 
