@@ -470,7 +470,7 @@ def test_the_answer_for_a_client_that_vanished_is_not_written_on(
             assert sock.recv(100).startswith(b"HTTP/1.1 200")
     wait_until(lambda: server.engine.generating == 0)
     model.step_seconds = 0.0
-    assert model.dropped == [0]
+    assert len(model.dropped) == 1
 
 
 @pytest.mark.slow
