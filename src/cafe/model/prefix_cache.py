@@ -94,7 +94,7 @@ def image_digests(conversation: Conversation) -> Digests:
     return known if len(known) == len(parts) else ()
 
 
-def prefix_key(images: Digests, tokens: Sequence[int]) -> bytes:
+def prefix_key(images: Digests, tokens: Sequence[int] | np.ndarray) -> bytes:
     """The key of a beginning: its images and its tokens, placeholders included."""
     state = hashlib.blake2b(digest_size=32)
     for digest in images:

@@ -147,8 +147,9 @@ class RowDecoder:
         first: dict[Digests, int] = {}
         whole, known = [], []
         for i, conversation in enumerate(conversations):
-            images = () if self.prefixes is None else image_digests(conversation)
-            if images and (self.prefixes.knows(images) or images in first):
+            prefixes = self.prefixes
+            images = () if prefixes is None else image_digests(conversation)
+            if prefixes is not None and images and (prefixes.knows(images) or images in first):
                 known.append(i)
             else:
                 first[images] = i
