@@ -57,14 +57,20 @@ class Image:
     decoded PIL image. An image of more than `pixel_budget` pixels (width x height) is downscaled
     when it is opened.
     Two `Image` objects are the same image when they are the same object or share `key`.
+    `digest`, where there is one, names what is seen (content and pixel budget).
     """
 
     source: str | Path | bytes | PIL.Image.Image | StoredImage
     pixel_budget: int | None = None
+    digest: str | None = None
 
     @property
     def key(self) -> object:
-        """Identity of the image when prefixes are merged: path and pixel budget, or the object."""
+        """Identity of the image when prefixes are merged: its digest if it has one, else path and
+        pixel budget, or the object.
+        """
+        if self.digest is not None:
+            return ("digest", self.digest)
         match self.source:
             case str() | Path():
                 name: object = str(self.source)

@@ -112,6 +112,7 @@ SURFACE = {
         "--max-batch",
         "--max-wait-ms",
         "--max-queue",
+        "--prefix-cache-mb",
         "--allow-remote-images",
         "--ui",
         "--access-log",

@@ -9,7 +9,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -58,6 +58,7 @@ class Fake:
     token_width = 3
     vocabulary = 256
     tools = "none"
+    prefixes = None
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -109,8 +110,8 @@ class Fake:
     def score(self, items: list[WorkItem]) -> list[Score]:
         return [Score(len(text) / 1000, len(text)) for text in self._enter("score", items)]
 
-    def generate(self, items: list[WorkItem]) -> FakeDecoding:
-        return FakeDecoding(self, items)
+    def decoding(self) -> FakeDecoding:
+        return FakeDecoding(self)
 
 
 class FakeClock:
@@ -126,33 +127,48 @@ class FakeClock:
 
 
 class FakeDecoding:
-    """Writes a prompt's words again, one with every step, as many as it may."""
+    """Writes a prompt's words again, one with every step, as many as it may.
 
-    def __init__(self, model: Fake, items: list[WorkItem]) -> None:
-        self._model, self._items = model, items
-        self._left: dict[int, list[str]] = {}
-        self.finished = False
-        self._begun = False
+    The word "fails" ends its answer with an error, and "breaks" fails the step of all.
+    """
+
+    def __init__(self, model: Fake) -> None:
+        self._model = model
+        self._left: dict[int, tuple[Prompt, list[str]]] = {}
+
+    def admit(self, items: Mapping[int, WorkItem]) -> list[Event]:
+        texts = self._model._enter("generate", list(items.values()))
+        new = {}
+        for (row, item), text in zip(items.items(), texts, strict=True):
+            assert isinstance(item.content, Prompt)
+            new[row] = (item.content, text.split())
+        self._left |= new
+        return self._write(list(new))
 
     def step(self) -> list[Event]:
-        if not self._begun:
-            self._begun = True
-            for row, text in enumerate(self._model._enter("generate", self._items)):
-                self._left.setdefault(row, text.split())
+        return self._write(list(self._left)) if self._left else []
+
+    def _write(self, rows: list[int]) -> list[Event]:
         if self._model.steps == self._model.stop_at:
             assert self._model.go_on.wait(60)
         self._model.steps += 1
         time.sleep(self._model.step_seconds)
         events = []
-        for row, words in list(self._left.items()):
-            prompt = self._items[row].content
-            assert isinstance(prompt, Prompt)
-            piece = words.pop(0) if len(words) < 2 else words.pop(0) + " "
-            answer = Completion(text_of(self._items[row]), "stop", 1, 1) if not words else None
+        for row in rows:
+            prompt, words = self._left[row]
+            word = words.pop(0)
+            if word == "breaks":
+                raise RuntimeError("out of memory")
+            if word == "fails":
+                events.append(Event(row, error=DataError("its matcher fails")))
+                del self._left[row]
+                continue
+            text = "".join(message.text for message in prompt.conversation)
+            answer = None if words else Completion(text, "stop", 1, 1)
+            piece = word + " " * bool(words)
             events.append(Event(row, piece if prompt.stream else "", answer))
             if not words:
                 del self._left[row]
-        self.finished = not self._left
         return events
 
     def drop(self, row: int) -> None:

@@ -8,13 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from cafe.errors import DataError
-from cafe.serving.engine import (
-    EAGER_GENERATIONS,
-    MAX_GENERATIONS,
-    PATIENCE_SECONDS,
-    Call,
-    Engine,
-)
+from cafe.serving.engine import ROWS_PER_BATCH, Call, Engine
 from cafe.serving.errors import ApiError
 from cafe.serving.messages import Embedding, Prompt, RequestKind, WorkItem
 from cafe.types import Image, user
@@ -264,55 +258,63 @@ def test_a_second_answer_does_not_wait_for_the_end_of_a_long_one(engine: Engine,
     engine.cancel(long)
 
 
-def fill(engine: Engine, model: Fake, clock: FakeClock, count: int) -> list[Call]:
-    """Start `count` generations that do not end."""
+def test_more_answers_than_may_be_written_wait_in_the_queue(engine: Engine, model: Fake):
     model.step_seconds = 0.001
+    rows = ROWS_PER_BATCH * 4
     calls = []
-    for i in range(count):
+    for i in range(rows):
         calls.append(prompt(LONG))
         engine.submit(calls[-1])
-        clock.now += PATIENCE_SECONDS
         wait_until(lambda i=i: engine.generating == i + 1)
-    return calls
-
-
-def looks(model: Fake) -> None:
-    """Until the engine has looked at its queue, as it does before every step of generations."""
-    steps = model.steps
-    wait_until(lambda: model.steps >= steps + 3 * MAX_GENERATIONS)
-
-
-def test_more_long_answers_than_may_run_wait_in_the_queue(
-    timed: Engine, model: Fake, clock: FakeClock
-):
-    calls = fill(timed, model, clock, MAX_GENERATIONS)
     waits = prompt("waits")
-    timed.submit(waits)
-    clock.now += 100 * PATIENCE_SECONDS
-    looks(model)
-    assert timed.waiting["generate"] == 1
-    timed.cancel(calls[0])
+    engine.submit(waits)
+    steps = model.steps
+    wait_until(lambda: model.steps > steps + 3)
+    assert (engine.waiting["generate"], engine.generating) == (1, rows)
+    engine.cancel(calls[0])
     assert waits.future.result(SECONDS)[0].text == "waits"
     for one in calls:
-        timed.cancel(one)
+        engine.cancel(one)
 
 
-def test_prompts_gather_while_some_generations_run(timed: Engine, model: Fake, clock: FakeClock):
-    calls = fill(timed, model, clock, EAGER_GENERATIONS)
-    begin = clock.now
-    for text in ("first", "second"):
-        calls.append(prompt(text))
-        timed.submit(calls[-1])
-        clock.now += PATIENCE_SECONDS / 4
-    clock.now = begin + 0.99 * PATIENCE_SECONDS
-    looks(model)
-    assert timed.waiting["generate"] == 2
-    clock.now = begin + PATIENCE_SECONDS
-    for one in calls[EAGER_GENERATIONS:]:
-        one.future.result(SECONDS)
-    assert model.log[-1] == ("generate", ["first", "second"])
-    for one in calls:
-        timed.cancel(one)
+def test_prompts_join_between_two_tokens_without_waiting_for_company(
+    timed: Engine, model: Fake, clock: FakeClock
+):
+    """The clock stands: nothing but an answer that is being written lets them begin."""
+    model.step_seconds = 0.001
+    long = prompt(LONG)
+    timed.submit(long)
+    wait_until(lambda: timed.generating == 1)
+    for text in ("first", "second of all"):
+        one = prompt(text)
+        timed.submit(one)
+        assert one.future.result(SECONDS)[0].text == text
+    assert not long.future.done()
+    timed.cancel(long)
+
+
+def test_a_row_that_fails_ends_alone(engine: Engine, model: Fake):
+    good, bad = prompt("a b c d e"), prompt("a b fails c")
+    engine.submit(good)
+    engine.submit(bad)
+    with pytest.raises(DataError, match="matcher"):
+        bad.future.result(SECONDS)
+    assert good.future.result(SECONDS)[0].text == "a b c d e"
+    assert engine.generating == 0
+
+
+def test_a_step_that_fails_ends_the_rows_in_it_and_no_later_ones(engine: Engine, model: Fake):
+    good, bad = prompt("a b c d e"), prompt("a breaks c")
+    busy(engine, model)
+    engine.submit(good)
+    engine.submit(bad)
+    model.open.set()
+    for one in (good, bad):
+        with pytest.raises(RuntimeError):
+            one.future.result(SECONDS)
+    after = prompt("after")
+    engine.submit(after)
+    assert after.future.result(SECONDS)[0].text == "after"
 
 
 def test_pieces_of_a_stream_join_to_the_answer(engine: Engine):

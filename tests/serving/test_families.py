@@ -1,4 +1,4 @@
-"""Families with their own positions (M-RoPE) or windows: stepping and interleaving change nothing.
+"""Families with their own positions (M-RoPE) or windows: embeddings between tokens change nothing.
 
 Qwen-VL keeps a trace of its last prompt on the module itself; two prompts in turns must not mix.
 """
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from cafe.model.vlm import CAFe
-from cafe.serving.decoding import Generation
 from cafe.serving.messages import Prompt, WorkItem
 from cafe.serving.model_calls import CafeCalls
 from cafe.types import Conversation, Image, user
@@ -25,30 +24,33 @@ def question(seed: int, width: int, height: int) -> Conversation:
     return user(Image(noise(seed, width, height)), "a red cat")
 
 
-def tokens(model: CAFe, conversations: list[Conversation], interleaved: bool) -> list[list[int]]:
-    """Of each conversation's answer, by a generation of its own; in turns, or one after another."""
+def tokens(model: CAFe, conversations: list[Conversation], together: bool) -> list[list[int]]:
+    """Of each conversation's answer: joining one after another, or each by itself."""
     calls = CafeCalls(model)
     items = [WorkItem(Prompt(conversation, TOKENS)) for conversation in conversations]
-    generations = [Generation(model, [item]) for item in items]
-    if interleaved:
-        while not all(generation.finished for generation in generations):
-            for generation in generations:
-                generation.step()
-                calls.embed([WorkItem(conversations[-1])])
-    for generation in generations:
-        while not generation.finished:
-            generation.step()
-    return [generation._detokenizers[0]._tokens for generation in generations]
+    found: dict[int, list[int]] = {}
+    decoding = calls.decoding()
+    for number, item in enumerate(items):
+        decoding.admit({number: item})
+        rows = {row.number: row.detokenizer for row in decoding._rows}
+        found |= {row: own._tokens for row, own in rows.items()}
+        while decoding.step():
+            calls.embed([WorkItem(conversations[-1])])
+            if together:
+                break
+    while decoding.step():
+        pass
+    return [found[number] for number in range(len(items))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
-def test_interleaved_generations_write_what_they_write_alone(name: str, tmp_path: Path):
+def test_answers_written_together_are_those_written_alone(name: str, tmp_path: Path):
     model = CAFe.from_pretrained(builders.build(name, tmp_path / name))
     asked = [question(0, 96, 96), question(1, 192, 64), user("two dogs")]
-    alone = tokens(model, asked, interleaved=False)
+    alone = tokens(model, asked, together=False)
     assert max(map(len, alone)) > 3, "too little is written to show anything"
-    assert tokens(model, asked, interleaved=True) == alone
+    assert tokens(model, asked, together=True) == alone
     decode = model.processor.tokenizer.decode
     want = [model.generate(conversation, max_new_tokens=TOKENS) for conversation in asked]
     assert [decode(t, skip_special_tokens=True).strip() for t in alone] == want

@@ -470,7 +470,7 @@ def test_the_answer_for_a_client_that_vanished_is_not_written_on(
             assert sock.recv(100).startswith(b"HTTP/1.1 200")
     wait_until(lambda: server.engine.generating == 0)
     model.step_seconds = 0.0
-    assert model.dropped == [0]
+    assert len(model.dropped) == 1
 
 
 @pytest.mark.slow
@@ -548,7 +548,7 @@ def test_requests_batches_and_tokens_are_counted():
         'cafe_requests_total{route="/v1/embeddings",status="400"} 1.0',
         'cafe_requests_total{route="other",status="404"} 1.0',
         'cafe_batch_size_sum{kind="embed"} 2.0',
-        'cafe_batch_size_count{kind="generate"} 1.0',
+        'cafe_batch_size_count{kind="generate"} 2.0',
         'cafe_tokens_total{kind="prompt"} 6.0',
         'cafe_tokens_total{kind="new"} 1.0',
         'cafe_queue_depth{kind="embed"} 0.0',

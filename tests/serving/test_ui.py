@@ -451,12 +451,12 @@ def test_without_an_index_an_uploaded_image_is_asked_about_and_the_answer_stream
             wait_until(lambda: server.engine.generating)
             page.click("#stop")
             page.locator("#stop").wait_for(state="hidden")
-            wait_until(lambda: model.dropped == [0] and not server.engine.generating)
+            wait_until(lambda: len(model.dropped) == 1 and not server.engine.generating)
             page.click("#ask-button")
             wait_until(lambda: server.engine.generating)
             # gradio notices a visitor who leaves by the stream of events, which is open by now.
             page.locator("#answer [aria-busy=true]").wait_for()
-        wait_until(lambda: model.dropped == [0, 0])  # the visitor has left
+        wait_until(lambda: len(model.dropped) == 2)  # the visitor has left
     finally:
         server.stop()
 

@@ -49,6 +49,10 @@ def command(
     max_queue: Annotated[
         int, typer.Option(min=1, help="Number of waiting inputs beyond which requests get 429.")
     ] = 256,
+    prefix_cache_mb: Annotated[
+        int,
+        typer.Option(min=0, help="Memory (MiB) for images that are asked about again; 0: none."),
+    ] = 256,
     allow_remote_images: Annotated[
         bool, typer.Option("--allow-remote-images", help="Fetch images from public URLs.")
     ] = False,
@@ -88,6 +92,7 @@ def command(
         max_batch=max_batch,
         max_wait_seconds=max_wait_ms / 1000,
         max_queue=max_queue,
+        prefix_cache_mb=prefix_cache_mb,
         allow_remote_images=allow_remote_images,
         ui=ui,
         access_log=access_log,

@@ -148,7 +148,7 @@ class SdpaWhileGenerating:
 
     transformers' `generate` gives FlexAttention one token at a time, for which it is compiled
     again, and which it cannot do on a CPU at all; SDPA gives the same values. Several threads may
-    generate in turns (`cafe.serving.decoding`): the last one to leave restores FlexAttention.
+    generate in turns: the last one to leave restores FlexAttention.
     Inputs that are embedded in the meantime get SDPA's mask, because masks follow the
     configuration.
     """

@@ -56,6 +56,13 @@ def token_log_probs(
     return log_p, is_argmax
 
 
+def next_token_logits(
+    model: LanguageHead, states: Float[Tensor, "n hidden"]
+) -> Float[Tensor, "n vocabulary"]:
+    """Logits of all tokens after each state, float32, as transformers' `generate` sees them."""
+    return _capped(model, model.lm_head(states).float())
+
+
 def token_logits(
     model: LanguageHead, states: Float[Tensor, "n hidden"], tokens: Sequence[int]
 ) -> Float[Tensor, "n tokens"]:

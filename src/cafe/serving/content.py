@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hashlib
 import io
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -46,6 +47,7 @@ class Reader:
         pixels: Reservation,
         fetch: Callable[[str], Awaitable[bytes]] | None,
         pool: ThreadPoolExecutor,
+        owner: bytes,
     ) -> None:
         """Create the reader of one request.
 
@@ -54,8 +56,11 @@ class Reader:
             pixels: Where the request reserves the pixels of its images.
             fetch: Downloads a remote image; None: remote images are refused.
             pool: Threads that decode images.
+            owner: Who sent the request, at most 64 bytes; equal images of different owners get
+                different digests, so that nothing is kept for both.
         """
         self._limits, self._pixels, self._fetch, self._pool = limits, pixels, fetch, pool
+        self._owner = owner
         self._images = self._characters = 0
 
     async def messages(self, messages: Sequence[ChatMessage]) -> Conversation:
@@ -180,9 +185,16 @@ class Reader:
         self._pixels.take(pixels)
         try:
             found = Image(image, LOW_DETAIL_PIXELS if low else None)
-            return Image(open_image(found, max_pixels=self._limits.image_pixels))
+            opened = open_image(found, max_pixels=self._limits.image_pixels)
+            return Image(opened, digest=self._digest(content, low))
         except ImageError as error:
             raise ApiError.invalid(f"{param}: {error}", param, "invalid_image") from error
+
+    def _digest(self, content: bytes, low: bool) -> str:
+        """Names what the model sees of an image file that this owner sent."""
+        state = hashlib.blake2b(b"low" if low else b"", key=self._owner, digest_size=32)
+        state.update(b"\0" + content)
+        return state.hexdigest()
 
 
 def _too_large(param: str, reason: str) -> ApiError:

@@ -1,159 +1,134 @@
-"""Generation in steps: one token for every row, then the model is free for other work.
+"""The answers that are being written: rows that come and go, each with its own settings.
 
-transformers' `generate` is a loop that returns nothing before its end. Here it runs unchanged on a
-thread of its own and waits, inside a stopping criterion, until the engine allows the next step. So
-transformers keeps managing the key-value cache, positions and masks of every family, and yet
-embeddings are served, and other generations start, between two tokens. The threads take turns: two
-of them never compute at the same time.
+`cafe.model.row_decoder` computes the logits of all rows together; here each row chooses its token,
+turns tokens into text, and ends by itself: at its end token, its limit or its stop texts. A row
+that fails ends with its error, and the others go on. Between two steps the model is free for other
+work.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cafe.errors import DataError
-from cafe.model.inference import generation_inputs, generation_settings
+from cafe.model.inference import generation_settings
+from cafe.model.prefix_cache import PrefixCache
+from cafe.model.row_decoder import RowDecoder
 from cafe.model.vlm import CAFe
 from cafe.serving.detokenize import StreamDetokenizer
 from cafe.serving.messages import Event, Prompt, WorkItem
-from cafe.serving.sampling import PerRowSampler
+from cafe.serving.sampling import RowSampler
 
 
-class Lockstep:
-    """Runs a function on a thread of its own, but only while `advance` waits for it."""
+@dataclass(eq=False, slots=True)
+class _AnswerRow:
+    """One answer that is being written.
 
-    def __init__(self, run: Callable[[Callable[[], None]], None]) -> None:
-        """`run` receives a function that it calls to pause."""
-        self._run = run
-        self._resume, self._paused = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self.finished = False
+    number   what the engine calls it
+    sampler  chooses its tokens; None: the most probable ones
+    token    the last one
+    ended    it is to leave before the next step
+    """
 
-    def advance(self) -> None:
-        """Run until the next pause or the end. Raises whatever the function raises."""
-        if self.finished:
-            return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._main, name="decoding", daemon=True)
-            self._thread.start()
-        else:
-            self._resume.release()
-        self._paused.acquire()
-        if self._error is not None:
-            raise self._error
-
-    def _main(self) -> None:
-        try:
-            self._run(self._pause)
-        except BaseException as error:  # raised again by `advance`
-            self._error = error
-        finally:
-            self.finished = True
-            self._paused.release()
-
-    def _pause(self) -> None:
-        self._paused.release()
-        self._resume.acquire()
+    number: int
+    detokenizer: StreamDetokenizer
+    sampler: RowSampler | None
+    token: int = 0
+    ended: bool = False
 
 
-class Generation:
-    """Answers prompts as one batch, each with its own sampling, token limit and stop texts."""
+class ChatDecoding:
+    """A `cafe.serving.messages.Decoding`: writes answers, each a token with every step."""
 
-    def __init__(self, model: CAFe, items: list[WorkItem]) -> None:
+    def __init__(self, model: CAFe, prefixes: PrefixCache | None = None) -> None:
+        """Raises FamilyError for a model whose cache cannot be joined."""
         self._model = model
-        self._prompts = [i.content for i in items if isinstance(i.content, Prompt)]
-        self._numbers = [item.number for item in items]
-        self._detokenizers: list[StreamDetokenizer] = []
-        self._done: set[int] = set()
-        self._events: list[Event] = []
-        self._lockstep = Lockstep(self._decode)
+        self._decoder = RowDecoder(model, prefixes)
+        self._rows: list[_AnswerRow] = []
+        self._config = _generation_config(model)
 
-    @property
-    def finished(self) -> bool:
-        """Whether all rows have ended."""
-        return self._lockstep.finished
-
-    def step(self) -> list[Event]:
-        """Decode one token of every row; the first step also reads the prompts.
+    def admit(self, items: Mapping[int, WorkItem]) -> list[Event]:
+        """Read prompts, and write the first token of each answer.
 
         Raises:
-            DataError: A prompt is too long.
+            DataError: A prompt that cannot be read or is too long; then none has been admitted.
         """
-        self._events = []
-        self._lockstep.advance()
-        return self._events
+        self._leave()
+        numbers = list(items)
+        admitted = self._decoder.admit(
+            [item.conversation for item in items.values()],
+            [item.number for item in items.values()],
+        )
+        try:
+            added = [
+                self._new_row(numbers[index], items[numbers[index]], tokens)
+                for index, tokens in zip(admitted.order, admitted.tokens, strict=True)
+            ]
+        except BaseException:
+            self._decoder.keep(range(len(self._rows)))
+            raise
+        self._rows += added
+        return self._choose(added, admitted.logits)
+
+    def step(self) -> list[Event]:
+        """Write one token of every answer. Raises whatever the model raises."""
+        self._leave()
+        if not self._rows:
+            return []
+        return self._choose(self._rows, self._decoder.step([row.token for row in self._rows]))
 
     def drop(self, row: int) -> None:
-        """Stop decoding a row; the others continue."""
-        self._done.add(row)
+        """Write no more of an answer; the others go on."""
+        for one in self._rows:
+            one.ended |= one.number == row
+
+    def _leave(self) -> None:
+        stay = [i for i, row in enumerate(self._rows) if not row.ended]
+        self._decoder.keep(stay)
+        self._rows = [self._rows[i] for i in stay]
+
+    def _new_row(self, number: int, item: WorkItem, tokens: list[int]) -> _AnswerRow:
+        prompt = item.content
+        assert isinstance(prompt, Prompt)
+        model, config = self._model, self._config
+        processors = model.model._get_logits_processor(
+            generation_config=config, input_ids_seq_length=len(tokens), device=str(model.device)
+        )
+        sampler = RowSampler.of(prompt, tokens, model.device, processors)
+        detokenizer = StreamDetokenizer(
+            number,
+            prompt,
+            lambda ids: model.processor.tokenizer.decode(ids, skip_special_tokens=True),
+            end_ids=frozenset(config.eos_token_id),
+            limit=min(prompt.max_new_tokens, model.collator.max_tokens - len(tokens)),
+            prompt_tokens=len(tokens),
+            logprobs=None if sampler is None else sampler.logprobs,
+        )
+        return _AnswerRow(number, detokenizer, sampler)
 
     @torch.inference_mode()
-    def _decode(self, pause: Callable[[], None]) -> None:
-        from transformers import LogitsProcessorList, StoppingCriteriaList
+    def _choose(self, rows: list[_AnswerRow], logits: Tensor) -> list[Event]:
+        """Choose the next token of each row by its logits [rows, vocabulary]; ended rows leave."""
+        events = []
+        for row, own, best in zip(rows, logits, logits.argmax(dim=-1).tolist(), strict=True):
+            try:
+                row.token = best if row.sampler is None else row.sampler(own)
+                event = row.detokenizer.add(row.token)
+            except Exception as error:
+                event = Event(row.number, error=error)
+            row.ended = event.answer is not None or event.error is not None
+            events.append(event)
+        self._leave()
+        return events
 
-        model, prompts = self._model, self._prompts
-        inputs = generation_inputs(model, [p.conversation for p in prompts], self._numbers)
-        settings = generation_settings(model, 1, {"num_beams": 1})  # tokens are sent at once
-        limits = self._limits(inputs["attention_mask"])
-        sampler = PerRowSampler(prompts, model.device)
-        self._detokenizers = [
-            StreamDetokenizer(
-                row,
-                prompt,
-                lambda tokens: model.processor.tokenizer.decode(tokens, skip_special_tokens=True),
-                end_ids=frozenset(settings["eos_token_id"]),
-                limit=limit,
-                prompt_tokens=prompt_tokens,
-                logprobs=sampler.logprobs(row),
-            )
-            for row, (prompt, (prompt_tokens, limit)) in enumerate(
-                zip(prompts, limits, strict=True)
-            )
-        ]
 
-        def after_token(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
-            self._add_tokens(tokens[:, -1].tolist())
-            if len(self._done) < len(tokens):
-                pause()
-            done = [row in self._done for row in range(len(tokens))]
-            return torch.tensor(done, device=tokens.device)
-
-        model.generate_tokens(
-            **inputs,
-            **settings | {"max_new_tokens": max(limit for _, limit in limits)},
-            logits_processor=LogitsProcessorList([sampler]),
-            stopping_criteria=StoppingCriteriaList([after_token]),
-        )
-
-    def _limits(self, mask: Tensor) -> list[tuple[int, int]]:
-        """Number of prompt tokens and longest answer of each row.
-
-        A prompt that is too long has been truncated to the model's limit before, so one that
-        reaches it is refused.
-        """
-        max_tokens = self._model.collator.max_tokens
-        limits = []
-        for number, prompt, count in zip(
-            self._numbers, self._prompts, mask.sum(1).tolist(), strict=True
-        ):
-            if count >= max_tokens:
-                raise DataError(
-                    f"input {number}: the prompt leaves no room for an answer; the model's "
-                    f"limit is {max_tokens} tokens in total"
-                )
-            limits.append((count, min(prompt.max_new_tokens, max_tokens - count)))
-        return limits
-
-    def _add_tokens(self, tokens: list[int]) -> None:
-        for row, token in enumerate(tokens):
-            if row not in self._done:
-                event = self._detokenizers[row].add(token)
-                self._events.append(event)
-                if event.answer is not None:
-                    self._done.add(row)
+def _generation_config(model: CAFe) -> Any:
+    """What plain `generate` decodes with: generation_config.json may have penalties, too."""
+    settings = generation_settings(model, 1, {"num_beams": 1})
+    config, _ = model.model._prepare_generation_config(None, **settings)
+    model.model._prepare_special_tokens(config, True, device=model.device)
+    return config

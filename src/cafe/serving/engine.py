@@ -2,13 +2,15 @@
 
 Calls (one per HTTP request) wait in lanes; a lane holds one kind of work, with or without images,
 so that a short text is not padded to an image's length. A batch takes items from the waiting calls
-in turn, so a call of two thousand texts does not delay a call of one. Between any two batches every
-running generation decodes one token: neither side can starve the other.
+in turn, so a call of two thousand texts does not delay a call of one. Answers are written together,
+one token of each at a time: prompts join them and leave them between two tokens, and so do batches
+of other work, so that neither side can starve the other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import deque
@@ -18,19 +20,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cafe.serving.errors import ApiError
-from cafe.serving.messages import Decoding, EngineModel, Event, RequestKind, WorkItem
+from cafe.serving.messages import (
+    Decoding,
+    EngineModel,
+    Event,
+    PrefixUse,
+    RequestKind,
+    WorkItem,
+)
 
 Lane = tuple[RequestKind, bool]
 OnBatch = Callable[[RequestKind, int, float], None]
 
-MAX_GENERATIONS = 4
-"""Maximum number of batches of prompts generated concurrently; later prompts stay in the queue."""
+ROWS_PER_BATCH = 4
+"""About as many largest batches of prompts are answered at a time; later ones wait. A token of all
+costs little more than one of a single answer, but each takes memory."""
 
-EAGER_GENERATIONS = 2
-PATIENCE_SECONDS = 1.0
-"""A step costs nearly the same for one prompt as for ten. So while `EAGER_GENERATIONS` run, new
-prompts gather until one of these ends; after this time they start as another generation."""
-
+PROMPTS_PER_STEP = 4
+"""A batch of prompts is the largest batch divided by this: others wait while it is read."""
 
 SHARES = 8
 """No call counts for more than this part of the queue, however many of its items wait: batches take
@@ -155,13 +162,12 @@ class Engine:
         self._clock = clock
         self._changed = threading.Condition()
         self._lanes: dict[Lane, _Queue] = {}
-        self._running: list[_RunningGeneration] = []
+        self._answering: dict[int, _QueuedItem] = {}
+        self._numbers = itertools.count()
         self._closing = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._model: EngineModel | None = None
         self.failure: BaseException | None = None
-
-    # ------------------------------------------------------------------ for requests
 
     @property
     def model(self) -> EngineModel:
@@ -178,6 +184,11 @@ class Engine:
         return self._model is not None and self.failure is None
 
     @property
+    def prefixes(self) -> PrefixUse | None:
+        """How the model's prefix cache is used; None: it has none, or is not loaded."""
+        return None if self._model is None else self._model.prefixes
+
+    @property
     def waiting(self) -> dict[RequestKind, int]:
         """Number of waiting items, by kind."""
         counts: dict[RequestKind, int] = {"embed": 0, "tokens": 0, "score": 0, "generate": 0}
@@ -189,7 +200,7 @@ class Engine:
     @property
     def generating(self) -> int:
         """Number of answers being generated."""
-        return sum(len(running.items) for running in list(self._running))
+        return len(self._answering)
 
     @property
     def full(self) -> bool:
@@ -246,7 +257,7 @@ class Engine:
             with self._changed:
                 self._closing = True
                 waiting = [call for queue in self._lanes.values() for call, _ in queue.calls]
-            waiting += [entry.call for running in self._running for entry in running.items]
+            waiting += [entry.call for entry in self._answering.values()]
             for call in waiting:
                 call.fail(ApiError.unavailable("the server is shutting down", "shutting_down"))
 
@@ -256,22 +267,23 @@ class Engine:
             "tokens": model.token_vectors,
             "score": model.score,
         }
+        decoding = model.decoding()
         while True:
             batches = self._next_batches()
-            if not batches and not self._running:
+            if not batches and not self._answering:
                 return
+            if self._answering:
+                self._step(decoding)
             for kind, batch in batches:
                 if kind == "generate":
-                    self._running.append(self._start_generation(model, batch))
+                    self._admit(decoding, batch)
                 else:
                     self._run_batch(kind, batch, functions[kind])
-            for running in list(self._running):
-                self._step(model, running)
 
     def _next_batches(self) -> list[tuple[RequestKind, list[_QueuedItem]]]:
-        """A batch of every lane that is due. Waits for one when no generation is running.
+        """A batch of every lane that is due. Waits for one when no answer is being written.
 
-        Empty when only running generations need their next step, or at the end.
+        Empty when only answers need their next token, or at the end.
         """
         with self._changed:
             while True:
@@ -279,9 +291,9 @@ class Engine:
                 due = [lane for lane in self._lanes if self._due(lane) <= now]
                 batches: list[tuple[RequestKind, list[_QueuedItem]]] = []
                 for lane in due:
-                    if batch := self._lanes[lane].take(self._max_batch):
+                    if batch := self._lanes[lane].take(self._batch_size(lane)):
                         batches.append((lane[0], batch))
-                if batches or self._running:
+                if batches or self._answering:
                     return batches
                 soonest = min((self._due(lane) for lane in self._lanes), default=float("inf"))
                 if self._closing and soonest == float("inf"):
@@ -289,15 +301,22 @@ class Engine:
                 wait = None if soonest == float("inf") else max(0.0, soonest - self._clock())
                 self._changed.wait(wait)
 
+    @property
+    def _room(self) -> int:
+        return ROWS_PER_BATCH * self._max_batch - len(self._answering)
+
+    def _batch_size(self, lane: Lane) -> int:
+        if lane[0] != "generate":
+            return self._max_batch
+        return min(self._room, max(1, self._max_batch // PROMPTS_PER_STEP))
+
     def _due(self, lane: Lane) -> float:
-        """When a lane's next batch should start: immediately when it is full."""
+        """When a lane's next batch starts: at once when it is full, or joins other answers."""
         queue = self._lanes[lane]
-        running = len(self._running) if lane[0] == "generate" else 0
-        if not queue.calls or running >= MAX_GENERATIONS:
+        if not queue.calls or (lane[0] == "generate" and self._room <= 0):
             return float("inf")
-        if running >= EAGER_GENERATIONS:
-            return queue.oldest + PATIENCE_SECONDS
-        if self._closing or queue.waiting >= self._max_batch:
+        joins = lane[0] == "generate" and self._answering
+        if self._closing or joins or queue.waiting >= self._max_batch:
             return 0.0
         return queue.oldest + self._max_wait_seconds
 
@@ -325,58 +344,57 @@ class Engine:
         for entry, result in zip(batch, results, strict=True):
             entry.call.finish(entry.index, result)
 
-    def _start_generation(self, model: EngineModel, batch: list[_QueuedItem]) -> _RunningGeneration:
-        """Start a generation for these prompts."""
-        started_at = self._clock()
-        decoding = model.generate([entry.item for entry in batch])
-        return _RunningGeneration(decoding, batch, started_at)
-
-    def _step(self, model: EngineModel, running: _RunningGeneration) -> None:
-        """Decode one token of each row of a running generation."""
-        for row, entry in enumerate(running.items):
-            if entry.call.future.done():
-                running.decoding.drop(row)
+    def _admit(self, decoding: Decoding, batch: list[_QueuedItem]) -> None:
+        """Read prompts; if that fails, read each alone, so that a bad one fails only its call."""
+        begin = self._clock()
+        entries = {next(self._numbers): entry for entry in batch}
         try:
-            events = running.decoding.step()
+            events = decoding.admit({row: entry.item for row, entry in entries.items()})
         except Exception as error:
-            self._running.remove(running)
-            if len(running.items) == 1 or running.prefilled:
-                for entry in running.items:
-                    entry.call.fail(error)
+            if len(batch) == 1:
+                batch[0].call.fail(error)
                 return
-            self._running.extend(self._start_generation(model, [entry]) for entry in running.items)
+            for entry in batch:
+                if not entry.call.future.done():
+                    self._admit(decoding, [entry])
             return
-        running.prefilled = True
+        self._answering |= entries
+        self._deliver(events)
+        self._on_batch("generate", len(batch), self._clock() - begin)
+
+    def _step(self, decoding: Decoding) -> None:
+        """Write one token of every answer."""
+        self._drop(decoding, [r for r, e in self._answering.items() if e.call.future.done()])
+        begin, count = self._clock(), len(self._answering)
+        try:
+            events = decoding.step()
+        except Exception as error:  # of all rows together: none of them can go on
+            for entry in self._answering.values():
+                entry.call.fail(error)
+            self._drop(decoding, list(self._answering))
+            return
+        self._deliver(events)
+        if count:
+            self._on_batch("generate", count, self._clock() - begin)
+
+    def _drop(self, decoding: Decoding, rows: list[int]) -> None:
+        for row in rows:
+            decoding.drop(row)
+            del self._answering[row]
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Pass events on to the calls of their rows."""
         for event in events:
-            running.deliver(event)
-        if running.decoding.finished:
-            self._running.remove(running)
-            self._on_batch("generate", len(running.items), self._clock() - running.started_at)
-
-
-@dataclass(eq=False, slots=True)
-class _RunningGeneration:
-    """A generation, and the items that its rows answer.
-
-    started_at   by the engine's clock
-    prefilled    the prompts have been read
-    """
-
-    decoding: Decoding
-    items: list[_QueuedItem]
-    started_at: float
-    prefilled: bool = False
-
-    def deliver(self, event: Event) -> None:
-        """Pass an event on to the call of its row."""
-        entry = self.items[event.row]
-        if entry.call.future.done():
-            return
-        if event.piece and entry.call.on_piece is not None:
-            try:
-                entry.call.on_piece(event.piece)
-            except RuntimeError:  # its event loop is closed: the request is gone
-                entry.call.future.cancel()
-                return
-        if event.answer is not None:
-            entry.call.finish(entry.index, event.answer)
+            entry = self._answering[event.row]
+            call = entry.call
+            if event.piece and call.on_piece is not None and not call.future.done():
+                try:
+                    call.on_piece(event.piece)
+                except RuntimeError:  # its event loop is closed: the request is gone
+                    call.future.cancel()
+            if event.error is not None:
+                call.fail(event.error)
+            elif event.answer is not None and not call.future.done():
+                call.finish(entry.index, event.answer)
+            if event.error is not None or event.answer is not None:
+                del self._answering[event.row]

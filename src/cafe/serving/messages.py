@@ -123,26 +123,41 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What one decoding step yields for one prompt: a piece of text, its whole answer, or both."""
+    """What one decoding step yields for one answer: a piece of text, its whole text, or both; or
+    the error that ended it.
+    """
 
     row: int
     piece: str = ""
     answer: Completion | None = None
+    error: BaseException | None = None
 
 
 class Decoding(Protocol):
-    """Several prompts that are answered together, one token each per step."""
+    """Prompts that are answered together, one token each per step; they come and go."""
 
-    @property
-    def finished(self) -> bool: ...
+    def admit(self, items: Mapping[int, WorkItem]) -> list[Event]:
+        """Read prompts, by the numbers that events will have, and write their first tokens.
+
+        Raises whatever the model raises; then none of them has been admitted.
+        """
+        ...
 
     def step(self) -> list[Event]:
-        """Decode one token of every row. Raises whatever the model raises."""
+        """Write one token of every answer. Raises whatever the model raises."""
         ...
 
     def drop(self, row: int) -> None:
-        """Stop decoding this row: its request has been cancelled."""
+        """Write no more of this answer: its request has been cancelled."""
         ...
+
+
+class PrefixUse(Protocol):
+    """How the prefix cache is used. hits, misses: of prompts with images."""
+
+    bytes: int
+    hits: int
+    misses: int
 
 
 class EngineModel(Protocol):
@@ -155,6 +170,7 @@ class EngineModel(Protocol):
     token_width   dimension of the vectors of tokens; None: it has none
     vocabulary    number of tokens
     tools         what its chat template makes of tools
+    prefixes      the prefix cache; None: there is none
     """
 
     dimension: int
@@ -164,6 +180,9 @@ class EngineModel(Protocol):
     token_width: int | None
     vocabulary: int
     tools: ToolSupport
+
+    @property
+    def prefixes(self) -> PrefixUse | None: ...
 
     def excess(self, text: str) -> tuple[int, int] | None:
         """The tokens of a prefix that exceeds the context, and its characters; None: it fits.
@@ -209,4 +228,6 @@ class EngineModel(Protocol):
 
     def score(self, items: list[WorkItem]) -> list[Score]: ...
 
-    def generate(self, items: list[WorkItem]) -> Decoding: ...
+    def decoding(self) -> Decoding:
+        """Where answers are written; the engine asks for one."""
+        ...

@@ -48,6 +48,18 @@ class Metrics:
             depth.labels(kind).set_function(lambda kind=kind: engine.waiting[kind])
         running = Gauge("cafe_generating", "Answers being generated", registry=self._registry)
         running.set_function(lambda: engine.generating)
+        self._watch_prefixes(engine)
+
+    def _watch_prefixes(self, engine: Engine) -> None:
+        """Report what is kept of images, and how often it was used."""
+        names = {
+            "bytes": "Memory of what was read of images",
+            "hits": "Prompts whose image had been read before",
+            "misses": "Prompts whose image was read",
+        }
+        for name, text in names.items():
+            gauge = Gauge(f"cafe_prefix_cache_{name}", text, registry=self._registry)
+            gauge.set_function(lambda name=name: getattr(engine.prefixes, name, 0))
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count a finished request and its duration."""

@@ -20,12 +20,13 @@ from cafe.errors import DataError
 from cafe.model.head import token_log_probs
 from cafe.model.judging import yes_over_no
 from cafe.model.multi_vector import projected, token_projection_of
+from cafe.model.prefix_cache import PREFIX_BYTES, PrefixCache
 from cafe.model.rerank import trained_temperature
 from cafe.model.rows.prompts import trained_thought_tokens
 from cafe.model.rows.rows import Rows
 from cafe.model.vlm import CAFe
 from cafe.serving.constrained import JsonGrammars, JsonMatcher
-from cafe.serving.decoding import Generation
+from cafe.serving.decoding import ChatDecoding
 from cafe.serving.messages import Embedding, Score, TokenEmbeddings, WorkItem
 from cafe.serving.tools import ToolSupport, tool_support
 from cafe.types import Conversation
@@ -41,8 +42,16 @@ PREFIX_TOKENS = 64
 class CafeCalls:
     """A `CAFe` as a `cafe.serving.messages.EngineModel`."""
 
-    def __init__(self, model: CAFe) -> None:
-        """Raises CheckpointError if the temperature or thoughts in config.json are invalid."""
+    def __init__(self, model: CAFe, prefix_bytes: int = PREFIX_BYTES) -> None:
+        """Create the calls of a model.
+
+        Args:
+            model: That is called.
+            prefix_bytes: Memory for what was read of images (`cafe.model.prefix_cache`); 0: none.
+
+        Raises:
+            CheckpointError: The temperature or thoughts in config.json are invalid.
+        """
         self._model = model
         self._collator = replace(model.collator, max_tokens=sys.maxsize)
         self._cutting = model.collator
@@ -58,6 +67,7 @@ class CafeCalls:
         self._grammars = JsonGrammars(
             model.processor.tokenizer, model.lm_head.out_features, [int(end)]
         )
+        self.prefixes = PrefixCache(prefix_bytes) if prefix_bytes else None
         self.dimension = model.embedding_dimension
         self.max_tokens = model.collator.max_tokens
         self.temperature = trained_temperature(model.model.config)
@@ -172,9 +182,9 @@ class CafeCalls:
         log_p, _ = token_log_probs(self._model, states, rows.label_ids)
         return torch.zeros(len(items)).index_add(0, owner, log_p.cpu()).tolist(), counts
 
-    def generate(self, items: list[WorkItem]) -> Generation:
-        """Prepare a generation; its first step reads the prompts."""
-        return Generation(self._model, items)
+    def decoding(self) -> ChatDecoding:
+        """Where answers are written."""
+        return ChatDecoding(self._model, self.prefixes)
 
     @torch.inference_mode()
     def _states(

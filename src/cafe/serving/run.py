@@ -196,6 +196,7 @@ def serve(
     max_batch: int = 32,
     max_wait_seconds: float = 0.005,
     max_queue: int = 256,
+    prefix_cache_mb: int = 256,
     allow_remote_images: bool = False,
     ui: bool = False,
     access_log: bool = False,
@@ -216,6 +217,8 @@ def serve(
         max_wait_seconds: How long an input waits for others to share its batch.
         max_queue: Number of waiting inputs from which on requests are refused (429); of one
             request at most an eighth of it counts.
+        prefix_cache_mb: Memory, in MiB, for what was read of images, so that further questions
+            about one need not read it again; 0: none.
         allow_remote_images: Whether to fetch images from public URLs.
         ui: Whether to serve the web page too, at `/ui`.
         access_log: Whether to log one line of JSON for each request, without its contents, on the
@@ -245,7 +248,9 @@ def serve(
         limits=limits or Limits(),
     )
     root = None if search is None else search.root
-    server = Server(lambda: _load_model(model, opened), settings, search, root)
+    server = Server(
+        lambda: _load_model(model, opened, prefix_cache_mb * 2**20), settings, search, root
+    )
     report(f"loading {model}")
     server.run(lambda url: report(f"serving {name} on {url}{'/ui' * ui}"))
 
@@ -256,14 +261,14 @@ def _open_index(uri: str | Path) -> Index:
     return Index.open(uri)
 
 
-def _load_model(model: str | Path, index: Index | None) -> EngineModel:
+def _load_model(model: str | Path, index: Index | None, prefix_bytes: int) -> EngineModel:
     """Load the model; raises DataError if another model made `index`."""
     from cafe.model.vlm import CAFe
     from cafe.retrieval.indexing import open_model
     from cafe.serving.model_calls import CafeCalls
 
     vlm = CAFe.from_pretrained(model) if index is None else open_model(str(model), index)[0]
-    return CafeCalls(vlm)
+    return CafeCalls(vlm, prefix_bytes)
 
 
 def _config(guard: RequestGuard) -> uvicorn.Config:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,74 +18,77 @@ MIN_TEMPERATURE = 1e-4
 
 
 @dataclass(eq=False, slots=True)
-class _Row:
-    """A row of a batch that is not simply greedy.
+class RowSampler:
+    """Chooses the tokens of one answer that are not simply the most probable ones.
 
+    A seed gives the same tokens whatever the other rows of the batch are.
+
+    prompt      whose settings count
+    tokens      int64 [1, t], of the prompt and of the answer so far
+    begin       where the answer begins in them
+    processors  of generation_config.json, as plain `generate` applies them
     generator   of its sampling; None: it is greedy
     logprobs    of its tokens so far; None: not wanted
     matcher     where it is in the JSON that it must be; None: any text
     """
 
-    number: int
     prompt: Prompt
+    tokens: Tensor
+    begin: int
+    processors: Sequence[Any]
     generator: torch.Generator | None
     logprobs: list[TokenLogProb] | None
     matcher: JsonMatcher | None
 
-
-class PerRowSampler:
-    """A logits processor that samples itself, so that the rows of a batch may differ in settings.
-
-    It leaves a sampled row with a single possible token, and a greedy row with its logits;
-    `generate` then takes the most probable token of each. A row's seed gives the same tokens
-    whatever the other rows of its batch are.
-    """
-
-    def __init__(self, prompts: list[Prompt], device: torch.device) -> None:
-        self._begin: int | None = None  # the first token after the prompts
-        self._rows: list[_Row] = []
-        for number, prompt in enumerate(prompts):
-            generator = None
-            if prompt.temperature >= MIN_TEMPERATURE:
-                generator = torch.Generator(device)
-                if prompt.seed is None:
-                    generator.seed()
-                else:
-                    generator.manual_seed(prompt.seed)
-            wanted = None if prompt.logprobs is None else []
-            # A copy: a batch that fails before its first token is begun again.
-            matcher = None if prompt.matcher is None else prompt.matcher.copy()
-            changed = prompt.bias or prompt.frequency or prompt.presence or matcher is not None
-            if generator is not None or wanted is not None or changed:
-                self._rows.append(_Row(number, prompt, generator, wanted, matcher))
-
-    def logprobs(self, number: int) -> list[TokenLogProb] | None:
-        """The list that receives the log-probabilities of a row's tokens; None: not wanted."""
-        return next((row.logprobs for row in self._rows if row.number == number), None)
-
-    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        if self._begin is None:
-            self._begin = tokens.shape[1]
-        for row in self._rows:
-            prompt, own = row.prompt, scores[row.number]
-            logits = adjusted(own, tokens[row.number, self._begin :], prompt)
-            if row.matcher is not None:
-                logits = row.matcher.mask(logits)
-            if row.generator is None:
-                chosen = logits.argmax()
+    @classmethod
+    def of(
+        cls,
+        prompt: Prompt,
+        tokens: Sequence[int],
+        device: torch.device,
+        processors: Sequence[Any] = (),
+    ) -> Self | None:
+        """The sampler of a prompt with these tokens; None: its answer is simply greedy."""
+        generator = None
+        if prompt.temperature >= MIN_TEMPERATURE:
+            generator = torch.Generator(device)
+            if prompt.seed is None:
+                generator.seed()
             else:
-                p = probabilities(logits, prompt.temperature, prompt.top_p, prompt.top_k)
-                chosen = torch.multinomial(p, 1, generator=row.generator)[0]
-            if row.matcher is not None:
-                row.matcher.take(int(chosen))
-            if row.logprobs is not None:
-                row.logprobs.append(_log_probs(own, int(chosen), prompt.logprobs or 0))
-            if row.generator is None:
-                scores[row.number] = logits
-            else:
-                scores[row.number] = -torch.inf
-                scores[row.number, chosen] = 0.0
-        return scores
+                generator.manual_seed(prompt.seed)
+        wanted = None if prompt.logprobs is None else []
+        # A copy: a batch that fails before its first token is begun again.
+        matcher = None if prompt.matcher is None else prompt.matcher.copy()
+        changed = prompt.bias or prompt.frequency or prompt.presence or matcher is not None
+        if generator is None and wanted is None and not changed and not processors:
+            return None
+        ids = torch.tensor([list(tokens)], device=device)
+        return cls(prompt, ids, len(tokens), processors, generator, wanted, matcher)
+
+    def __call__(self, scores: Tensor) -> int:
+        """The next token, by its logits [vocabulary].
+
+        Raises:
+            DataError: A bias is of a token that is not in the vocabulary.
+        """
+        own, prompt = scores[None], self.prompt
+        for processor in self.processors:
+            own = processor(self.tokens, own)
+        own = own[0]
+        logits = adjusted(own, self.tokens[0, self.begin :], prompt)
+        if self.matcher is not None:
+            logits = self.matcher.mask(logits)
+        if self.generator is None:
+            chosen = int(logits.argmax())
+        else:
+            p = probabilities(logits, prompt.temperature, prompt.top_p, prompt.top_k)
+            chosen = int(torch.multinomial(p, 1, generator=self.generator))
+        if self.matcher is not None:
+            self.matcher.take(chosen)
+        if self.logprobs is not None:
+            self.logprobs.append(_log_probs(own, chosen, prompt.logprobs or 0))
+        self.tokens = torch.cat([self.tokens, self.tokens.new_tensor([[chosen]])], dim=1)
+        return chosen
 
 
 def adjusted(logits: Tensor, answer: Tensor, prompt: Prompt) -> Tensor:

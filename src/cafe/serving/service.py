@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -107,6 +109,7 @@ class Service:
     _decoders: ThreadPoolExecutor = field(init=False)
     _workers: ThreadPoolExecutor = field(init=False)
     _fetchers: ThreadPoolExecutor = field(init=False)
+    _secret: bytes = field(init=False, repr=False)
     _ignored: IgnoredFields = field(init=False, default_factory=IgnoredFields)
     _said_untrained: bool = field(init=False, default=False)
     _said_tokens: bool = field(init=False, default=False)
@@ -117,6 +120,7 @@ class Service:
         # Of their own: texts and searches do not wait for images to be decoded.
         self._workers = ThreadPoolExecutor(os.cpu_count() or 1, "work")
         self._fetchers = ThreadPoolExecutor(MAX_FETCHES, "fetch")
+        self._secret = secrets.token_bytes(64)
 
     def accept(self, request: Request, body: BaseModel) -> None:
         """What every route does first with its body: fields that change nothing are named.
@@ -152,7 +156,16 @@ class Service:
             share,
             None if self.fetch is None else self._fetch_in_thread,
             self._decoders,
+            self._owner(request),
         )
+
+    def _owner(self, request: Request) -> bytes:
+        """Who sent a request, as its key says: what is kept of an image is kept for its owner.
+
+        Also where no key is required: then keys may be those of a proxy in front of the server.
+        """
+        key = request.headers.get("authorization", "").encode()
+        return hashlib.blake2b(key, key=self._secret).digest()
 
     async def _fetch_in_thread(self, url: str) -> bytes:
         assert self.fetch is not None

@@ -20,6 +20,8 @@ from cafe.model.rows.trie import Row, TokenSequence, build_row, pack_rows, separ
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Int
 
+    from cafe.model.rows.render import RenderedSequence
+
 Orders = Callable[[np.ndarray], tuple[list[int], list[int]]]
 """Keys of rows -> the images, and the videos, of their runs of placeholders, in order."""
 
@@ -52,6 +54,25 @@ class ReadSequence:
     tokens: TokenSequence
     role: SequenceRole | None = None
     label_at: Int[np.ndarray, " l"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+@dataclass(slots=True, eq=False)
+class DraftSequence:
+    """A sequence under construction: rendered first; tokens follow once images are counted.
+
+    role, label_at     as in `ReadSequence`
+    labelled_answers   how many answers have a labelled token other than control tokens
+    """
+
+    name: str
+    rendered: RenderedSequence
+    role: SequenceRole | None = None
+    tokens: TokenSequence = field(default_factory=lambda: TokenSequence.from_text([]))
+    label_at: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    labelled_answers: int = 0
+
+    def read(self) -> ReadSequence:
+        return ReadSequence(self.tokens, self.role, self.label_at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ workers. `cafe.model.rows.render` turns conversations into text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from cafe.errors import DataError, NoLabelledTokens
 from cafe.model.families import Family
 from cafe.model.rows.assembly import (
-    ReadSequence,
+    DraftSequence,
     RowLayout,
     SequenceRole,
     concatenated,
@@ -196,7 +196,7 @@ class Collator:
     def _lengths(self) -> PlaceholderLengths:
         return PlaceholderLengths(self.processor, self.family, self.max_frames)
 
-    def _sequences(self, example: Example) -> list[_Sequence]:
+    def _sequences(self, example: Example) -> list[DraftSequence]:
         """What is embedded, then every assistant turn, each a branch of the row."""
         sides: list[tuple[SequenceRole, Conversation | None]] = [
             ("query", example.query),
@@ -208,12 +208,12 @@ class Collator:
         name, prompt = f"example {example.id!r}", example.embedding_prompt
         try:
             embedded = [
-                _Sequence(name, self.render.embedding(side, prompt), role)
+                DraftSequence(name, self.render.embedding(side, prompt), role)
                 for role, side in sides
                 if side is not None
             ]
             answers = [
-                _Sequence(name, rendered, "answer")
+                DraftSequence(name, rendered, "answer")
                 for dialogue in example.dialogues
                 for rendered in self.render.answers(dialogue)
             ]
@@ -221,13 +221,13 @@ class Collator:
             raise DataError(f"{name}: {error}") from error
         return [*embedded, *answers]
 
-    def _questions(self, example: Example) -> list[_Sequence | None]:
+    def _questions(self, example: Example) -> list[DraftSequence | None]:
         """The example's match questions; an empty list where they are not trained."""
         name = f"example {example.id!r}"
         return [
             None
             if question is None
-            else _Sequence(name, named(name, self.render.prompt, question), "question")
+            else DraftSequence(name, named(name, self.render.prompt, question), "question")
             for question in (match_questions(example) if self.matching else ())
         ]
 
@@ -290,11 +290,7 @@ class Collator:
         token_cost: float | None,
         embeds: bool = False,
     ) -> tuple[Rows, dict[str, Tensor], Int[Tensor, " l"]]:
-        names = [f"input {n}" for n in (range(len(conversations)) if numbers is None else numbers)]
-        sequences = [
-            _Sequence(name, named(name, render, conversation))
-            for name, conversation in zip(names, conversations, strict=True)
-        ]
+        sequences = self._drafts(conversations, render, numbers)
         images = self._images(sequences)
         self._tokenize(sequences, images)
         groups = [[i] for i in range(len(sequences))]
@@ -309,9 +305,33 @@ class Collator:
         owners = [np.full(len(sequences[i].label_at), i) for i in order]
         return rows, images.inputs, torch.from_numpy(concatenated(owners))
 
+    def prompt_tokens(
+        self, conversations: Sequence[Conversation], numbers: Sequence[int] | None = None
+    ) -> list[TokenSequence]:
+        """The tokens of conversations to be answered, without decoding their images.
+
+        Raises DataError as `prompt_rows`, but a damaged image is noticed only if its size is.
+        """
+        sequences = self._drafts(conversations, self.render.prompt, numbers)
+        media = [(s.name, s.rendered.images) for s in sequences]
+        self._tokenize(sequences, self._lengths.images(media))
+        return [s.tokens for s in sequences]
+
+    @staticmethod
+    def _drafts(
+        conversations: Sequence[Conversation],
+        render: Callable[[Conversation], RenderedSequence],
+        numbers: Sequence[int] | None,
+    ) -> list[DraftSequence]:
+        names = [f"input {n}" for n in (range(len(conversations)) if numbers is None else numbers)]
+        return [
+            DraftSequence(name, named(name, render, conversation))
+            for name, conversation in zip(names, conversations, strict=True)
+        ]
+
     # ------------------------------------------------------------------ tokens
 
-    def _images(self, sequences: Sequence[_Sequence]) -> ImageInputs:
+    def _images(self, sequences: Sequence[DraftSequence]) -> ImageInputs:
         """The processed images of `sequences`."""
         return ImageInputs.of(
             [(s.name, s.rendered.images) for s in sequences],
@@ -321,7 +341,7 @@ class Collator:
             self.max_frames,
         )
 
-    def _tokenize(self, sequences: Sequence[_Sequence], images: ImageInputs) -> None:
+    def _tokenize(self, sequences: Sequence[DraftSequence], images: ImageInputs) -> None:
         """Fill in the tokens of `sequences`."""
         if not sequences:
             return
@@ -362,7 +382,7 @@ class Collator:
                     s.labelled_answers = answers_labelled(prompt.text, spans)
 
     def _kept(
-        self, sequence: _Sequence, text: str, count: int, spans: np.ndarray
+        self, sequence: DraftSequence, text: str, count: int, spans: np.ndarray
     ) -> np.ndarray | None:
         """Which tokens of a too long sequence are kept: its longest texts lose their ends.
 
@@ -380,22 +400,3 @@ class Collator:
                 "and prompts are never cut: raise max_tokens or use fewer or smaller images"
             )
         return kept
-
-
-@dataclass(slots=True, eq=False)
-class _Sequence:
-    """A sequence under construction: rendered first; tokens follow once images are counted.
-
-    role, label_at     as in `ReadSequence`
-    labelled_answers   how many answers have a labelled token other than control tokens
-    """
-
-    name: str
-    rendered: RenderedSequence
-    role: SequenceRole | None = None
-    tokens: TokenSequence = field(default_factory=lambda: TokenSequence.from_text([]))
-    label_at: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    labelled_answers: int = 0
-
-    def read(self) -> ReadSequence:
-        return ReadSequence(self.tokens, self.role, self.label_at)
