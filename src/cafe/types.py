@@ -19,10 +19,10 @@ Role = Literal["system", "user", "assistant", "tool", "tools"]
 """tool: what a call returned. tools: which tools there are, as JSON; in front of a conversation."""
 
 
-class StoredImage(ABC):
-    """An image file inside a container such as an archive or a table. It can be pickled.
+class StoredFile(ABC):
+    """A media file inside a container such as an archive or a table. It can be pickled.
 
-    name   identifies it, among other images and in errors
+    name   identifies it, among other files and in errors
     """
 
     __slots__ = ()
@@ -33,7 +33,7 @@ class StoredImage(ABC):
 
     @abstractmethod
     def read(self) -> bytes:
-        """The encoded image. Raises ImageError when it no longer exists."""
+        """The content of the file. Raises DataError when it no longer exists."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +46,7 @@ class Image:
     Two `Image` objects are the same image when they are the same object or share `key`.
     """
 
-    source: str | Path | bytes | PIL.Image.Image | StoredImage
+    source: str | Path | bytes | PIL.Image.Image | StoredFile
     pixel_budget: int | None = None
 
     @property
@@ -55,7 +55,7 @@ class Image:
         match self.source:
             case str() | Path():
                 name: object = str(self.source)
-            case StoredImage():
+            case StoredFile():
                 name = self.source.name
             case _:
                 name = id(self.source)

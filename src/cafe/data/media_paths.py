@@ -14,7 +14,7 @@ from cafe.data.quarantine import NO_SUCH_FILE
 from cafe.data.records import kind
 from cafe.errors import DataError, quoted
 from cafe.files import as_on_disk, inside
-from cafe.types import Image, StoredImage, Video
+from cafe.types import Image, StoredFile, Video
 
 _IMAGE_NAME = re.compile(
     r"[^\n]{1,400}\.(jpe?g|jfif|jpe|png|webp|gif|bmp|tiff?|avif|heic|heif|jp2|ppm)", re.IGNORECASE
@@ -68,7 +68,7 @@ class MediaResolver:
                 if value not in self._known:
                     self._known[value] = Image(self._source(value, "image"), self._budget)
                 return self._known[value]
-            case bytes() | StoredImage():
+            case bytes() | StoredFile():
                 return Image(value, self._budget)
             case {"bytes": bytes() as content}:
                 return Image(content, self._budget)

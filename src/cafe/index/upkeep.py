@@ -24,7 +24,7 @@ from cafe.index.rows import GENERATED_CAPTION, ContentKind, IndexRow, RowState, 
 from cafe.index.store import only_writer
 from cafe.index.table import Index
 from cafe.media import open_image
-from cafe.types import Image, StoredImage
+from cafe.types import Image, StoredFile
 
 MAX_BATCH_PIXELS = 200_000_000
 """Limit of the decoded images of one batch: three bytes each, plus one image."""
@@ -330,7 +330,7 @@ def _content(item: IndexItem) -> bytes:
     match item.source.source:
         case bytes() as content:
             return content
-        case StoredImage() as stored:
+        case StoredFile() as stored:
             return stored.read()
         case str() | Path() as path:
             try:

@@ -15,7 +15,7 @@ from cafe.data.records import ReadOptions
 from cafe.errors import DataError
 from cafe.model.rows.official import official_example
 from cafe.recipes import Evaluate, Recipe
-from cafe.types import Example, Image, StoredImage, Video
+from cafe.types import Example, Image, StoredFile, Video
 
 _SPLIT_STREAM = 71
 """Keeps the draw of the split apart from other draws by the same seed."""
@@ -157,7 +157,7 @@ def _content(example: Example) -> object:
 def _name(source: Any) -> object:
     if isinstance(source, str | Path):
         return Path(source).name
-    return source.name.rpartition("/")[2] if isinstance(source, StoredImage) else id(source)
+    return source.name.rpartition("/")[2] if isinstance(source, StoredFile) else id(source)
 
 
 def _groups(examples: Sequence[Example]) -> np.ndarray:

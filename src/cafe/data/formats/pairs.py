@@ -21,7 +21,7 @@ from cafe.data.formats.base import Format, pair_example
 from cafe.data.media_paths import MediaResolver
 from cafe.data.records import ReadOptions, Record, kind
 from cafe.errors import DataError
-from cafe.types import Conversation, Example, Part, StoredImage, user
+from cafe.types import Conversation, Example, Part, StoredFile, user
 
 _QUERY = ("anchor", "query")
 _TARGET = ("positive", "pos", "target")
@@ -76,7 +76,7 @@ def _parts(value: object, name: str, media: MediaResolver) -> tuple[Part, ...]:
             if media.looks_like_image(value):
                 return (media.image(value, name),)
             return (value,) if value.strip() else ()
-        case bytes() | StoredImage() | {"bytes": _} | {"path": _}:
+        case bytes() | StoredFile() | {"bytes": _} | {"path": _}:
             return (media.image(value, name),)
         case {"text": text, "image": image}:
             return (*media.images(image, name), *_parts(text, name, media))

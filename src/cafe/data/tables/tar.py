@@ -32,7 +32,7 @@ from cafe.data.tables.text import parse_json
 from cafe.errors import DataError, ImageError, first_line, quoted
 from cafe.files import check_is_content, is_system_file, write_json
 from cafe.media import IMAGE_SUFFIXES
-from cafe.types import StoredImage
+from cafe.types import StoredFile
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
@@ -44,7 +44,7 @@ _LAYOUT = 2
 
 
 @dataclass(frozen=True, slots=True)
-class FileSlice(StoredImage):
+class FileSlice(StoredFile):
     """A file inside an archive: bytes `offset` to `offset + size` of `path`."""
 
     path: Path

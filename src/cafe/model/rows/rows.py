@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cafe.model.rows.blocks import LengthBlock
-from cafe.types import Conversation, Image, StoredImage, Video
+from cafe.types import Conversation, Image, StoredFile, Video
 
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Int
@@ -209,7 +209,7 @@ def _media_identity(part: Image | Video) -> str:
     match part.source:
         case str() | Path():
             return str(part.source)
-        case StoredImage():
+        case StoredFile():
             return part.source.name
         case bytes():
             content = [part.source]
