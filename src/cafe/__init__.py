@@ -40,9 +40,10 @@ if TYPE_CHECKING:
     from cafe.training.dry_run import dry_run
     from cafe.training.run import train
     from cafe.training.watching import run_status, watch
-    from cafe.types import Example, Image, Message, Video, user
+    from cafe.types import Audio, Example, Image, Message, Video, user
 
 __all__ = [
+    "Audio",
     "CAFe",
     "CafeError",
     "Example",
@@ -75,6 +76,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Audio": "cafe.types",
     "CAFe": "cafe.model.vlm",
     "CafeError": "cafe.errors",
     "Example": "cafe.types",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     import PIL.Image
 
 Role = Literal["system", "user", "assistant", "tool", "tools"]
@@ -84,7 +85,34 @@ class Video:
         return name if self.pixel_budget is None else (name, self.pixel_budget)
 
 
-Part = str | Image | Video
+@dataclass(frozen=True, slots=True, eq=False)
+class Audio:
+    """A recording by reference; decoded late, by `cafe.audio.open_audio`.
+
+    `source` is a path, the encoded bytes of an audio file, a file stored inside a container, or
+    samples with their `rate` in Hz: [samples] or [channels, samples], in -1 … 1 or integers.
+    Of a recording of more than `max_seconds` only the beginning is heard; None: all of it, and one
+    that is longer than a model hears is an error.
+    """
+
+    source: str | Path | bytes | StoredFile | np.ndarray
+    rate: int | None = None
+    max_seconds: float | None = None
+
+    @property
+    def key(self) -> object:
+        match self.source:
+            case str() | Path():
+                name: object = str(self.source)
+            case StoredFile():
+                name = self.source.name
+            case _:
+                name = id(self.source)
+        return name if self.max_seconds is None else (name, self.max_seconds)
+
+
+Media = Image | Video | Audio
+Part = str | Media
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +125,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `content` holds text and images in reading order.
+    """One turn of a conversation. `content` holds text, images, videos and audio in reading order.
 
     written   the same with every space and newline of the file, and without images that the file
               does not place; None: no different. Only `cafe.model.rows.official` reads it
@@ -181,6 +209,9 @@ Scores = dict[str, float]
 CAPTION_REQUEST = "Describe this image."
 """What asks for a caption where a data set has no words of its own, in training and in `encode`."""
 
+AUDIO_CAPTION_REQUEST = "Describe this sound."
+"""The same for a recording, in training."""
+
 MATCH_QUESTION = 'Does the picture show "{statement}"? Answer yes or no.'
 """What `CAFe.score` asks. The bundled world trains this question, including near misses."""
 
@@ -241,6 +272,8 @@ def content_key(value: Part | Conversation) -> Hashable:
     """
     if isinstance(value, str):
         return value
+    if isinstance(value, Audio):
+        return ("audio", value.key)
     if isinstance(value, Image | Video):
         return ("image", value.key)
     match value:

@@ -23,6 +23,7 @@ from cafe.model.checkpoint.directory import load_pretrained, save_checkpoint
 from cafe.model.encoding import Encoding, encode_inputs
 from cafe.model.families import family_of
 from cafe.model.families.base import distinct_features
+from cafe.model.hearing import allow_given_audio
 from cafe.model.hidden import features_of_rows, hidden_states
 from cafe.model.inference import Vision
 from cafe.model.last_layer import compute_last_layer_at, prepare
@@ -70,6 +71,8 @@ class CAFe(TokenEncoder, nn.Module):
         self._trained_prompts = TrainedPrompts(model.config)
         self._windows = layer_windows(model.config)
         allow_branches(model.get_decoder())
+        if self.family.audio_inputs:
+            allow_given_audio(model.model, self.family)
         self._sdpa_while_generating = SdpaWhileGenerating(model.config)
         prepare(model.get_decoder())
         unused = self.family.unused(model.config)
