@@ -20,8 +20,11 @@ from cafe.model.families import Family
 
 
 def allow_given_audio(inner: Any, family: Family) -> None:
-    """Let a `…Model` (that inside `…ForConditionalGeneration`) take "audio"; twice is once."""
-    if getattr(inner, "_cafe_given_audio", False):
+    """Let a `…Model` (that inside `…ForConditionalGeneration`) take "audio"; twice is once.
+
+    Nothing is changed for a family that does not hear.
+    """
+    if not family.audio_inputs or getattr(inner, "_cafe_given_audio", False):
         return
     own = inner.get_audio_features
 

@@ -49,10 +49,9 @@ Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
 class CAFe(TokenEncoder, nn.Module):
     """A vision-language model for retrieval and for answers.
 
-    Building one changes the transformers model that it wraps: parameters that no forward reads
-    (layers above the one that image features come from) are frozen, because they never get a
-    gradient; and the last language layer gets hooks, with which `hidden_at` computes it only at the
-    tokens that are asked for (`cafe.model.last_layer`).
+    Building one changes the transformers model that it wraps: parameters that no forward reads are
+    frozen, because they never get a gradient; and the last language layer gets hooks, with which
+    `hidden_at` computes it only at the tokens that are asked for (`cafe.model.last_layer`).
 
     model      transformers' `...ForConditionalGeneration`, with its `processor`
     family     the facts of its model family
@@ -71,20 +70,18 @@ class CAFe(TokenEncoder, nn.Module):
         self._trained_prompts = TrainedPrompts(model.config)
         self._windows = layer_windows(model.config)
         allow_branches(model.get_decoder())
-        if self.family.audio_inputs:
-            allow_given_audio(model.model, self.family)
+        allow_given_audio(model.model, self.family)
         self._sdpa_while_generating = SdpaWhileGenerating(model.config)
         prepare(model.get_decoder())
-        unused = self.family.unused(model.config)
         for name, parameter in model.named_parameters():
-            if name.startswith(unused):
+            if name.startswith(self.family.unused(model.config)):
                 parameter.requires_grad_(False)
-        text_config = model.config.get_text_config()
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", 4096)
         self.collator = Collator(
             processor=processor,
             family=self.family,
             pooled_token=turn_end(processor),
-            max_tokens=int(getattr(text_config, "max_position_embeddings", 4096)),
+            max_tokens=int(context),
             sharing=row_sharing(model.config, self.family),
             own_prompt=own_prompt(model.config),
             latent=latent_text(model.config, processor.tokenizer),
