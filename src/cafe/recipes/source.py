@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from cafe.recipes.base import Count, Name, NotNegative, Section, UserPath
+from cafe.recipes.base import Count, Name, NotNegative, Positive, Section, UserPath
 
 
 class DataSource(Section):
