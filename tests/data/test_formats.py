@@ -473,8 +473,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "'positive_messages' has 1 entries and 'positive_images' has 2",
     ),
     "messages, a part of an unknown type": (
-        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
-        "turn 1: a part is type 'audio'",
+        {"messages": [{"role": "user", "content": [{"type": "odour"}]}]},
+        "turn 1: a part is type 'odour'",
     ),
     "messages, an image on the network": (
         {
