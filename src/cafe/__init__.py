@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from cafe.training.run import train
     from cafe.training.run_report import write_report
     from cafe.training.watching import run_status, watch
-    from cafe.types import Example, Image, Message, Video, user
+    from cafe.types import Audio, Example, Image, Message, Video, user
 
 __all__ = [
+    "Audio",
     "CAFe",
     "CafeError",
     "Example",
@@ -79,6 +80,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Audio": "cafe.types",
     "CAFe": "cafe.model.vlm",
     "CafeError": "cafe.errors",
     "Example": "cafe.types",

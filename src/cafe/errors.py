@@ -3,6 +3,7 @@
 CafeError
  ├── DataError         a file, record or image that cannot be used
  │    ├── ImageError        an image that cannot be decoded, or is out of bounds
+ │    ├── AudioError        a recording that cannot be decoded, or is out of bounds
  │    └── NoLabelledTokens  an example with an answer none of whose tokens is labelled
  ├── RecipeError       a recipe key or value that is not valid
  ├── CheckpointError   a model directory or adapter that cannot be loaded
@@ -30,6 +31,10 @@ class DataError(CafeError):
 
 
 class ImageError(DataError):
+    pass
+
+
+class AudioError(DataError):
     pass
 
 

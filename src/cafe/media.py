@@ -25,7 +25,7 @@ import PIL.ImageOps
 from cafe.errors import ImageError, quoted
 from cafe.files import LFS_POINTER, is_lfs_pointer
 from cafe.image_cost import excess, excess_of_tags
-from cafe.types import Image, StoredImage, Video
+from cafe.types import Image, StoredFile, Video
 
 MAX_PIXELS = 89_000_000
 """Largest image that is decoded (width x height), just below the size at which Pillow warns."""
@@ -124,7 +124,7 @@ def _opened(image: Image, max_pixels: int) -> Iterator[PIL.Image.Image]:
             if isinstance(source, PIL.Image.Image):
                 opened = source
             else:
-                content = source.read() if isinstance(source, StoredImage) else source
+                content = source.read() if isinstance(source, StoredFile) else source
                 _check_cost(name, content)
                 if isinstance(content, bytes):
                     opened = _pillow_image(name, io.BytesIO(content))
@@ -173,7 +173,7 @@ def _name(source: object) -> str:
     match source:
         case str() | Path():
             return f"image {quoted(str(source))}"
-        case StoredImage():
+        case StoredFile():
             return f"image {quoted(source.name)}"
         case _:
             return "image"

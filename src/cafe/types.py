@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     import PIL.Image
 
 Role = Literal["system", "user", "assistant", "tool", "tools"]
 """tool: what a call returned. tools: which tools there are, as JSON; in front of a conversation."""
 
 
-class StoredImage(ABC):
-    """An image file inside a container such as an archive or a table. It can be pickled.
+class StoredFile(ABC):
+    """A media file inside a container such as an archive or a table. It can be pickled.
 
-    name   identifies it, among other images and in errors
+    name   identifies it, among other files and in errors
     """
 
     __slots__ = ()
@@ -33,7 +34,7 @@ class StoredImage(ABC):
 
     @abstractmethod
     def read(self) -> bytes:
-        """The encoded image. Raises ImageError when it no longer exists."""
+        """The content of the file. Raises DataError when it no longer exists."""
 
     @property
     def fingerprint(self) -> bytes | None:
@@ -60,7 +61,7 @@ class Image:
     `digest`, where there is one, names what is seen (content and pixel budget).
     """
 
-    source: str | Path | bytes | PIL.Image.Image | StoredImage
+    source: str | Path | bytes | PIL.Image.Image | StoredFile
     pixel_budget: int | None = None
     digest: str | None = None
 
@@ -74,7 +75,7 @@ class Image:
         match self.source:
             case str() | Path():
                 name: object = str(self.source)
-            case StoredImage():
+            case StoredFile():
                 name = self.source.name
             case _:
                 name = id(self.source)
@@ -103,7 +104,34 @@ class Video:
         return name if self.pixel_budget is None else (name, self.pixel_budget)
 
 
-Part = str | Image | Video
+@dataclass(frozen=True, slots=True, eq=False)
+class Audio:
+    """A recording by reference; decoded late, by `cafe.audio.open_audio`.
+
+    `source` is a path, the encoded bytes of an audio file, a file stored inside a container, or
+    samples with their `rate` in Hz: [samples] or [channels, samples], in -1 … 1 or integers.
+    Of a recording of more than `max_seconds` only the beginning is heard; None: all of it, and one
+    that is longer than a model hears is an error.
+    """
+
+    source: str | Path | bytes | StoredFile | np.ndarray
+    rate: int | None = None
+    max_seconds: float | None = None
+
+    @property
+    def key(self) -> object:
+        match self.source:
+            case str() | Path():
+                name: object = str(self.source)
+            case StoredFile():
+                name = self.source.name
+            case _:
+                name = id(self.source)
+        return name if self.max_seconds is None else (name, self.max_seconds)
+
+
+Media = Image | Video | Audio
+Part = str | Media
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +144,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `content` holds text and images in reading order.
+    """One turn of a conversation. `content` holds text, images, videos and audio in reading order.
 
     written   the same with every space and newline of the file, and without images that the file
               does not place; None: no different. Only `cafe.model.rows.official` reads it
@@ -200,6 +228,9 @@ Scores = dict[str, float]
 CAPTION_REQUEST = "Describe this image."
 """What asks for a caption where a data set has no words of its own, in training and in `encode`."""
 
+AUDIO_CAPTION_REQUEST = "Describe this sound."
+"""The same for a recording, in training."""
+
 MATCH_QUESTION = 'Does the picture show "{statement}"? Answer yes or no.'
 """What `CAFe.score` asks. The bundled world trains this question, including near misses."""
 
@@ -260,6 +291,8 @@ def content_key(value: Part | Conversation) -> Hashable:
     """
     if isinstance(value, str):
         return value
+    if isinstance(value, Audio):
+        return ("audio", value.key)
     if isinstance(value, Image | Video):
         return ("image", value.key)
     match value:

@@ -20,7 +20,7 @@ from cafe.data.records import ReadOptions, Records
 from cafe.data.tables import open_table
 from cafe.errors import DataError
 from cafe.media import open_image
-from cafe.types import Conversation, Example, Image, StoredImage
+from cafe.types import Conversation, Example, Image, StoredFile
 from helpers import layouts
 from helpers.layouts import (
     LAYOUTS,
@@ -444,7 +444,7 @@ def test_stored_images_have_names_of_their_own(tmp_path: Path) -> None:
         examples = read(tmp_path, layout).examples
         sides = [side for e in examples for side in (e.query, e.target) if side is not None]
         images = [p for side in sides for p in side[0].content if isinstance(p, Image)]
-        assert all(isinstance(p.source, StoredImage) for p in images)
+        assert all(isinstance(p.source, StoredFile) for p in images)
         assert len({p.key for p in images}) == 4
 
 
@@ -473,8 +473,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "'positive_messages' has 1 entries and 'positive_images' has 2",
     ),
     "messages, a part of an unknown type": (
-        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
-        "turn 1: a part is type 'audio'",
+        {"messages": [{"role": "user", "content": [{"type": "odour"}]}]},
+        "turn 1: a part is type 'odour'",
     ),
     "messages, an image on the network": (
         {

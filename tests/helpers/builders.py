@@ -104,8 +104,9 @@ def tokenizer(special: Sequence[str], named: dict[str, str], *, eos: str, pad: s
     )
 
 
-def chat_ml(image: str, *, video: str = "", system: str = "") -> str:
+def chat_ml(image: str, *, video: str = "", audio: str = "", system: str = "") -> str:
     """Qwen's and InternVL's way: <|im_start|>role ... <|im_end|>."""
+    heard = f"{{%- elif part['type'] == 'audio' -%}}{{{{- '{audio}' -}}}}" if audio else ""
     first = (
         "{%- if messages[0]['role'] != 'system' -%}"
         f"{{{{- '<|im_start|>system\\n{system}<|im_end|>\\n' -}}}}{{%- endif -%}}"
@@ -118,7 +119,7 @@ def chat_ml(image: str, *, video: str = "", system: str = "") -> str:
         "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
         "{%- for part in message['content'] -%}"
         f"{{%- if part['type'] == 'image' -%}}{{{{- '{image}' -}}}}"
-        f"{{%- elif part['type'] == 'video' -%}}{{{{- '{video}' -}}}}"
+        f"{{%- elif part['type'] == 'video' -%}}{{{{- '{video}' -}}}}{heard}"
         "{%- else -%}{{- part['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
         "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
@@ -366,6 +367,78 @@ def qwen2_5_vl(sizes: Sizes) -> tuple[Any, Any]:
         **_qwen_ids(words),
     )
     return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def qwen2_5_omni(sizes: Sizes) -> tuple[Any, Any]:
+    """The thinker. Windows of 0.2 seconds of sound; no recording is longer than three."""
+    from transformers import (
+        Qwen2_5OmniProcessor,
+        Qwen2_5OmniThinkerConfig,
+        Qwen2_5OmniThinkerForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    named = {
+        "image_token": "<|IMAGE|>",
+        "audio_token": "<|AUDIO|>",
+        "video_token": "<|VIDEO|>",
+        "vision_bos_token": "<|vision_bos|>",
+        "vision_eos_token": "<|vision_eos|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+    }
+    words = tokenizer(
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()],
+        named,
+        eos="<|im_end|>",
+        pad="<|endoftext|>",
+    )
+    processor = Qwen2_5OmniProcessor(
+        image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
+        video_processor=Qwen2VLVideoProcessor(**_qwen_pixels(sizes)),
+        feature_extractor=WhisperFeatureExtractor(feature_size=16, chunk_length=3),
+        tokenizer=words,
+        chat_template=chat_ml(
+            "<|vision_bos|><|IMAGE|><|vision_eos|>",
+            video="<|vision_bos|><|VIDEO|><|vision_eos|>",
+            audio="<|audio_bos|><|AUDIO|><|audio_eos|>",
+            system="You are a helpful assistant.",
+        ),
+    )
+    ids = words.convert_tokens_to_ids
+    config = Qwen2_5OmniThinkerConfig(
+        vision_config={
+            "depth": sizes.layers,
+            "hidden_size": sizes.width,
+            "intermediate_size": 2 * sizes.width,
+            "out_hidden_size": sizes.width,
+            "num_heads": sizes.heads,
+            "patch_size": PATCH,
+            "window_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+        audio_config={
+            "num_mel_bins": 16,
+            "encoder_layers": sizes.layers,
+            "encoder_attention_heads": sizes.heads,
+            "encoder_ffn_dim": 2 * sizes.width,
+            "d_model": sizes.width,
+            "output_dim": sizes.width,
+            "n_window": 10,
+            "max_source_positions": 64,
+        },
+        text_config={**sizes.text(words), "rope_parameters": sizes.mrope([2, 3, 3])},
+        audio_token_index=ids("<|AUDIO|>"),
+        image_token_index=ids("<|IMAGE|>"),
+        video_token_index=ids("<|VIDEO|>"),
+        audio_start_token_id=ids("<|audio_bos|>"),
+        audio_end_token_id=ids("<|audio_eos|>"),
+        vision_start_token_id=ids("<|vision_bos|>"),
+        vision_end_token_id=ids("<|vision_eos|>"),
+    )
+    return Qwen2_5OmniThinkerForConditionalGeneration(config), processor
 
 
 def _qwen3_processor(sizes: Sizes, processor: Any, words: Any) -> Any:
@@ -974,6 +1047,7 @@ FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {
         llava_next,
         qwen2_vl,
         qwen2_5_vl,
+        qwen2_5_omni,
         qwen3_vl,
         qwen3_vl_moe,
         qwen3_5,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cafe.audio import open_audio
 from cafe.media import open_image
 from cafe.model.rows.render import RenderedSequence
 from cafe.model.rows.rows import Rows
 from cafe.model.vlm import CAFe
-from cafe.types import Example, Image, Video
+from cafe.types import Audio, Example, Image, Video
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,10 @@ def plain_inputs(model: CAFe, sequence: RenderedSequence) -> dict[str, Any]:
     images = [open_image(part) for part in sequence.images if isinstance(part, Image)]
     videos = [list(part.source) for part in sequence.images if isinstance(part, Video)]
     shown: dict[str, Any] = {"images": [images]} if images else {}
+    sounds = [part for part in sequence.images if isinstance(part, Audio)]
+    if sounds:
+        rate, seconds = model.family.audio_rate(model.processor), 1e6
+        shown["audio"] = [open_audio(sound, rate, seconds) for sound in sounds]
     if videos:
         shown |= {"videos": videos, "do_sample_frames": False}
     inputs = model.processor(

@@ -14,6 +14,9 @@ from cafe.data.records import Table
 IMAGE = ("image", "file_name", "image_name")
 """Columns that hold an image or its path, the first filled one counts (`image_name`: Flickr30k)."""
 
+AUDIO = ("audio", "audios")
+"""Columns that hold a recording or its path."""
+
 CAPTION = ("caption", "captions", "text", "comment")
 """Columns that hold a caption or several (`comment`: Flickr30k)."""
 

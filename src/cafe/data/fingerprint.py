@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from cafe.types import Conversation, Example, Image, StoredImage, Video
+from cafe.types import Conversation, Example, Media, StoredFile
 
 _EXAMPLES = 10_000  # number whose texts and image names are read, evenly spaced
 _SIZES = 200  # number of these whose image files' sizes are read
@@ -46,13 +46,13 @@ def _parts(example: Example, *, sizes: bool) -> list[bytes]:
     return parts
 
 
-def _shown(part: Image | Video, *, sizes: bool) -> bytes:
+def _shown(part: Media, *, sizes: bool) -> bytes:
     """The name and size of an image file, or the beginning of an image in memory."""
     match part.source:
         case str() | Path():
             size = _size(Path(part.source)) if sizes else 0
             return f"{Path(part.source).name} {size}".encode(errors="surrogatepass")
-        case StoredImage():
+        case StoredFile():
             return part.source.name.rpartition("/")[2].encode(errors="surrogatepass")
         case bytes():
             return f"{len(part.source)} ".encode() + part.source[:_HEAD_BYTES]

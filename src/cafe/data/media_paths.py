@@ -1,4 +1,4 @@
-"""Images and videos as records name them, resolved to files below a root."""
+"""Images, videos and recordings as records name them, resolved to files below a root."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
 from cafe.data.quarantine import NO_SUCH_FILE
 from cafe.data.records import kind
 from cafe.errors import DataError, quoted
 from cafe.files import as_on_disk, inside
-from cafe.types import Image, StoredImage, Video
+from cafe.types import Audio, Image, StoredFile, Video
 
 _IMAGE_NAME = re.compile(
     r"[^\n]{1,400}\.(jpe?g|jfif|jpe|png|webp|gif|bmp|tiff?|avif|heic|heif|jp2|ppm)", re.IGNORECASE
@@ -30,6 +32,7 @@ class MediaResolver:
     Args:
         root: The folder; None: there is none, so a path is an error.
         pixel_budget: Of each image and frame, see `cafe.types.Image`.
+        max_seconds: Of each recording, see `cafe.types.Audio`.
         fix: What to do about a file that is missing.
 
     Raises:
@@ -37,12 +40,18 @@ class MediaResolver:
     """
 
     def __init__(
-        self, root: Path | None, pixel_budget: int | None = None, fix: str = "put it there"
+        self,
+        root: Path | None,
+        pixel_budget: int | None = None,
+        fix: str = "put it there",
+        max_seconds: float | None = None,
     ) -> None:
         self._root = None if root is None else root.resolve()
         self._budget = pixel_budget
+        self._seconds = max_seconds
         self._fix = fix
         self._known: dict[str, Image] = {}
+        self._heard: dict[str, Audio] = {}
         self.changes: Counter[str] = Counter()
         self._walked: dict[Path, Path] = {}
         if self._root is not None and not self._root.is_dir():
@@ -68,7 +77,7 @@ class MediaResolver:
                 if value not in self._known:
                     self._known[value] = Image(self._source(value, "image"), self._budget)
                 return self._known[value]
-            case bytes() | StoredImage():
+            case bytes() | StoredFile():
                 return Image(value, self._budget)
             case {"bytes": bytes() as content}:
                 return Image(content, self._budget)
@@ -84,6 +93,37 @@ class MediaResolver:
         if not isinstance(value, str):
             raise DataError(f"{field!r} holds {kind(value)}, expected a path")
         return Video(self._source(value, "video"), self._budget)
+
+    def recordings(self, value: object, field: str = "audio") -> tuple[Audio, ...]:
+        """The recordings of a field that contains one, a list of them, or none."""
+        return tuple(self.recording(one, field) for one in _given(value))
+
+    def recording(self, value: object, field: str = "audio") -> Audio:
+        """A recording: a path, a data URL, encoded bytes, stored, or as a library writes it.
+
+        `{"bytes", "path"}` and `{"array", "sampling_rate"}` are those of `datasets`, and
+        `{"data", "format"}`, in base64, OpenAI's. Raises DataError as `image` does.
+        """
+        match value:
+            case str() if is_data_url(value):
+                return Audio(_decoded(value, "audio"), max_seconds=self._seconds)
+            case str():
+                if value not in self._heard:
+                    source = self._source(value, "audio file")
+                    self._heard[value] = Audio(source, max_seconds=self._seconds)
+                return self._heard[value]
+            case bytes() | StoredFile():
+                return Audio(value, max_seconds=self._seconds)
+            case {"bytes": bytes() as content}:
+                return Audio(content, max_seconds=self._seconds)
+            case {"array": list() as samples, "sampling_rate": int() as rate}:
+                return Audio(np.asarray(samples, dtype=np.float32), rate, self._seconds)
+            case {"data": str() as data, "format": str() as kind_of}:
+                url = f"data:audio/{kind_of};base64,{data}"
+                return Audio(_decoded(url, "audio"), max_seconds=self._seconds)
+            case {"path": str() as name} | {"url": str() as name}:
+                return self.recording(name, field)
+        raise DataError(f"{field!r} holds {kind(value)}, expected the path of an audio file")
 
     def looks_like_image(self, text: str) -> bool:
         """Whether a text that may also be a caption is the name of an image.
@@ -153,7 +193,7 @@ def _no_base64(name: str) -> str | None:
     return "no path; if it is base64, write data:image/png;base64, in front of it"
 
 
-def _decoded(url: str) -> bytes:
+def _decoded(url: str, what: str = "image") -> bytes:
     """The content of `data:image/png;base64,…`."""
     head, comma, body = url.partition(",")
     try:
@@ -161,7 +201,7 @@ def _decoded(url: str) -> bytes:
             raise ValueError("no ;base64, in it")
         return base64.b64decode("".join(body.split()), validate=True)  # MIME's lines are short
     except (ValueError, binascii.Error) as error:
-        raise DataError(f"image {quoted(url, 40)}: not a data URL ({error})") from error
+        raise DataError(f"{what} {quoted(url, 40)}: not a data URL ({error})") from error
 
 
 def media_value(record: dict[str, Any], *names: str) -> Any:

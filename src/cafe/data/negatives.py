@@ -24,7 +24,7 @@ from typing import Any
 
 from cafe.errors import DataError, quoted
 from cafe.files import inside
-from cafe.types import Conversation, Example, Image, Part, Video
+from cafe.types import Audio, Conversation, Example, Image, Part, Video
 
 _MARKER = "<image>"
 
@@ -125,8 +125,9 @@ def _sides(conversation: Conversation, root: Path) -> tuple[list[dict[str, str]]
 
 
 def _text(part: Part) -> str:
-    if isinstance(part, Video):
-        raise DataError("it contains a video, which cannot be written in this format")
+    if isinstance(part, Video | Audio):
+        what = "a video" if isinstance(part, Video) else "audio"
+        raise DataError(f"it contains {what}, which cannot be written in this format")
     if isinstance(part, Image):
         return _MARKER
     if _MARKER in part:

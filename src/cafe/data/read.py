@@ -77,7 +77,8 @@ def read_examples(
 
 def _read(table: Table, raws: Iterable[RawRecord], options: ReadOptions) -> Records:
     """The examples of every record, and the records that cannot be used."""
-    media = MediaResolver(options.image_root or table.folder, options.max_pixels, _FIX)
+    root = options.image_root or table.folder
+    media = MediaResolver(root, options.max_pixels, _FIX, options.max_seconds)
     format = _format(table, options)
     options = _resolved(options, format, table.name)
     mapping = options.columns or {}

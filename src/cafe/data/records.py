@@ -121,6 +121,8 @@ class ReadOptions:
     image_root        where image paths start; none may leave this folder, but the links in it
                       are followed; None: the folder of the file
     max_pixels        larger images are downscaled to at most this number of pixels
+    max_seconds       of longer recordings only this beginning is heard; None: all, and one that is
+                      longer than the model hears is skipped
     limit             read only the first N records
     """
 
@@ -135,6 +137,7 @@ class ReadOptions:
     split: str | None = None
     image_root: Path | None = None
     max_pixels: int | None = None
+    max_seconds: float | None = None
     limit: int | None = None
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 
 from cafe.data.columns import is_image_name
 from cafe.data.records import Record
-from cafe.types import StoredImage
+from cafe.types import StoredFile
 
 _CAPTION_HINTS = ("caption", "text", "title", "description", "comment", "sentence", "alt", "prompt")
 _IMAGE_HINTS = ("image", "img", "photo", "pic", "file", "path", "url")
@@ -84,7 +84,7 @@ def _kind(values: Sequence[Any]) -> str:
 
 def _kind_of(value: Any) -> str:
     match value:
-        case bytes() | StoredImage() | {"bytes": _} | {"path": _}:
+        case bytes() | StoredFile() | {"bytes": _} | {"path": _}:
             return "image"
         case [{"from": _, "value": _}, *_]:
             return "conversations"

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from cafe.data.records import kind, numbered_lines
 from cafe.errors import DataError, check_unicode
-from cafe.types import Conversation, Example, Image, StoredImage, thought_about
+from cafe.types import Conversation, Example, Image, StoredFile, thought_about
 
 ANSWERS = "answers"
 """In a recipe: the thought is the first answer about the image."""
@@ -63,7 +63,7 @@ def thought_key(example: Example) -> ThoughtKey:
         match part.source:
             case str() | Path():
                 return ThoughtKey(example.id, Path(part.source).name)
-            case StoredImage():
+            case StoredFile():
                 return ThoughtKey(example.id, part.source.name.rpartition("/")[2])
             case _:
                 break

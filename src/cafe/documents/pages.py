@@ -10,7 +10,7 @@ from pathlib import Path
 from cafe.documents import office
 from cafe.documents.renderer import count_pages, page_text, render_page
 from cafe.errors import DataError, ImageError, quoted
-from cafe.types import StoredImage
+from cafe.types import StoredFile
 
 PAGE_PIXELS = 1_000_000
 """Size of a page's image unless another is chosen: about 100 dots per inch of an A4 page."""
@@ -42,7 +42,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPage(StoredImage):
+class StoredPage(StoredFile):
     """A page of a document as an image, which is drawn each time that it is read.
 
     number   from 1

@@ -24,7 +24,7 @@ from cafe.index.rows import GENERATED_CAPTION, ContentKind, IndexRow, RowState, 
 from cafe.index.store import only_writer
 from cafe.index.table import Index
 from cafe.media import open_image
-from cafe.types import Image, StoredImage
+from cafe.types import Image, StoredFile
 
 MAX_BATCH_PIXELS = 200_000_000
 """Limit of the decoded images of one batch: three bytes each, plus one image."""
@@ -332,7 +332,7 @@ def _content(item: IndexItem) -> bytes:
     match item.source.source:
         case bytes() as content:
             return content
-        case StoredImage() as stored:
+        case StoredFile() as stored:
             return stored.fingerprint or stored.read()
         case str() | Path() as path:
             try:
@@ -355,7 +355,7 @@ def _with_own_text(item: IndexItem, row: IndexRow) -> IndexRow:
     It is read late, and is no part of `record`: it changes only with the image's content.
     """
     source = None if item.source is None else item.source.source
-    if item.text is not None or not isinstance(source, StoredImage):
+    if item.text is not None or not isinstance(source, StoredFile):
         return row
     text = source.text()
     return row if text is None else replace(row, text=text)
@@ -365,7 +365,7 @@ def _decoded(item: IndexItem, row: IndexRow, content: bytes) -> _Loaded:
     if item.source is None:
         return _Loaded(item, row, item.text)
     source = item.source.source
-    late = isinstance(source, StoredImage) and source.fingerprint is not None
+    late = isinstance(source, StoredFile) and source.fingerprint is not None
     image = open_image(item.source if late else Image(content, item.source.pixel_budget))
     return _Loaded(item, _sized(row, *image.size), image)
 

@@ -31,7 +31,7 @@ from cafe.model.inference import InferenceModel
 from cafe.model.rerank import softmax, trained_temperature
 from cafe.model.rows.matching import match_question
 from cafe.model.rows.prompts import DEFAULT_PROMPT
-from cafe.types import Conversation, Image, Message, Video, user
+from cafe.types import Conversation, Image, Message, user
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -207,10 +207,7 @@ def _one_image(visual: Conversation) -> bool:
 def _images_only(conversation: Conversation, number: int) -> Conversation:
     """The images and videos of a conversation, without its text."""
     parts = [
-        part
-        for message in conversation
-        for part in message.content
-        if isinstance(part, Image | Video)
+        part for message in conversation for part in message.content if not isinstance(part, str)
     ]
     if not parts:
         raise DataError(

@@ -60,7 +60,7 @@ def hidden_states(
         missing = rows.input_ids.shape[1] - computed.shape[1]
         states.append(functional.pad(computed, (0, 0, 0, missing)) if missing else computed)
     hidden = torch.cat(states) if len(states) > 1 else states[0]
-    used = {*rows.image_order.tolist(), *rows.video_order.tolist()}
+    used = {number for order in rows.orders for number in order}
     unused = set(range(len(features))) - used
     if unused and torch.is_grad_enabled():
         # Every rank must run the tower's backward, or the others wait for its gradients.
@@ -89,6 +89,5 @@ def features_of_rows(
         features: one tensor per distinct image.
         rows: the rows that show them.
     """
-    orders = rows.image_order.tolist(), rows.video_order.tolist()
     width = int(model.config.get_text_config().hidden_size)
-    return features_in_order(family, features, *orders, width)
+    return features_in_order(family, features, rows.orders, width)

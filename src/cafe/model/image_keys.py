@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is import
 
 IMAGE_STRIDE = 1 << 32
 
+MediaOrders = tuple[list[int], list[int], list[int]]
+"""Which images, which videos and which recordings the runs of placeholders stand for, in order."""
+
 
 def image_keys(image: int, count: int) -> Int[np.ndarray, " count"]:
     """Keys of the `count` placeholders of image number `image`: negative, so never a text's."""

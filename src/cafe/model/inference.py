@@ -277,7 +277,7 @@ def generation_inputs(
         family, processor = model.family, model.processor
         image, video = family.placeholder_id(processor), family.video_placeholder_id(processor)
         inputs[family.token_types] = ((ids == image) | (ids == video)).long()
-    if len(rows.image_order) or len(rows.video_order):
+    if any(rows.orders):
         inputs["mm_encoder_outputs"] = model.encoder_outputs(
             rows, {k: v.to(model.device) for k, v in vision.items()}
         )

@@ -23,6 +23,7 @@ from cafe.model.checkpoint.directory import load_pretrained, save_checkpoint, wi
 from cafe.model.encoding import Encoding, encode_inputs
 from cafe.model.families import family_of
 from cafe.model.families.base import distinct_features
+from cafe.model.hearing import allow_given_audio
 from cafe.model.hidden import features_of_rows, hidden_states
 from cafe.model.inference import Vision
 from cafe.model.last_layer import compute_last_layer_at, prepare
@@ -49,9 +50,8 @@ Attention = Literal["sdpa", "eager", "flex_attention", "flash_attention_2"]
 class CAFe(TokenEncoder, nn.Module):
     """A vision-language model for retrieval and for answers.
 
-    Building one changes the transformers model: parameters that no forward reads (layers above the
-    one that image features come from) are frozen, as they never get a gradient; and the last
-    language layer gets hooks, with which `hidden_at` computes it only at the tokens asked for.
+    Building one changes the transformers model: parameters that no forward reads are frozen, as
+    they get no gradient; the last language layer gets the hooks that `hidden_at` needs.
 
     model      transformers' `...ForConditionalGeneration`, with its `processor`
     family     the facts of its model family
@@ -70,18 +70,18 @@ class CAFe(TokenEncoder, nn.Module):
         self._trained_prompts = TrainedPrompts(model.config)
         self._windows = layer_windows(model.config)
         allow_branches(model.get_decoder())
+        allow_given_audio(model.model, self.family)
         self._sdpa_while_generating = SdpaWhileGenerating(model.config)
         prepare(model.get_decoder())
-        unused = self.family.unused(model.config)
         for name, parameter in model.named_parameters():
-            if name.startswith(unused):
+            if name.startswith(self.family.unused(model.config)):
                 parameter.requires_grad_(False)
-        text_config = model.config.get_text_config()
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", 4096)
         self.collator = Collator(
             processor=processor,
             family=self.family,
             pooled_token=turn_end(processor),
-            max_tokens=int(getattr(text_config, "max_position_embeddings", 4096)),
+            max_tokens=int(context),
             sharing=row_sharing(model.config, self.family),
             own_prompt=own_prompt(model.config),
             latent=latent_text(model.config, processor.tokenizer),

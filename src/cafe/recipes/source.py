@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from cafe.recipes.base import Count, Name, NotNegative, Section, UserPath
+from cafe.recipes.base import Count, Name, NotNegative, Positive, Section, UserPath
 
 
 class DataSource(Section):
@@ -44,6 +44,9 @@ class DataSource(Section):
     """Folder of the image paths, relative to the recipe's folder; None: the file's own folder."""
     max_pixels: Count | None = None
     """Larger images (width x height) are downscaled before the model's processor sees them."""
+    max_seconds: Positive | None = None
+    """Of longer recordings only the beginning is heard. None: they are heard whole, and one that is
+    longer than the model hears is skipped."""
     weight: NotNegative = 1.0
     """How often this source is sampled, relative to the others."""
     turns: Literal["conversation", "branches"] = "conversation"

@@ -20,7 +20,7 @@ from cafe.data.tables import RawRecord
 from cafe.errors import DataError
 from cafe.index import IndexItem
 from cafe.index.rows import column_name, plain
-from cafe.types import Example, Image, StoredImage
+from cafe.types import Example, Image, StoredFile
 
 TEXT = ("text", "caption")
 """Columns that hold a text, or the caption of an image."""
@@ -120,7 +120,7 @@ def _name(image: Image, root: Path | None, fallback: str) -> tuple[str, str | No
         case Path() as path:
             inside = path.relative_to(root).as_posix() if root else str(path)
             return inside, inside
-        case StoredImage() as stored:
+        case StoredFile() as stored:
             return stored.name, None
     return fallback, None
 

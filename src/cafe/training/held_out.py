@@ -15,7 +15,7 @@ from cafe.data.records import ReadOptions
 from cafe.errors import DataError
 from cafe.model.rows.official import official_example
 from cafe.recipes import Evaluate, Recipe
-from cafe.types import Example, Image, StoredImage, Video
+from cafe.types import Audio, Example, Part, StoredFile
 
 _SPLIT_STREAM = 71
 """Keeps the draw of the split apart from other draws by the same seed."""
@@ -134,7 +134,7 @@ def _all(training: ExampleSet) -> Iterator[Example]:
     return (example for source in training.sources for example in source.examples)
 
 
-def _parts(example: Example) -> Iterator[str | Image | Video]:
+def _parts(example: Example) -> Iterator[Part]:
     for conversation in example.conversations:
         for message in conversation:
             yield from message.content
@@ -143,7 +143,9 @@ def _parts(example: Example) -> Iterator[str | Image | Video]:
 def _shown(example: Example) -> Iterator[object]:
     """What it shows, whatever the size that it is shown in."""
     for part in _parts(example):
-        if not isinstance(part, str):
+        if isinstance(part, Audio):
+            yield part.key if part.max_seconds is None else part.key[0]  # type: ignore[index]
+        elif not isinstance(part, str):
             yield part.key if part.pixel_budget is None else part.key[0]  # type: ignore[index]
 
 
@@ -157,7 +159,7 @@ def _content(example: Example) -> object:
 def _name(source: Any) -> object:
     if isinstance(source, str | Path):
         return Path(source).name
-    return source.name.rpartition("/")[2] if isinstance(source, StoredImage) else id(source)
+    return source.name.rpartition("/")[2] if isinstance(source, StoredFile) else id(source)
 
 
 def _groups(examples: Sequence[Example]) -> np.ndarray:

@@ -31,7 +31,7 @@ from cafe.training.evaluation_views import PairedSides
 from cafe.training.held_out import HeldOut
 from cafe.training.log import SampleAnswer
 from cafe.training.state import random_state, set_random_state
-from cafe.types import Conversation, Example, Image, Scores, Video, content_key
+from cafe.types import Conversation, Example, Image, Scores, content_key
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -323,7 +323,7 @@ def _ordered(names: tuple[str, str]) -> tuple[str, str]:
 def _kind(side: Conversation | None) -> str:
     """image: a single one, without words; text; mixed."""
     parts = [part for message in side or () for part in message.content]
-    shown = [part for part in parts if isinstance(part, Image | Video)]
+    shown = [part for part in parts if not isinstance(part, str)]
     if not shown:
         return "text"
     alone = len(shown) == 1 and all(not p.strip() for p in parts if isinstance(p, str))

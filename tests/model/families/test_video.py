@@ -22,7 +22,15 @@ from helpers import builders, plain
 from helpers.family_examples import EXACT, A, turn
 from helpers.images import noise
 
-QWEN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"}
+QWEN = {
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen2_5_omni_thinker",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+}
 GLM = {"glm4v", "glm46v"}
 NATIVE = {"llava_onevision", *QWEN, *GLM, "lfm3_vl", "gemma4", "internvl", "smolvlm"}
 ALONE = {"smolvlm", *GLM}

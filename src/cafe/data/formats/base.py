@@ -11,7 +11,7 @@ from typing import Any
 from cafe.data.media_paths import MediaResolver
 from cafe.data.records import Mode, ReadOptions, Record, kind
 from cafe.errors import DataError
-from cafe.types import Conversation, Example, Image, Message, Video, joined_turns, user
+from cafe.types import Conversation, Example, Media, Message, joined_turns, user
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ def pair_example(
     )
 
 
-def _shown(conversation: Conversation) -> tuple[Image | Video, ...]:
+def _shown(conversation: Conversation) -> tuple[Media, ...]:
     parts = (part for message in conversation for part in message.content)
     return tuple(part for part in parts if not isinstance(part, str))
 

@@ -1,4 +1,4 @@
-"""Images with captions: an image folder's metadata, WebDataset samples, files of captions, tables.
+"""Images or recordings with captions: a folder's metadata, WebDataset samples, caption files.
 
 Records of `metadata.jsonl` (an image folder), of a tar archive, and of a table; those of the files
 in `cafe.data.tables.captions` and `cafe.data.tables.published` are like the last:
@@ -6,6 +6,7 @@ in `cafe.data.tables.captions` and `cafe.data.tables.published` are like the las
     {"file_name": "0001.png", "text": "A red mug on a table."}
     0001.jpg + 0001.txt
     {"image": {"bytes": …, "path": …}, "caption": ["A red mug.", "A mug on a table."]}
+    {"audio": {"bytes": …, "path": …}, "caption": "A dog barks."}
 
 A column `negatives` holds wrong captions that are nearly right, as texts (hard negatives).
 Several captions of an image give as many examples, none of which is a negative of another. In a
@@ -17,12 +18,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from cafe.data.columns import CAPTION, IMAGE
+from cafe.audio import is_audio_name
+from cafe.data.columns import AUDIO, CAPTION, IMAGE
 from cafe.data.formats.base import NEGATIVES, Format, negative_captions
 from cafe.data.media_paths import MediaResolver, media_value
 from cafe.data.records import ReadOptions, Record, kind
 from cafe.errors import DataError
-from cafe.types import CAPTION_REQUEST, Example, Message, user
+from cafe.types import AUDIO_CAPTION_REQUEST, CAPTION_REQUEST, Audio, Example, Image, Message, user
 
 _OTHERS = {"conversations", "messages"}
 
@@ -30,16 +32,17 @@ _OTHERS = {"conversations", "messages"}
 def _read(
     identity: str, record: Record, media: MediaResolver, options: ReadOptions
 ) -> tuple[Example, ...]:
-    shown = media.images(media_value(record, *IMAGE))
+    shown = _shown(record, media)
     if not shown:
         raise DataError("it has no image")
+    request = CAPTION_REQUEST if isinstance(shown[0], Image) else AUDIO_CAPTION_REQUEST
     captions = _captions(media_value(record, *CAPTION))
     several = len(captions) > 1
     negatives = negative_captions(record)
     examples: list[Example] = []
     for number, caption in enumerate(captions, 1):
         name = f"{identity}-{number}" if several else identity
-        dialogue = (*user(*shown, CAPTION_REQUEST), Message("assistant", (caption,)))
+        dialogue = (*user(*shown, request), Message("assistant", (caption,)))
         if options.mode == "chat":
             examples.append(Example(name, dialogues=(dialogue,), task=options.task))
             continue
@@ -58,6 +61,14 @@ def _read(
     return tuple(examples)
 
 
+def _shown(record: Record, media: MediaResolver) -> tuple[Image | Audio, ...]:
+    """The images of a record, then its recordings; `file_name` may name either."""
+    value, sounds = media_value(record, *IMAGE), media_value(record, *AUDIO)
+    if isinstance(value, str) and is_audio_name(value):
+        value, sounds = None, value
+    return (*media.images(value), *media.recordings(sounds))
+
+
 def _captions(value: object) -> list[str]:
     values: list[Any] = value if isinstance(value, list) else [value]
     for text in values:
@@ -72,9 +83,9 @@ def _captions(value: object) -> list[str]:
 CAPTIONS = Format(
     name="captions",
     layout="image (or file_name), caption (or text)",
-    columns=frozenset({*IMAGE, *CAPTION, *NEGATIVES, "id"}),
+    columns=frozenset({*IMAGE, *AUDIO, *CAPTION, *NEGATIVES, "id"}),
     fits=lambda columns: (
-        bool(columns & {*IMAGE}) and bool(columns & {*CAPTION}) and not columns & _OTHERS
+        bool(columns & {*IMAGE, *AUDIO}) and bool(columns & {*CAPTION}) and not columns & _OTHERS
     ),
     modes=("caption", "chat"),
     pair_prompt="compress",

@@ -7,7 +7,8 @@ One record, from LLaVA's own pretraining data:
         {"from": "gpt", "value": "select luxury furniture 3 - inch gel memory foam mattress topper"}
     ]}
 
-`image` is a path, a list of paths (also named `images`), or absent; so is `video` (`videos`).
+`image` is a path, a list of paths (also named `images`), or absent; so are `video` (`videos`) and
+`audio` (`audios`), for which `<video>` and `<audio>` stand.
 `negatives`, of this project, is a list of wrong captions, or answers, that are nearly right.
 In pair mode the question is the query and the answer the target, which may show an image: so the
 published code writes MMEB. Formats: https://github.com/haotian-liu/LLaVA,
@@ -35,6 +36,7 @@ def _read(
     shown = ListedMedia(
         media.images(media_value(record, "image", "images")),
         media.videos(media_value(record, "video", "videos")),
+        media.recordings(media_value(record, "audio", "audios")),
     )
     conversation = offered_tools(record) + read_conversation(
         record.get("conversations"),
@@ -51,7 +53,8 @@ LLAVA = Format(
     name="llava",
     layout="conversations, image",
     columns=frozenset(
-        {"conversations", "image", "images", "video", "videos", "tools", "id", *NEGATIVES}
+        {"conversations", "image", "images", "video", "videos", "audio", "audios", "tools", "id"}
+        | {*NEGATIVES}
     ),
     fits=lambda columns: "conversations" in columns,
     modes=("caption", "chat", "pair"),

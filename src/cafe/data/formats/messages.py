@@ -13,8 +13,9 @@ parts themselves (a path or a data URL):
             {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": "A red mug."}]}
 
-Where `content` is a string, `<image>` in it takes the next image. For tools see
-`cafe.data.formats.tools`. Format:
+Where `content` is a string, `<image>` in it takes the next image. A recording is a part of type
+`audio`, or `input_audio` with its data in base64, as OpenAI's; `audios` and `<audio>` as for
+images. For tools see `cafe.data.formats.tools`. Format:
 https://huggingface.co/docs/trl/dataset_formats#vision-datasets.
 """
 
@@ -34,6 +35,7 @@ def _read(
     shown = ListedMedia(
         media.images(media_value(record, "images", "image"), "images"),
         media.videos(media_value(record, "videos", "video"), "videos"),
+        media.recordings(media_value(record, "audios", "audio"), "audios"),
     )
     conversation = offered_tools(record) + read_conversation(
         record.get("messages"),
@@ -49,7 +51,9 @@ def _read(
 MESSAGES = Format(
     name="messages",
     layout="messages, images",
-    columns=frozenset({"messages", "image", "images", "video", "videos", "tools", "id"}),
+    columns=frozenset(
+        {"messages", "image", "images", "video", "videos", "audio", "audios", "tools", "id"}
+    ),
     fits=lambda columns: "messages" in columns and "positive_messages" not in columns,
     modes=("caption", "chat", "pair"),
     pair_prompt="none",

@@ -8,8 +8,8 @@ or text and image together:
 
 `anchor` is also named `query`; `positive` also `pos` or `target`; `negative` also `negatives` or
 `neg`, and a number may follow. A column of the same name with `_image` behind it holds images
-only (`query_image`). A list in `positive` gives as many examples, none of which is a negative of
-another. Format: https://sbert.net/docs/sentence_transformer/training_overview.html.
+only (`query_image`), and with `_audio` recordings; a name that ends as an audio file's is one, too.
+A list in `positive` gives as many examples, none of which is a negative of another. Format: https://sbert.net/docs/sentence_transformer/training_overview.html.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from cafe.audio import is_audio_name
 from cafe.data.formats.base import Format, pair_example
 from cafe.data.media_paths import MediaResolver
 from cafe.data.records import ReadOptions, Record, kind
 from cafe.errors import DataError
-from cafe.types import Conversation, Example, Part, StoredImage, user
+from cafe.types import Conversation, Example, Part, StoredFile, user
 
 _QUERY = ("anchor", "query")
 _TARGET = ("positive", "pos", "target")
-_NEGATIVE = re.compile(r"(?P<side>(negatives?|neg)(_\d+)?)(_image)?")
+_NEGATIVE = re.compile(r"(?P<side>(negatives?|neg)(_\d+)?)(_image|_audio)?")
+_KINDS = ("_image", "_audio")
 
 
 def _read(
@@ -57,12 +59,14 @@ def _sides(record: Record, names: tuple[str, ...], media: MediaResolver) -> Iter
     """What the first filled column of `names`, and its image column, contain."""
     for name in names:
         text, image = record.get(name), record.get(f"{name}_image")
-        if text is None and image is None:
+        audio = record.get(f"{name}_audio")
+        if text is None and image is None and audio is None:
             continue
         values = text if isinstance(text, list) else [text]
         for value in values:
             shown = media.images(image or None, f"{name}_image")
-            content = (*shown, *_parts(value, name, media))
+            heard = media.recordings(audio or None, f"{name}_audio")
+            content = (*shown, *heard, *_parts(value, name, media))
             if content:
                 yield user(*content)
         return
@@ -75,9 +79,13 @@ def _parts(value: object, name: str, media: MediaResolver) -> tuple[Part, ...]:
         case str():
             if media.looks_like_image(value):
                 return (media.image(value, name),)
+            if " " not in value and is_audio_name(value):
+                return (media.recording(value, name),)
             return (value,) if value.strip() else ()
-        case bytes() | StoredImage() | {"bytes": _} | {"path": _}:
+        case bytes() | StoredFile() | {"bytes": _} | {"path": _}:
             return (media.image(value, name),)
+        case {"text": text, "audio": audio}:
+            return (*media.recordings(audio, name), *_parts(text, name, media))
         case {"text": text, "image": image}:
             return (*media.images(image, name), *_parts(text, name, media))
     raise DataError(f"{name!r} holds {kind(value)}, expected text or an image")
@@ -85,7 +93,7 @@ def _parts(value: object, name: str, media: MediaResolver) -> tuple[Part, ...]:
 
 def _fits(columns: frozenset[str]) -> bool:
     return all(
-        any(name in columns or f"{name}_image" in columns for name in names)
+        any(f"{name}{kind}" in columns for name in names for kind in ("", *_KINDS))
         for names in (_QUERY, _TARGET)
     )
 
@@ -102,7 +110,7 @@ _NAMES = (
 PAIRS = Format(
     name="pairs",
     layout="anchor (or query), positive (or pos, target), negative, negative_1, …",
-    columns=frozenset({"id", *_NAMES, *(f"{name}_image" for name in _NAMES)}),
+    columns=frozenset({"id", *_NAMES, *(f"{name}{kind}" for name in _NAMES for kind in _KINDS)}),
     fits=_fits,
     modes=("pair",),
     pair_prompt="compress",

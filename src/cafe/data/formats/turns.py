@@ -16,21 +16,24 @@ from cafe.data.formats.tools import CALLS, RESULTS, read_calls
 from cafe.data.media_paths import MediaResolver
 from cafe.data.records import kind
 from cafe.errors import DataError, check_unicode, quoted
-from cafe.types import Conversation, Image, Message, Part, Role, ToolCall, Video
+from cafe.types import Audio, Conversation, Image, Media, Message, Part, Role, ToolCall, Video
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The position of the next image or video of the record."""
+    """The position of the next image, video or recording of the record."""
 
-    kind: Literal["image", "video"]
+    kind: Literal["image", "video", "audio"]
 
 
-Piece = str | Image | Video | Slot
+Piece = Part | Slot
+
 
 # The newline between a marker and the text belongs to the format: templates add their own.
-_MARKER = re.compile(r"(?:\r?\n)?<(?P<kind>image|video)>(?:\r?\n)?")
-_IMAGE_MARKER = re.compile(r"(?:\r?\n)?<(?P<kind>image)>(?:\r?\n)?")
+def _markers(*kinds: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:\r?\n)?<(?P<kind>{'|'.join(kinds)})>(?:\r?\n)?")
+
+
 _ROLES: dict[object, Role] = {
     "human": "user",
     "user": "user",
@@ -45,10 +48,11 @@ _EMPTY = {"user": "question", "assistant": "answer", "system": "system text", "t
 
 @dataclass(frozen=True, slots=True)
 class ListedMedia:
-    """The images and videos that a record lists apart from its turns."""
+    """The images, videos and recordings that a record lists apart from its turns."""
 
     images: tuple[Image, ...] = ()
     videos: tuple[Video, ...] = ()
+    recordings: tuple[Audio, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ def read_conversation(
 
     Args:
         value: The list, as read from the file.
-        shown: The images and videos that the markers stand for.
+        shown: The images, videos and recordings that the markers stand for.
         media: Resolves images in typed parts.
         field: The name of the list in the record, for messages.
         parts: `content` may also be a list of typed parts (OpenAI).
@@ -101,7 +105,8 @@ def read_conversation(
         actual = "nothing" if value is None else kind(value)
         raise DataError(f"{field!r} must be a list of turns, found {actual}")
     # A text may mention the HTML tag <video>; where the record has no video, it is text.
-    marker = _MARKER if shown.videos else _IMAGE_MARKER
+    others = (("video", shown.videos), ("audio", shown.recordings))
+    marker = _markers("image", *(name for name, listed in others if listed))
     markers: dict[Role, re.Pattern[str] | None] = {
         "user": marker,
         "assistant": marker if answers_show else None,
@@ -175,7 +180,7 @@ def _split(text: str, marker: re.Pattern[str] | None, bare: bool = False) -> Ite
     for match in () if marker is None else marker.finditer(text):
         first, last = (match.start("kind") - 1, match.end("kind") + 1) if bare else match.span()
         yield text[begin:first]
-        yield Slot("image" if match["kind"] == "image" else "video")
+        yield Slot(match["kind"])  # type: ignore[arg-type]
         begin = last
     yield text[begin:]
 
@@ -204,21 +209,29 @@ def _part(part: Any, location: str, media: MediaResolver) -> Piece:
         case "video" | "video_url":
             value = next((part[k] for k in ("video", "video_url", "url", "path") if part.get(k)), 0)
             return media.video(value, named) if value else Slot("video")
+        case "audio" | "input_audio" | "audio_url":
+            names = ("audio", "input_audio", "audio_url", "url", "path")
+            value = next((part[k] for k in names if part.get(k)), 0)
+            return media.recording(value, named) if value else Slot("audio")
     actual = kind(part) if named is None else f"type {quoted(named)}"
     raise DataError(
-        f"{location}: a part is {actual}, expected type text, image, image_url or video"
+        f"{location}: a part is {actual}, expected type text, image, image_url, video or audio"
     )
 
 
 def _filled(turns: Sequence[Turn], shown: ListedMedia) -> Conversation:
     pieces = [piece for turn in turns for piece in turn.pieces]
-    listed: dict[str, tuple[Image | Video, ...]] = {"image": shown.images, "video": shown.videos}
+    listed: dict[str, tuple[Media, ...]] = {
+        "image": shown.images,
+        "video": shown.videos,
+        "audio": shown.recordings,
+    }
     if shown.videos and not shown.images and Slot("video") not in pieces:
-        listed = {"image": shown.videos, "video": ()}  # LLaVA-NeXT writes <image> for a video
+        listed |= {"image": shown.videos, "video": ()}  # LLaVA-NeXT writes <image> for a video
     in_front: list[Part] = []
-    for name, plural in (("image", "images"), ("video", "videos")):
+    for name, plural in (("image", "images"), ("video", "videos"), ("audio", "recordings")):
         markers, media = pieces.count(Slot(name)), listed[name]  # type: ignore[arg-type]
-        written = any(isinstance(piece, Image | Video) for piece in pieces)
+        written = any(not isinstance(piece, str | Slot) for piece in pieces)
         if markers == 0 and len(media) == 1 and not written:
             in_front.extend(media)
         elif markers != len(media):

@@ -17,7 +17,7 @@ import pyarrow as pa
 from cafe.data.records import RawRecord, Table, cannot_be_read
 from cafe.data.tables.splits import BUILDERS, chosen_split, files_of_split, unusual_splits
 from cafe.errors import DataError, ImageError, first_line
-from cafe.types import StoredImage
+from cafe.types import StoredFile
 
 HUB = "hub:"
 """`hub:OWNER/NAME` or `hub:OWNER/NAME:CONFIG`: a data set of the Hugging Face hub."""
@@ -26,7 +26,7 @@ _ROWS = 1000  # read at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cell(StoredImage):
+class Cell(StoredFile):
     """One image of a memory-mapped table, read when asked for.
 
     column   the table's one column, in arrow format (a `datasets.Dataset`: cheap to send to

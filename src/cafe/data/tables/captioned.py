@@ -1,4 +1,4 @@
-"""A folder of images, each with its caption in a text file of the same name.
+"""A folder of images or recordings, each with its caption in a text file of the same name.
 
     photos/mug.jpg      photos/mug.txt          A red mug on a table.
     photos/mug.v2.jpg   photos/mug.v2.txt       only the last suffix differs
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from cafe.audio import AUDIO_SUFFIXES
 from cafe.data.records import RawRecord, Table, cannot_be_read
 from cafe.data.tables.splits import BUILDERS
 from cafe.data.tables.text import encoding_of
@@ -30,7 +31,7 @@ def captioned_folder(folder: Path) -> Table | None:
     such files beside captions (a list of licences, boxes) are not what the folder is about.
     """
     files = files_in(folder)
-    images = [file for file in files if file.suffix[1:].lower() in IMAGE_SUFFIXES]
+    images = [file for file in files if file.suffix[1:].lower() in IMAGE_SUFFIXES | AUDIO_SUFFIXES]
     captions = sum(caption_file(folder / image) is not None for image in images)
     if captions <= sum(file.suffix.lower() in BUILDERS for file in files):
         return None

@@ -26,25 +26,27 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cafe.audio import AUDIO_SUFFIXES, is_audio_name
 from cafe.data.records import RawRecord, Table
 from cafe.data.tables.captioned import MAX_TEXT_BYTES, too_large
 from cafe.data.tables.text import parse_json
 from cafe.errors import DataError, ImageError, first_line, quoted
 from cafe.files import check_is_content, is_system_file, write_json
 from cafe.media import IMAGE_SUFFIXES
-from cafe.types import StoredImage
+from cafe.types import StoredFile
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _MOST_SHARDS = 100_000
 _MOST_BRACES = 16
 _TEXTS = {"json", "txt", "caption"}
-_LAYOUT = 2
+_MEDIA = IMAGE_SUFFIXES | AUDIO_SUFFIXES
+_LAYOUT = 3
 """Of a kept index; one of an earlier version is made again."""
 
 
 @dataclass(frozen=True, slots=True)
-class FileSlice(StoredImage):
+class FileSlice(StoredFile):
     """A file inside an archive: bytes `offset` to `offset + size` of `path`."""
 
     path: Path
@@ -73,7 +75,7 @@ class FileSlice(StoredImage):
 class Sample:
     """One sample of a shard.
 
-    images      [(member, offset, size)] in the order of their names
+    images      [(member, offset, size)], recordings too, in the order of their names
     texts       suffix -> text; bytes that are not UTF-8 are surrogate escapes
     too_large   name and size of a text that was not read
     """
@@ -142,7 +144,7 @@ def shards(paths: Sequence[Path], name: str, index: Path | None) -> Table:
 
 
 def _content(path: Path, sample: Sample) -> Any:
-    """A sample as a record: the keys of its JSON, `image` (or `images`), `caption`."""
+    """A sample as a record: the keys of its JSON, `image` and `audio`, `caption`."""
     record: dict[str, Any] = {"id": sample.key}
     if sample.too_large is not None:
         return too_large(*sample.too_large)
@@ -160,10 +162,13 @@ def _content(path: Path, sample: Sample) -> Any:
             except UnicodeEncodeError:  # it holds surrogate escapes
                 return DataError(f"{sample.key}.{suffix} is not UTF-8 text")
             record.setdefault("caption", text)
-    images = [FileSlice(path, *place) for place in sample.images]
-    if images:
-        record.pop("images", None)
-        record["image"] = images[0] if len(images) == 1 else images
+    files = [FileSlice(path, *place) for place in sample.images]
+    recordings = [file for file in files if is_audio_name(file.member)]
+    images = [file for file in files if not is_audio_name(file.member)]
+    for found, name, plural in ((images, "image", "images"), (recordings, "audio", "audios")):
+        if found:
+            record.pop(plural, None)
+            record[name] = found[0] if len(found) == 1 else found
     return record
 
 
@@ -253,7 +258,7 @@ def _samples_of(members: list[Named]) -> Iterator[tuple[str, list[Named]]]:
 
 
 def _kind(suffix: str) -> bool:
-    return suffix in IMAGE_SUFFIXES or suffix in _TEXTS
+    return suffix in _MEDIA or suffix in _TEXTS
 
 
 def _sample(archive: tarfile.TarFile, key: str, members: Sequence[Named]) -> Sample:
@@ -261,7 +266,7 @@ def _sample(archive: tarfile.TarFile, key: str, members: Sequence[Named]) -> Sam
     texts: dict[str, str] = {}
     excess: tuple[str, int] | None = None
     for _, suffix, member in members:
-        if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
+        if suffix.rpartition(".")[2] in _MEDIA:
             images.append((member.name, member.offset_data, member.size))
         elif suffix in _TEXTS and member.size > MAX_TEXT_BYTES:
             excess = (member.name, member.size)

@@ -19,7 +19,7 @@ from cafe.data.scenes import SceneQuestion, read_truth
 from cafe.errors import DataError
 from cafe.files import check_is_content
 from cafe.recipes import DataSource
-from cafe.types import CAPTION_REQUEST, Conversation, Example, Image, Message, Video, user
+from cafe.types import CAPTION_REQUEST, Conversation, Example, Image, Media, Message, user
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def _image_and_text(example: Example) -> tuple[Image, str]:
     raise DataError("it is not a pair of an image and a text, which is what is ranked here")
 
 
-def _parts(side: Conversation) -> tuple[list[Image | Video], list[str]]:
+def _parts(side: Conversation) -> tuple[list[Media], list[str]]:
     parts = [part for message in side for part in message.content]
     texts = [part for part in parts if isinstance(part, str) and part.strip()]
     return [part for part in parts if not isinstance(part, str)], texts

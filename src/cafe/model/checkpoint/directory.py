@@ -53,7 +53,7 @@ from cafe.model.checkpoint.sentence_transformers_files import (
     NAMED_TEMPLATES,
     sentence_transformers_files,
 )
-from cafe.model.families import family_of
+from cafe.model.families import family_of, part_that_answers
 from cafe.model.latent import latent_mean_files, latent_names
 from cafe.model.multi_vector import (
     TOKEN_PROJECTION,
@@ -141,6 +141,7 @@ def _load_whole(
             )
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 path,
+                config=config,
                 dtype=dtype,
                 attn_implementation=kernels(attention, config),
                 quantization_config=quantization,
@@ -206,7 +207,7 @@ def read_config(path: Path, name: str) -> Any:
 
     try:
         with quiet():
-            return AutoConfig.from_pretrained(path, trust_remote_code=False)
+            return part_that_answers(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except Exception as error:  # as in `_load_whole`
         raise cannot_be_loaded(name, error) from error
 
@@ -344,12 +345,17 @@ def _hub_names(model: Any) -> Iterator[Any]:
     """The model, which in this block saves its weights under the names of the hub's checkpoints.
 
     transformers saves them under the names that they were loaded from, and those of a model that
-    was never loaded without the prefixes that loading removes (`vision_tower.vision_model.`).
+    was never loaded without the prefixes that loading removes (`vision_tower.vision_model.`). The
+    prefix of a part within a larger model is not among them: the part is saved alone.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
 
     loaded_from = vars(model).get("_weight_conversions")
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False) or None
+    names = get_model_conversion_mapping(model, add_legacy=False)
+    if family_of(model.config).whole is not None:
+        names = [name for name in names if not isinstance(name, PrefixChange)]
+    model._weight_conversions = names or None
     try:
         yield model
     finally:

@@ -19,6 +19,7 @@ from cafe.model.families.lfm2_vl import Lfm2VL, Lfm3VL
 from cafe.model.families.llava_next import LlavaNext
 from cafe.model.families.llava_onevision import LlavaOnevision
 from cafe.model.families.mistral3 import Mistral3
+from cafe.model.families.qwen2_5_omni import Qwen25Omni
 from cafe.model.families.qwen2_vl import Qwen2VL, Qwen25VL
 from cafe.model.families.qwen3_5 import Qwen35, Qwen35MoE
 from cafe.model.families.qwen3_vl import Qwen3VL, Qwen3VLMoE
@@ -30,6 +31,7 @@ _FAMILIES: dict[str, Family] = {
         LlavaNext(),
         Qwen2VL(),
         Qwen25VL(),
+        Qwen25Omni(),
         Qwen3VL(),
         Qwen3VLMoE(),
         Qwen35(),
@@ -47,7 +49,14 @@ _FAMILIES: dict[str, Family] = {
     )
 }
 
-__all__ = ["Family", "Grid", "ProcessedImages", "family_of"]
+__all__ = ["Family", "Grid", "ProcessedImages", "family_of", "part_that_answers"]
+
+
+def part_that_answers(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the part that reads and answers, of a model that has others, too."""
+    names = dict(family.whole for family in _FAMILIES.values() if family.whole is not None)
+    name = names.get(str(config.model_type))
+    return config if name is None else getattr(config, name)
 
 
 def family_of(config: PretrainedConfig) -> Family:

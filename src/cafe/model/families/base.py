@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from cafe.errors import FamilyError
 from cafe.media import Clip
+from cafe.model.image_keys import MediaOrders
 
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Int
@@ -36,11 +37,11 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class ProcessedImages:
-    """Images, or videos, as model inputs.
+    """Images, videos, or recordings, as model inputs.
 
-    inputs        the vision tensors of the family (`pixel_values`, …)
-    placeholders  for each image, the text that represents it in the prompt
-    grids         for each image its grid, if the family's positions need it
+    inputs        the tensors of the family's tower (`pixel_values`, …)
+    placeholders  for each of them, the text that represents it in the prompt
+    grids         for each image or video its grid, if the family's positions need it
     """
 
     inputs: dict[str, Tensor]
@@ -58,6 +59,9 @@ class Family(Protocol):
                               directions
     bidirectional_layers      in which kinds of layers (`layer_types`) they do; None: in all
     token_types               what `generate` calls the input that marks the tokens of images
+    whole                     model type of a larger model that has this one as a part, and the name
+                              of this part's configuration in the other's
+    audio_inputs              names of the tensors that `process_audio` gives; empty: it hears not
     """
 
     model_type: str
@@ -65,6 +69,8 @@ class Family(Protocol):
     bidirectional_image_attention: bool = False
     bidirectional_layers: tuple[str, ...] | None = None
     token_types: str = "token_type_ids"
+    whole: tuple[str, str] | None = None
+    audio_inputs: tuple[str, ...] = ()
 
     def marker(self, processor: Any) -> str:
         """The text that a chat template writes for one image."""
@@ -95,6 +101,37 @@ class Family(Protocol):
         """Process videos; tensors with the names of the images' own are concatenated to them."""
         raise FamilyError(f"model type {self.model_type!r} takes no videos; give their frames")
 
+    def audio_marker(self, processor: Any) -> str | None:
+        """The text that a chat template writes for one recording; None: the model does not hear."""
+        return None
+
+    def audio_placeholder_id(self, processor: Any) -> int | None:
+        """The token id that is repeated once per feature of a recording."""
+        return None
+
+    def audio_rate(self, processor: Any) -> int:
+        """Samples per second that the processor takes."""
+        return int(processor.feature_extractor.sampling_rate)
+
+    def max_seconds(self, processor: Any) -> float:
+        """The longest recording that the model hears."""
+        raise self._deaf()
+
+    def process_audio(self, processor: Any, samples: Sequence[np.ndarray]) -> ProcessedImages:
+        """Process recordings, each float32 [n] at `audio_rate`, to tensors and placeholders."""
+        raise self._deaf()
+
+    def audio_features(self, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """The features [tokens, width] of each recording, with gradient."""
+        raise self._deaf()
+
+    def audio_output(self, features: Tensor) -> Any:
+        """What the model's own `get_audio_features` would return for features [tokens, width]."""
+        raise self._deaf()
+
+    def _deaf(self) -> FamilyError:
+        return FamilyError(f"model type {self.model_type!r} takes no audio")
+
     def image_features(self, model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
         """The features of each image, then of each video, with gradient.
 
@@ -118,13 +155,13 @@ class Family(Protocol):
         return self.encoder_output(features, hidden)
 
     def positions(
-        self, keys: Int[np.ndarray, " t"], grids: Sequence[Grid]
+        self, keys: Int[np.ndarray, " t"], grids: Sequence[Grid | None]
     ) -> Int[np.ndarray, "axes t"] | None:
         """The positions of one sequence, with the depth first; None: the depth is the position.
 
         Args:
             keys: of the sequence (`cafe.model.image_keys`).
-            grids: of the images that the keys name.
+            grids: of the images that the keys name; None: its tokens are counted like text.
         """
         return None
 
@@ -209,35 +246,38 @@ def tower_above(config: Any, tower: str) -> tuple[str, ...]:
 
 
 def distinct_features(family: Family, model: Any, vision: dict[str, Tensor]) -> list[Tensor]:
-    """Features of each image, then of each video, computed in the type of the model's weights."""
-    if not vision:
-        return []
+    """Features of each image, video and recording, computed in the type of the model's weights."""
     dtype = model.dtype
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vision.items()}
-    return family.image_features(model.model, inputs)
+    sounds = {name: inputs.pop(name) for name in family.audio_inputs if name in inputs}
+    features = family.image_features(model.model, inputs) if inputs else []
+    return [*features, *(family.audio_features(model.model, sounds) if sounds else [])]
 
 
 def features_in_order(
     family: Family,
     features: Sequence[Tensor],
-    image_order: Sequence[int],
-    video_order: Sequence[int],
+    orders: MediaOrders,
     hidden: int,
 ) -> dict[str, Any]:
     """Features in the order of their placeholders, as transformers' `mm_encoder_outputs`.
 
+    transformers knows no "audio" there; `cafe.model.hearing` adds it.
+
     Args:
         family: whose form the entries take.
-        features: [tokens, width] of each distinct image, then of each distinct video.
-        image_order: which of them each run of image placeholders stands for.
-        video_order: the same for placeholders that only videos have.
+        features: [tokens, width] of each distinct image, then of each video and each recording.
+        orders: which of them each run of placeholders stands for.
         hidden: the language model's width.
     """
+    image_order, video_order, audio_order = orders
     outputs: dict[str, Any] = {}
     if image_order:
         outputs["image"] = family.encoder_output([features[i] for i in image_order], hidden)
     if video_order:
         outputs["video"] = family.video_output([features[i] for i in video_order], hidden)
+    if audio_order:
+        outputs["audio"] = torch.cat([features[i] for i in audio_order])
     return outputs
 
 

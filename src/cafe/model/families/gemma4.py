@@ -9,7 +9,7 @@ each other, but only in layers with a window; in E2B and E4B they do not.
 Of the mixture of experts: no token is dropped, so a token's state does not depend on the other
 sequences of its row; it has no auxiliary loss. The experts of a layer are parameters of three
 dimensions, which no adapter reaches; the router is a linear layer, and an adapter of all linear
-layers adapts it. cafe takes no sound: the audio tower stays as it is.
+layers adapts it. Its audio is not read here: the audio tower stays as it is.
 """
 
 from __future__ import annotations

@@ -75,5 +75,5 @@ class Lfm3VL(Qwen2VL):
         # Every pair of frames is a run of its own, and the text before it says its time.
         return 0.0
 
-    def positions(self, keys: np.ndarray, grids: Sequence[Grid]) -> None:
+    def positions(self, keys: np.ndarray, grids: Sequence[Grid | None]) -> None:
         return None

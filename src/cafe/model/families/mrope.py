@@ -20,23 +20,28 @@ if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is import
     from jaxtyping import Int
 
 
-def mrope_positions(keys: Int[np.ndarray, " t"], grids: Sequence[Grid]) -> Int[np.ndarray, "4 t"]:
+def mrope_positions(
+    keys: Int[np.ndarray, " t"], grids: Sequence[Grid | None], *, after_time: bool = False
+) -> Int[np.ndarray, "4 t"]:
     """Positions of one sequence: depth, time, height, width.
 
     Args:
         keys: of the sequence (`cafe.model.image_keys`).
-        grids: of the images that the keys name.
+        grids: of the images that the keys name; None: counted like text.
+        after_time: a video's time counts, too, for where the text after it begins (Qwen-Omni).
     """
     positions = np.empty((4, len(keys)), dtype=np.int64)
     positions[0] = np.arange(len(keys))
     position = placed = 0
     for begin, end in image_runs(keys):
+        image, first = image_of_key(int(keys[begin]))
+        if (grid := grids[image]) is None:
+            continue
         positions[1:, placed:begin] = position + np.arange(begin - placed)
         position += begin - placed
-        image, first = image_of_key(int(keys[begin]))
-        grid = grids[image]
-        positions[1:, begin:end] = position + _offsets(grid)[:, first : first + end - begin]
-        position += max(grid.lines, grid.columns)
+        offsets = _offsets(grid)
+        positions[1:, begin:end] = position + offsets[:, first : first + end - begin]
+        position += int(offsets.max()) + 1 if after_time else max(grid.lines, grid.columns)
         placed = end
     positions[1:, placed:] = position + np.arange(len(keys) - placed)
     return positions

@@ -83,7 +83,7 @@ class Qwen2VL(Family):
         """The features of each image, from every level that enters the language model."""
         return list(outputs.pooler_output)
 
-    def positions(self, keys: np.ndarray, grids: Sequence[Grid]) -> np.ndarray | None:
+    def positions(self, keys: np.ndarray, grids: Sequence[Grid | None]) -> np.ndarray | None:
         return mrope_positions(keys, grids)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from cafe.model.image_keys import visible_until
+from cafe.model.image_keys import MediaOrders, visible_until
 from cafe.model.rows.blocks import blocks_of
 from cafe.model.rows.rows import Rows
 from cafe.model.rows.trie import Row, TokenSequence, build_row, pack_rows, separate_rows, stack_rows
@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is import
 
     from cafe.model.rows.render import RenderedSequence
 
-Orders = Callable[[np.ndarray], tuple[list[int], list[int]]]
-"""Keys of rows -> the images, and the videos, of their runs of placeholders, in order."""
+Orders = Callable[[np.ndarray], MediaOrders]
+"""Keys of rows -> what their runs of placeholders stand for, in order."""
 
 SequenceRole = Literal[
     "query", "target", "negative", "query_thought", "target_thought", "answer", "question"
@@ -121,7 +121,7 @@ class RowLayout:
         batch = stack_rows([rows[i] for i in order], self.pad_id)
         flat = _token_indices(rows, order, batch.input_ids.shape[1])
         labelled = [(at, s) for at, s in zip(flat, sequences, strict=True) if len(s.label_at)]
-        image_order, video_order = orders(batch.keys)
+        image_order, video_order, audio_order = orders(batch.keys)
         pooled_at = np.array([flat[i][-1] for i in pooled], dtype=np.int64)
         before = np.arange(-1 - self.averages, -1)  # the latent tokens stand before the last one
         averaged_at = np.array([flat[i][before] for i in pooled], dtype=np.int64)
@@ -141,6 +141,7 @@ class RowLayout:
             subtree_end=batch.subtree_end,
             image_order=torch.tensor(image_order, dtype=torch.long),
             video_order=torch.tensor(video_order, dtype=torch.long),
+            audio_order=torch.tensor(audio_order, dtype=torch.long),
             pooled=torch.from_numpy(pooled_at),
             averaged=torch.from_numpy(averaged_at),
             label_source=torch.from_numpy(label_source),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cafe.model.image_keys import MediaOrders
+
 if TYPE_CHECKING:
     from jaxtyping import Int
 
@@ -28,7 +30,8 @@ class LengthBlock:
 
     rows     number of rows
     width    number of tokens of the longest
-    images   number of runs of placeholders in them that stand for images; `videos` for videos
+    images   number of runs of placeholders in them that stand for images; `videos` for videos,
+             `recordings` for recordings
     read     number of their tokens whose states are read
     """
 
@@ -37,6 +40,7 @@ class LengthBlock:
     images: int
     videos: int
     read: int
+    recordings: int = 0
 
 
 def length_blocks(lengths: Sequence[int], block_cost: int) -> list[int]:
@@ -69,7 +73,7 @@ def blocks_of(
     keys: Int[np.ndarray, "rows t"],
     lengths: Sequence[int],
     block_cost: int,
-    orders: Callable[[np.ndarray], tuple[list[int], list[int]]],
+    orders: Callable[[np.ndarray], MediaOrders],
     read: Int[np.ndarray, " r"],
 ) -> tuple[LengthBlock, ...]:
     """The blocks of stacked rows; none where all are one block.
@@ -78,16 +82,17 @@ def blocks_of(
         keys: of the tokens (`cafe.model.rows.trie`).
         lengths: of the rows, in ascending order.
         block_cost: what each further block costs, in tokens.
-        orders: keys of some rows -> the images, and the videos, of their runs of placeholders.
+        orders: keys of some rows -> what their runs of placeholders stand for.
         read: flat indices, row * t + token, of the tokens that are read, in ascending order.
     """
     blocks: list[LengthBlock] = []
     begin = 0
     for size in length_blocks(lengths, block_cost):
         end = begin + size
-        images, videos = orders(keys[begin:end])
+        images, videos, recordings = orders(keys[begin:end])
         first, last = np.searchsorted(read, np.array([begin, end]) * keys.shape[1]).tolist()
         width = lengths[end - 1]
-        blocks.append(LengthBlock(size, width, len(images), len(videos), last - first))
+        shown = len(images), len(videos), last - first, len(recordings)
+        blocks.append(LengthBlock(size, width, *shown))
         begin = end
     return tuple(blocks) if len(blocks) > 1 else ()

@@ -1,4 +1,4 @@
-"""The distinct images and videos of a chunk, each decoded and processed once.
+"""The distinct images, videos and recordings of a chunk, each decoded and processed once.
 
 An image's features may depend on the other images in the prompt (LLaVA-OneVision tiles an image
 only when it is the single image of its prompt), so "distinct" means the image and whether it is
@@ -22,12 +22,13 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from cafe.audio import open_audio
 from cafe.batching import prefetch_map
 from cafe.errors import DataError
 from cafe.media import open_image, open_video
 from cafe.model.families import Family, Grid, ProcessedImages
-from cafe.model.image_keys import image_keys, images_in_order
-from cafe.types import Conversation, Image, Part, Video
+from cafe.model.image_keys import MediaOrders, image_keys, images_in_order
+from cafe.types import Audio, Conversation, Image, Media, Part, Video
 
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Int
@@ -51,7 +52,7 @@ class PromptWithPlaceholders:
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
-    """What stands for an image or a video in a prompt.
+    """What stands for an image, a video or a recording in a prompt.
 
     text   with every run of the repeated token as one
     runs   how long each of these runs is
@@ -65,43 +66,48 @@ class Placeholder:
 
 @dataclass(frozen=True, slots=True)
 class ImageInputs:
-    """The processed images and videos of a chunk.
+    """The processed images, videos and recordings of a chunk.
 
-    inputs   the family's vision tensors; the other fields are private
+    inputs   the tensors of the family's towers; the other fields are private
 
-    _index   (key, kind) -> number; the numbers of videos come after those of images
-    _placeholders   of each image, then of each video
+    _index   (key, kind) -> number; the numbers of videos come after those of images, and those of
+             recordings after both
+    _placeholders   of each image, then of each video, then of each recording
+    _placeholder_ids, _markers   of an image, a video and a recording; None: the family takes none
     """
 
     inputs: dict[str, Tensor]
     _index: dict[tuple[object, str], int]
     _placeholders: list[Placeholder]
     _family: Family
-    _placeholder_ids: tuple[int, int]
-    _markers: tuple[str, str | None]
+    _placeholder_ids: tuple[int, int, int | None]
+    _markers: tuple[str, str | None, str | None]
     _differ: bool
     _first_video: int
+    _first_audio: int
 
     @classmethod
     def of(
         cls,
-        prompts: Sequence[tuple[str, Sequence[Image | Video]]],
+        prompts: Sequence[tuple[str, Sequence[Media]]],
         processor: Any,
         family: Family,
         dummy: bool,
         max_frames: int,
     ) -> Self:
-        """Decode and process the images and videos of several prompts.
+        """Decode and process the images, videos and recordings of several prompts.
 
         Args:
-            prompts: for each prompt its name, for errors, and its images and videos.
+            prompts: for each prompt its name, for errors, and its images, videos and recordings.
             processor: the model's.
             family: the model's.
-            dummy: if there are none, process an empty image that no prompt contains.
+            dummy: if there are none, process an empty image that no prompt contains; and silence,
+                if the family hears and there is no recording.
             max_frames: of a video; they are evenly spaced.
 
         Raises:
             ImageError: an image that cannot be used; the message names the prompt.
+            AudioError: the same of a recording.
         """
         distinct = distinct_media(prompts, family)
         groups = [[image] for image in _opened(distinct[SINGLE].values())]
@@ -112,14 +118,21 @@ class ImageInputs:
         clips = [named(n, open_video, video, max_frames) for n, video in distinct[VIDEO].values()]
         if not groups and not clips and dummy:
             groups = [[PIL.Image.new("RGB", (32, 32))]]
+        sounds = [
+            named(n, heard, audio, processor, family) for n, audio in distinct[AUDIO].values()
+        ]
+        if not sounds and dummy and family.audio_marker(processor) is not None:
+            sounds = [np.zeros(family.audio_rate(processor) // 10, dtype=np.float32)]
         nothing = ProcessedImages({}, [])
         images = family.process_images(processor, groups) if groups else nothing
         videos = family.process_videos(processor, clips) if clips else nothing
+        recordings = family.process_audio(processor, sounds) if sounds else nothing
         return cls.assembled(
-            _joined(images.inputs, videos.inputs),
+            _joined(images.inputs, videos.inputs) | recordings.inputs,
             distinct,
             placeholders_of(images, family.placeholder_id(processor), processor),
             placeholders_of(videos, family.video_placeholder_id(processor), processor),
+            placeholders_of(recordings, family.audio_placeholder_id(processor), processor),
             processor,
             family,
         )
@@ -131,50 +144,60 @@ class ImageInputs:
         distinct: DistinctMedia,
         images: Sequence[Placeholder],
         videos: Sequence[Placeholder],
+        recordings: Sequence[Placeholder],
         processor: Any,
         family: Family,
     ) -> Self:
-        """From the placeholders of the distinct images and videos, in order."""
+        """From the placeholders of the distinct images, videos and recordings, in order."""
         numbered = [(key, kind) for kind in (SINGLE, MULTIPLE) for key in distinct[kind]]
         index = {name: i for i, name in enumerate(numbered)}
         # `of` may process the last image twice, so `numbered` does not count them.
         index |= {(key, VIDEO): len(images) + i for i, key in enumerate(distinct[VIDEO])}
+        seen = len(images) + len(videos)
+        index |= {(key, AUDIO): seen + i for i, key in enumerate(distinct[AUDIO])}
         return cls(
             inputs=inputs,
             _index=index,
-            _placeholders=[*images, *videos],
+            _placeholders=[*images, *videos, *recordings],
             _family=family,
             _placeholder_ids=(
                 family.placeholder_id(processor),
                 family.video_placeholder_id(processor),
+                family.audio_placeholder_id(processor),
             ),
-            _markers=(family.marker(processor), family.video_marker(processor)),
+            _markers=(
+                family.marker(processor),
+                family.video_marker(processor),
+                family.audio_marker(processor),
+            ),
             _differ=family.features_depend_on_image_count(),
             _first_video=len(images),
+            _first_audio=seen,
         )
 
-    def with_placeholders(
-        self, text: str, media: Sequence[Image | Video]
-    ) -> PromptWithPlaceholders:
-        """Replace the markers of images and videos in one prompt by their placeholders.
+    def with_placeholders(self, text: str, media: Sequence[Media]) -> PromptWithPlaceholders:
+        """Replace the markers of images, videos and recordings in one prompt by placeholders.
 
         Raises:
-            DataError: the markers in the text do not match the images and videos.
+            DataError: the markers in the text do not match what it shows.
         """
-        image, video = self._markers
-        pieces = re.split("|".join(f"({re.escape(m)})" for m in (image, video) if m), text)
-        step = 2 if video is None else 3  # split inserts each group's match between the pieces
-        expected = [video if isinstance(part, Video) else image for part in media]
-        if [m for m in pieces if m in (image, video)] != expected:
-            count = text.count(image)
+        image, video, audio = self._markers
+        markers = [marker for marker in self._markers if marker is not None]
+        pieces = re.split("(" + "|".join(map(re.escape, markers)) + ")", text)
+        expected = [
+            audio if isinstance(part, Audio) else video if isinstance(part, Video) else image
+            for part in media
+        ]
+        if pieces[1::2] != expected:
+            count = sum(text.count(marker) for marker in markers)
             raise DataError(
-                f"{len(media)} images, but {count} markers {image!r} in the text; "
-                "a text may not contain the marker itself"
+                f"{len(media)} images, but {count} markers {' or '.join(map(repr, markers))} in "
+                "the text; a text may not contain the marker itself"
             )
         kinds = _kinds(media, self._differ)
         numbers = tuple(self._index[p.key, k] for p, k in zip(media, kinds, strict=True))
         written, spans = pieces[0], []
-        for number, piece in zip(numbers, pieces[step::step], strict=True):
+        for number, piece in zip(numbers, pieces[2::2], strict=True):
             placeholder = self._placeholders[number].text
             spans.append((len(written), len(written) + len(placeholder)))
             written += placeholder + piece
@@ -203,8 +226,8 @@ class ImageInputs:
         """
         if not prompt.numbers:
             return tokens, tokens, spans
-        image, video = self._placeholder_ids
-        is_placeholder = (tokens == image) | (tokens == video)
+        ids = [number for number in self._placeholder_ids if number is not None]
+        is_placeholder = np.isin(tokens, ids)
         at = np.flatnonzero(is_placeholder)
         runs = [self._placeholders[number].runs for number in prompt.numbers]
         if len(at) != sum(len(run) for run in runs):
@@ -226,33 +249,33 @@ class ImageInputs:
 
     def positions(self, keys: Int[np.ndarray, " t"]) -> Int[np.ndarray, "axes t"] | None:
         """The positions of one sequence, where the family counts along several axes."""
-        grids = [p.grid for p in self._placeholders if p.grid is not None]
-        return self._family.positions(keys, grids)
+        return self._family.positions(keys, [p.grid for p in self._placeholders])
 
-    def orders(self, keys: Int[np.ndarray, "rows t"]) -> tuple[list[int], list[int]]:
-        """Which image, and which video, each run of placeholders stands for, over rows [rows, t].
+    def orders(self, keys: Int[np.ndarray, "rows t"]) -> MediaOrders:
+        """Which image, video and recording each run of placeholders stands for, over [rows, t].
 
         Videos that use the images' placeholder token are among the images.
         """
         order = images_in_order(keys)
-        if self._placeholder_ids[0] == self._placeholder_ids[1]:
-            return order, []
-        first = self._first_video
-        return [n for n in order if n < first], [n for n in order if n >= first]
+        same = self._placeholder_ids[0] == self._placeholder_ids[1]
+        video, audio = self._first_audio if same else self._first_video, self._first_audio
+        return (
+            [n for n in order if n < video],
+            [n for n in order if video <= n < audio],
+            [n for n in order if n >= audio],
+        )
 
 
-SINGLE, MULTIPLE, VIDEO = "single", "multiple", "video"
+SINGLE, MULTIPLE, VIDEO, AUDIO = "single", "multiple", "video", "audio"
 
 DistinctMedia = dict[str, dict[object, tuple[str, Any]]]
-"""Kind -> key -> the name of the first prompt with it, and the image or video."""
+"""Kind -> key -> the name of the first prompt with it, and the image, video or recording."""
 
 
-def distinct_media(
-    prompts: Sequence[tuple[str, Sequence[Image | Video]]], family: Family
-) -> DistinctMedia:
-    """The distinct images and videos of several prompts, in order (see `ImageInputs.of`)."""
+def distinct_media(prompts: Sequence[tuple[str, Sequence[Media]]], family: Family) -> DistinctMedia:
+    """What several prompts show and let hear, each once, in order (see `ImageInputs.of`)."""
     differ = family.features_depend_on_image_count()
-    distinct: DistinctMedia = {SINGLE: {}, MULTIPLE: {}, VIDEO: {}}
+    distinct: DistinctMedia = {SINGLE: {}, MULTIPLE: {}, VIDEO: {}, AUDIO: {}}
     for name, media in prompts:
         for part, kind in zip(media, _kinds(media, differ), strict=True):
             distinct[kind].setdefault(part.key, (name, part))
@@ -272,10 +295,18 @@ def _opened(images: Collection[tuple[str, Image]]) -> list[PIL.Image.Image]:
     return list(opened)
 
 
-def _kinds(media: Sequence[Image | Video], differ: bool) -> list[str]:
+def heard(audio: Audio, processor: Any, family: Family) -> np.ndarray:
+    """The samples of a recording, as the family's processor takes them."""
+    return open_audio(audio, family.audio_rate(processor), family.max_seconds(processor))
+
+
+def _kinds(media: Sequence[Media], differ: bool) -> list[str]:
     images = sum(isinstance(part, Image) for part in media)
     kind = MULTIPLE if differ and images > 1 else SINGLE
-    return [VIDEO if isinstance(part, Video) else kind for part in media]
+    return [
+        VIDEO if isinstance(part, Video) else AUDIO if isinstance(part, Audio) else kind
+        for part in media
+    ]
 
 
 def frames_as_images(conversation: Conversation, max_frames: int) -> Conversation:
@@ -315,8 +346,12 @@ def _joined(images: dict[str, Tensor], videos: dict[str, Tensor]) -> dict[str, T
     return joined
 
 
-def placeholders_of(processed: ProcessedImages, token_id: int, processor: Any) -> list[Placeholder]:
-    """The placeholders of processed images, or videos, which repeat the token `token_id`."""
+def placeholders_of(
+    processed: ProcessedImages, token_id: int | None, processor: Any
+) -> list[Placeholder]:
+    """The placeholders of what was processed, which repeat the token `token_id`."""
+    if not processed.placeholders:
+        return []
     token = processor.tokenizer.convert_ids_to_tokens(token_id)
     # Equal texts are processed once.
     shortened = {text: _shortened(text, token) for text in set(processed.placeholders)}

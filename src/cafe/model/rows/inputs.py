@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -10,11 +12,12 @@ import numpy as np
 import PIL.Image
 import torch
 
+from cafe.audio import is_audio_name
 from cafe.errors import DataError
 from cafe.model.quantization import EmbeddingPrecision
-from cafe.types import Conversation, Image, Message, Part
+from cafe.types import Audio, Conversation, Image, Message, Part
 
-Input = str | Path | PIL.Image.Image | Image | Message | Mapping[str, Any] | Sequence[Any]
+Input = str | Path | PIL.Image.Image | Image | Audio | Message | Mapping[str, Any] | Sequence[Any]
 Inputs = Sequence[Input] | Input
 
 
@@ -38,8 +41,9 @@ def as_conversation(value: Input) -> Conversation:
     """One input as a conversation.
 
     str                    text, always: a path is a `Path`, so no string can read a file
-    Path, PIL, `Image`     an image
-    {"text", "image"}      both, image(s) first
+    Path, PIL, `Image`     an image; a Path that ends as audio files do (.wav, .mp3): audio
+    `Audio`                a recording, for models that hear
+    {"text", "image", "audio"}    what it has, image(s) first, then recording(s)
     {"role", "content"}    a chat message, as OpenAI and transformers write it
     `Message`              the same
     a list or tuple of messages    one conversation
@@ -50,17 +54,17 @@ def as_conversation(value: Input) -> Conversation:
     match value:
         case str():
             return (Message("user", (value,)),)
-        case Path() | PIL.Image.Image() | Image():
-            return (Message("user", (_image(value),)),)
+        case Path() | PIL.Image.Image() | Image() | Audio():
+            return (Message("user", (_media(value),)),)
         case Message() | {"role": _, "content": _}:
             return (_message(value),)
-        case {"text": _} | {"image": _}:
+        case {"text": _} | {"image": _} | {"audio": _}:
             return (Message("user", _mapping_parts(value)),)
         case [*messages] if messages and all(_is_message(m) for m in messages):
             return tuple(_message(m) for m in messages)
     raise DataError(
         f"cannot read an input of type {type(value).__name__}: give a string, an image "
-        '(PIL image or Path), {"text": …, "image": …}, or chat messages'
+        '(PIL image or Path), Audio, {"text": …, "image": …, "audio": …}, or chat messages'
     )
 
 
@@ -102,31 +106,66 @@ def _part(value: Any) -> Part:
             return text
         case {"type": "image", "image": image} | {"type": "image", "path": image}:
             return _image(image)
-        case PIL.Image.Image() | Image() | Path():
-            return _image(value)
+        case {"type": "audio", "audio": audio} | {"type": "audio", "path": audio}:
+            return _audio(audio)
+        case {"type": "input_audio", "input_audio": {"data": str(data)}}:
+            return Audio(_from_base64(data))
+        case {"type": "input_audio", "input_audio": {"data": data}}:
+            return _audio(data)
+        case PIL.Image.Image() | Image() | Path() | Audio():
+            return _media(value)
     raise DataError(
-        f"message part {str(value)[:80]!r}: use {{'type': 'text', 'text': …}} or "
-        "{'type': 'image', 'image': …}"
+        f"message part {str(value)[:80]!r}: use {{'type': 'text', 'text': …}}, "
+        "{'type': 'image', 'image': …} or {'type': 'audio', 'audio': …}"
     )
 
 
 def _mapping_parts(value: Mapping[str, Any]) -> tuple[Part, ...]:
-    unknown = set(value) - {"text", "image"}
+    unknown = set(value) - {"text", "image", "audio"}
     if unknown:
-        raise DataError(f"input key {sorted(unknown)[0]!r} is unknown: use text and image")
-    images, text = value.get("image"), value.get("text")
+        raise DataError(f"input key {sorted(unknown)[0]!r} is unknown: use text, image and audio")
+    images, text = _listed(value.get("image")), value.get("text")
+    recordings = _listed(value.get("audio"))
     if not isinstance(text, str | None):
         raise DataError(f"input key 'text' of type {type(text).__name__}: give a string")
-    if images is None:
-        images = []
-    elif not isinstance(images, list | tuple):
-        images = [images]
-    if not images and text is None:
+    if not images and not recordings and text is None:
         raise DataError("an input has neither text nor image; give one of them")
     parts: list[Part] = [_image(image) for image in images]
+    parts += [_audio(recording) for recording in recordings]
     if text or (text is not None and not parts):
         parts.append(text)
     return tuple(parts)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _media(value: Any) -> Image | Audio:
+    if isinstance(value, Audio) or (isinstance(value, Path) and is_audio_name(value.name)):
+        return _audio(value)
+    return _image(value)
+
+
+def _from_base64(data: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise DataError(f"input_audio: its data are no base64 ({error})") from error
+
+
+def _audio(value: Any) -> Audio:
+    """A recording, its path, or its encoded bytes."""
+    if isinstance(value, Audio):
+        return value
+    if isinstance(value, str | Path | bytes):
+        return Audio(value)
+    raise DataError(
+        f"audio of type {type(value).__name__}: give cafe.Audio, a path or bytes; samples need "
+        "their rate: Audio(samples, rate=16_000)"
+    )
 
 
 def _image(value: Any) -> Image:

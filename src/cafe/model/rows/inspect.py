@@ -16,7 +16,7 @@ from cafe.media import open_image, open_video
 from cafe.model.rows.collate import Collator
 from cafe.model.rows.inputs import as_conversation
 from cafe.model.rows.prompts import DEFAULT_PROMPT, trained_thought_tokens
-from cafe.types import Example, Image
+from cafe.types import Example, Image, Video
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def opened_images(example: Example, max_frames: int) -> Iterator[tuple[str, PIL.
     for part in {p.key: p for p in parts if not isinstance(p, str)}.values():
         if isinstance(part, Image):
             yield "image", open_image(part)
-        else:
+        elif isinstance(part, Video):
             clip = open_video(part, max_frames)
             for index, frame in zip(clip.indices, clip.frames, strict=True):
                 yield f"frame {index + 1} of {clip.total}", frame

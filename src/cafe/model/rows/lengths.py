@@ -16,16 +16,18 @@ import PIL.Image
 from cafe.media import image_size, open_video
 from cafe.model.families import Family, ProcessedImages
 from cafe.model.rows.images import (
+    AUDIO,
     MULTIPLE,
     SINGLE,
     VIDEO,
     ImageInputs,
     Placeholder,
     distinct_media,
+    heard,
     named,
     placeholders_of,
 )
-from cafe.types import Image, Video
+from cafe.types import Audio, Image, Media, Video
 
 _REMEMBERED = 4096
 """Number of sizes, and of videos, whose placeholders are kept."""
@@ -40,11 +42,11 @@ class PlaceholderLengths:
     max_frames: int
     _known: dict[Hashable, Placeholder] = field(default_factory=dict, init=False, repr=False)
 
-    def images(self, prompts: Sequence[tuple[str, Sequence[Image | Video]]]) -> ImageInputs:
+    def images(self, prompts: Sequence[tuple[str, Sequence[Media]]]) -> ImageInputs:
         """`ImageInputs.of` without tensors.
 
         Only the header of an image is read. A video is decoded: its header may not know the number
-        of its frames.
+        of its frames. So is a recording.
 
         Raises:
             ImageError: an image that cannot be used; the message names the prompt.
@@ -56,7 +58,10 @@ class PlaceholderLengths:
             for name, image in distinct[kind].values()
         ]
         videos = [named(name, self._video, video) for name, video in distinct[VIDEO].values()]
-        return ImageInputs.assembled({}, distinct, images, videos, self.processor, self.family)
+        recordings = [named(name, self._audio, audio) for name, audio in distinct[AUDIO].values()]
+        return ImageInputs.assembled(
+            {}, distinct, images, videos, recordings, self.processor, self.family
+        )
 
     def _image(self, image: Image, kind: str) -> Placeholder:
         size = image_size(image)
@@ -78,8 +83,16 @@ class PlaceholderLengths:
         token = self.family.video_placeholder_id(self.processor)
         return self._remembered(video.key, processed, token)
 
+    def _audio(self, audio: Audio) -> Placeholder:
+        def processed() -> ProcessedImages:
+            samples = heard(audio, self.processor, self.family)
+            return self.family.process_audio(self.processor, [samples])
+
+        token = self.family.audio_placeholder_id(self.processor)
+        return self._remembered((AUDIO, audio.key), processed, token)
+
     def _remembered(
-        self, key: Hashable, processed: Callable[[], ProcessedImages], token: int
+        self, key: Hashable, processed: Callable[[], ProcessedImages], token: int | None
     ) -> Placeholder:
         """The placeholder of the first of the processed images."""
         if key not in self._known:

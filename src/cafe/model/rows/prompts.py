@@ -22,31 +22,42 @@ import logging
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, groupby
 from typing import Any
 
 from cafe.errors import CheckpointError, DataError
 from cafe.model.rows.template import render_chat, template_file
-from cafe.types import Conversation, Image, Part, ToolCall, Video
+from cafe.types import Audio, Conversation, Image, Part, ToolCall, Video
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingPrompt:
-    """The prompt for an input with images, text, or both."""
+    """The prompt for an input with images, text, or both; and for one with audio.
+
+    sound, sound_text, sound_image, everything   for audio alone, with text, with images, with both
+    """
 
     image: str
     text: str
     both: str
     separator: str = "\n"
+    sound: str = ""
+    sound_text: str = ""
+    sound_image: str = ""
+    everything: str = ""
 
 
 _COMPRESS = EmbeddingPrompt(
     image="Compress this image in one word:",
     text="Compress this sentence in one word:",
     both="Compress this image and sentence in one word:",
+    sound="Compress this sound in one word:",
+    sound_text="Compress this sound and sentence in one word:",
+    sound_image="Compress this image and sound in one word:",
+    everything="Compress this image, sound and sentence in one word:",
 )
 
 PROMPTS = {
@@ -179,20 +190,43 @@ else (<<image>> if seen.picture else <<text>>) -%}
 {%- set add_generation_prompt = true -%}
 """
 
+_HEAR = (
+    ("namespace(picture=false, text=false)", "namespace(picture=false, text=false, sound=false)"),
+    (
+        "{%- else -%}{%- set seen.picture = true -%}",
+        "{%- elif part['type'] == 'audio' -%}{%- set seen.sound = true -%}\n"
+        "      {%- else -%}{%- set seen.picture = true -%}",
+    ),
+    (
+        "{%- set before = messages",
+        "{%- if seen.sound -%}\n"
+        "  {%- set prompt = (<<everything>> if seen.text else <<sound_image>>) if seen.picture "
+        "else (<<sound_text>> if seen.text else <<sound>>) -%}\n{%- endif -%}\n"
+        "{%- set before = messages",
+    ),
+)
+"""What the template of a model that hears has in place of the same text of the others."""
+
 # sentence-transformers 6.2 would embed the empty text: it wraps such messages once too often.
 _MIXED = "sentence-transformers cannot mix chat messages with other inputs; encode them apart"
 
 
-def embedding_template(chat_template: str, prompt: EmbeddingPrompt, pooled_token: str) -> str:
+def embedding_template(
+    chat_template: str, prompt: EmbeddingPrompt, pooled_token: str, *, hears: bool = False
+) -> str:
     """The Jinja text that renders an embedding input in the style of `chat_template`.
 
     Args:
         chat_template: the model's.
         prompt: what to append.
         pooled_token: the token that ends an assistant turn; its hidden state is the embedding.
+        hears: the model takes audio.
     """
-    head = _APPEND_PROMPT.replace("<<mixed>>", jinja_string(_MIXED))
-    for name in ("image", "text", "both", "separator"):
+    head = _APPEND_PROMPT
+    for silent, hearing in _HEAR if hears else ():
+        head = head.replace(silent, hearing)
+    head = head.replace("<<mixed>>", jinja_string(_MIXED))
+    for name in (field.name for field in fields(prompt)):
         head = head.replace(f"<<{name}>>", jinja_string(getattr(prompt, name)))
     return head + chat_template + "{{- " + jinja_string(pooled_token) + " -}}"
 
@@ -310,7 +344,7 @@ def _template_call(call: ToolCall) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _template_part(part: str | Image | Video) -> dict[str, str]:
+def _template_part(part: Part) -> dict[str, str]:
     match part:
         case str():
             return {"type": "text", "text": part}
@@ -318,3 +352,5 @@ def _template_part(part: str | Image | Video) -> dict[str, str]:
             return {"type": "image"}
         case Video():
             return {"type": "video"}
+        case Audio():
+            return {"type": "audio"}

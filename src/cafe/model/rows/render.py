@@ -36,7 +36,7 @@ from cafe.model.rows.prompts import (
 )
 from cafe.model.rows.protocol import CAFE_PROTOCOL, Protocol, protocol_template
 from cafe.model.rows.template import render_chat, template_file
-from cafe.types import Conversation, Image, Message, Video, joined_turns
+from cafe.types import Audio, Conversation, Media, Message, joined_turns
 
 _CAUTION = 0.9
 """How much of the turns that seem to be too many is left out at once."""
@@ -46,7 +46,7 @@ _CAUTION = 0.9
 class RenderedSequence:
     """A rendered conversation, ready for the tokenizer.
 
-    images    its images and videos, in the order of their markers
+    images    its images, videos and recordings, in the order of their markers
     texts     its pieces of text, in order: the longest are cut when the sequence does not fit
     labelled  number of characters at the end that carry the language loss
     answers   number of answers among them
@@ -55,7 +55,7 @@ class RenderedSequence:
     """
 
     text: str
-    images: tuple[Image | Video, ...]
+    images: tuple[Media, ...]
     texts: tuple[str, ...] = ()
     labelled: int = 0
     answers: int = 0
@@ -134,7 +134,13 @@ class Renderer:
             self.published_template if published else default_chat_template(self.processor),
             PROMPTS[prompt],
             self.latent + (TURN_END if published else self.pooled_token),
+            hears=self.hears,
         )
+
+    @property
+    def hears(self) -> bool:
+        """Whether the model takes audio."""
+        return self.family.audio_marker(self.processor) is not None
 
     @property
     def published_template(self) -> str:
@@ -197,12 +203,17 @@ class Renderer:
         """`conversation` with control tokens escaped, and as frames if the family has no videos.
 
         Raises:
-            DataError: a text is not Unicode.
+            DataError: a text is not Unicode, or there is audio and the family does not hear.
         """
         for message in conversation:
             for part in message.content:
                 if isinstance(part, str):
                     check_unicode(part)
+                elif isinstance(part, Audio) and not self.hears:
+                    raise DataError(
+                        f"it has audio, and {self.family.model_type} models do not hear; use a "
+                        "model that does, such as Qwen2.5-Omni"
+                    )
         if self.family.video_marker(self.processor) is None:
             conversation = frames_as_images(conversation, self.max_frames)
         return escape_control_tokens(conversation, self._control_tokens)
@@ -218,6 +229,9 @@ class Renderer:
             family.video_placeholder_id(self.processor),
         ]
         markers = {family.marker(self.processor), *tokenizer.convert_ids_to_tokens(ids)}
+        if (audio := family.audio_marker(self.processor)) is not None:
+            sound = tokenizer.convert_ids_to_tokens(family.audio_placeholder_id(self.processor))
+            markers |= {audio, sound}
         return control_pattern(special | markers)
 
     def embedding(self, conversation: Conversation, prompt: str) -> RenderedSequence:
@@ -315,8 +329,8 @@ def _answer(message: Message) -> str:
     return answer
 
 
-def _images(conversation: Conversation) -> tuple[Image | Video, ...]:
-    """Images and videos, in the order of their markers."""
+def _images(conversation: Conversation) -> tuple[Media, ...]:
+    """Images, videos and recordings, in the order of their markers."""
     parts = [part for message in conversation for part in message.content]
     return tuple(part for part in parts if not isinstance(part, str))
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cafe.model.image_keys import MediaOrders
 from cafe.model.rows.blocks import LengthBlock
-from cafe.types import Conversation, Image, StoredImage, Video
+from cafe.types import Audio, Conversation, Media, StoredFile
 
 if TYPE_CHECKING:  # shapes for readers and tests; at run time nothing is imported or checked
     from jaxtyping import Int
@@ -36,6 +37,7 @@ class Rows:
     label_ids      int64 [l]  the labelled tokens
     visible_until  int64 [rows, t] where the tokens of an image see each other; else None
     video_order    int64 [v]  as `image_order`, for placeholders that only videos have
+    audio_order    int64 [a]  the same for recordings
     plain          every row holds one sequence, so causal attention is the whole rule
     tokens         number of tokens, padding not included
     asked          int64 [q]  flat index of the last token of each match question
@@ -55,6 +57,7 @@ class Rows:
     label_ids: Tensor
     visible_until: Tensor | None = None
     video_order: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    audio_order: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     plain: bool = False
     tokens: int = 0
     asked: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
@@ -63,6 +66,11 @@ class Rows:
     token_vectors_at: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     token_vector_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     blocks: tuple[LengthBlock, ...] = ()
+
+    @property
+    def orders(self) -> MediaOrders:
+        """`image_order`, `video_order` and `audio_order`."""
+        return self.image_order.tolist(), self.video_order.tolist(), self.audio_order.tolist()
 
     @property
     def embedded_at(self) -> Tensor:
@@ -77,7 +85,7 @@ class Rows:
     def split(self) -> list[Self]:
         """The rows of each block. Of what is read they only know `read`, as their own indices."""
         length, parts = self.input_ids.shape[1], []
-        row = image = video = read = 0
+        row = image = video = audio = read = 0
         for b in self.blocks:
             rows = slice(row, row + b.rows)
             indices = self.read[read : read + b.read]
@@ -92,16 +100,13 @@ class Rows:
                     else self.visible_until[rows, : b.width],
                     image_order=self.image_order[image : image + b.images],
                     video_order=self.video_order[video : video + b.videos],
+                    audio_order=self.audio_order[audio : audio + b.recordings],
                     read=(indices // length - row) * b.width + indices % length,
                     blocks=(),
                 ).without_outputs()
             )
-            row, image, video, read = (
-                row + b.rows,
-                image + b.images,
-                video + b.videos,
-                read + b.read,
-            )
+            row, image, video = row + b.rows, image + b.images, video + b.videos
+            audio, read = audio + b.recordings, read + b.read
         return parts
 
     @property
@@ -204,12 +209,12 @@ def identity(conversation: Conversation | None) -> str:
     return "\x1f".join(p if isinstance(p, str) else f"\x1e{_media_identity(p)}" for p in parts)
 
 
-def _media_identity(part: Image | Video) -> str:
+def _media_identity(part: Media) -> str:
     """A path, or a hash of the content (a memory address differs from run to run)."""
     match part.source:
         case str() | Path():
             return str(part.source)
-        case StoredImage():
+        case StoredFile():
             return part.source.name
         case bytes():
             content = [part.source]
@@ -217,6 +222,8 @@ def _media_identity(part: Image | Video) -> str:
             content = [f.tobytes() if not isinstance(f, Path) else bytes(f) for f in part.source]
         case _:
             content = [part.source.tobytes(), str(part.source.size).encode()]
+    if isinstance(part, Audio):
+        content.append(f"audio {part.rate} {part.max_seconds}".encode())
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
