@@ -44,7 +44,7 @@ def commands() -> list[str]:
 
 def read(line: str) -> tuple[str, dict[str, Any]]:
     """A command line by the verb's own parser; nothing runs. Its name, and its parameters."""
-    _, *words = shlex.split(line)
+    _, *words = shlex.split(re.sub(r" --config \S+", "", line))  # the reader's own file
     command: Any = typer.main.get_command(app)
     name = ""
     while hasattr(command, "commands"):

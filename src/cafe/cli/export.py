@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cafe.cli.arguments import Model
+from cafe.errors import CheckpointError
 
 if TYPE_CHECKING:
     from cafe.release.card import Agreement
@@ -71,8 +72,6 @@ def command(
     the match question for sentence-transformers and vLLM. Without either, --verify checks MODEL
     where it is. --push uploads the result to the hub.
     """
-    from cafe.errors import CheckpointError
-
     if to is None and (merge or results or not (verify or cross_encoder or push)):
         raise CheckpointError("name a new directory: --to DIR (or use --verify alone)")
     if push is None and (private or dry_run):

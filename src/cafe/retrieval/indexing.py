@@ -111,19 +111,10 @@ def build_index(
         DataError: there is nothing to index, the index was made otherwise, it is of another source
             that still exists, or no item can be used. Nothing is deleted then.
         CheckpointError: the model cannot be loaded.
-
-    Example:
-        >>> report = build_index("tiny", "photos", "photos.index")
-        >>> report.rows, report.changes.added, report.changes.skipped
-        (4, 4, [])
-        >>> build_index("tiny", "photos", "photos.index").changes.unchanged
-        4
     """
     listing = list_items(str(source), max_pages)  # before torch: a wrong path is told immediately
     index = Index.find(to)
-    pixels = size_of_pages(index, page_pixels)
-    listing.items[:] = at_size(listing.items, pixels)
-    origin = _origin(listing, pixels)
+    origin = _sized_origin(listing, size_of_pages(index, page_pixels))
     words = _own_words(index, origin, caption, think)
     multi_vector = checked_pool(index, multi_vector)
     vlm, facts = open_model(model, index, load=load)
@@ -255,7 +246,9 @@ def _facts(model: CAFe, name: str, weights: str) -> ModelFacts:
     return ModelFacts(name, weights, prompt, model.embedding_dimension)
 
 
-def _origin(listing: Listing, page_pixels: int) -> Origin:
+def _sized_origin(listing: Listing, page_pixels: int) -> Origin:
+    """Give all pages of `listing` this size; what the index is then made of."""
+    listing.items[:] = at_size(listing.items, page_pixels)
     root = None if listing.root is None else str(listing.root)
     pixels = page_pixels if has_pages(listing.items) else None
     return Origin(listing.source, root, page_pixels=pixels)

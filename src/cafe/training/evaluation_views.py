@@ -18,7 +18,7 @@ from cafe.errors import CafeError
 from cafe.media import open_image
 from cafe.metrics import project_2d
 from cafe.report.views import EvaluationView, ShownHit, ShownSearch, ShownSide
-from cafe.types import Conversation, Image, Video
+from cafe.types import Audio, Conversation, Image, Video
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,8 +54,13 @@ class PairedSides:
         """The same, with images first if they are a side."""
         if self.names[1] != "image":
             return self
-        flipped = (s[::-1] for s in (self.names, self.shown, self.embeddings, self.right))
-        return PairedSides(*flipped)
+        names, shown, embeddings, right = self.names, self.shown, self.embeddings, self.right
+        return PairedSides(
+            (names[1], names[0]),
+            (shown[1], shown[0]),
+            (embeddings[1], embeddings[0]),
+            (right[1], right[0]),
+        )
 
 
 def build_view(
@@ -109,14 +114,16 @@ def _searches(sides: PairedSides, one: int, other: int) -> Iterator[ShownSearch]
 def _shown(conversation: Conversation) -> ShownSide:
     """The words of a conversation and its first image; one that cannot be opened is left out."""
     parts = [part for message in conversation for part in message.content]
-    words = " ".join("(video)" if isinstance(p, Video) else p for p in parts if _is_said(p))
+    words = " ".join(_said(part) for part in parts if not isinstance(part, Image))
     text = words if len(words) <= TEXT_LENGTH else f"{words[: TEXT_LENGTH - 1]}…"
     image = next((part for part in parts if isinstance(part, Image)), None)
     return ShownSide(text=text.strip(), image=None if image is None else _thumbnail(image))
 
 
-def _is_said(part: object) -> bool:
-    return isinstance(part, str | Video)
+def _said(part: str | Video | Audio) -> str:
+    if isinstance(part, str):
+        return part
+    return "(video)" if isinstance(part, Video) else "(audio)"
 
 
 def _thumbnail(image: Image) -> str | None:

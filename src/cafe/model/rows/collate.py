@@ -52,16 +52,14 @@ class Collator:
     """Turns examples into `Chunk`s.
 
     processor, family   the model's own
-    pooled_token        the token that ends an assistant turn; embeddings are read there, unless
-                        the protocol names another
+    pooled_token        ends an assistant turn; embeddings are read there, or as `protocol` says
     protocol            how embeddings are asked for (`cafe.model.rows.protocol`)
     max_tokens          longest sequence; longer texts are cut, images never
     sharing             "trie": one row per example; "none": one row per sequence
     row_tokens          pack rows up to this length (for FlexAttention); None: one example a row
     dummy_image         add an unused image to a chunk without any, so that every rank runs the
                         vision tower and none waits for another
-    max_frames          of a video; they are evenly spaced. A family without videos sees them as
-                        images
+    max_frames          of a video, evenly spaced; a family without videos sees them as images
     official            system turn and labels as in the published code
     latent              the learned tokens before the pooled one, as text (`cafe.model.latent`)
     averages            how many latent tokens' states are averaged for an embedding; 0: it is the
