@@ -52,8 +52,7 @@ def command(
         typer.Option(
             "--push",
             metavar="OWNER/NAME",
-            help="Upload the written directory (without --to: MODEL's own) to this repository of "
-            "the hub; created if it is new.",
+            help="Upload the written directory (without --to: MODEL's) to this hub repository.",
         ),
     ] = None,
     private: Annotated[
