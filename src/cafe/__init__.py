@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cafe.memory import keep_memory
     from cafe.model.checkpoint.convert import convert
     from cafe.model.vlm import CAFe
+    from cafe.planning.plan import plan
     from cafe.recipes import Recipe, load_recipe
     from cafe.release.cross_encoder import export_cross_encoder
     from cafe.release.push import push_to_hub
@@ -68,6 +69,7 @@ __all__ = [
     "merge_adapter",
     "mine_batches",
     "mine_hard_negatives",
+    "plan",
     "push_to_hub",
     "run_status",
     "serve",
@@ -103,6 +105,7 @@ _HOMES = {
     "merge_adapter": "cafe.release.release",
     "mine_batches": "cafe.retrieval.batch_mining",
     "mine_hard_negatives": "cafe.retrieval.mining",
+    "plan": "cafe.planning.plan",
     "push_to_hub": "cafe.release.push",
     "run_status": "cafe.training.watching",
     "serve": "cafe.serving.run",

@@ -22,6 +22,7 @@ SURFACE = {
     "": ["--debug", "--version", "--install-completion", "--show-completion"],
     "demo": ["--out", "--steps", "--seed"],
     "train": ["RECIPE.yaml", "KEY=VALUE", "--resume", "--dry-run", "--json"],
+    "plan": ["RECIPE.yaml", "KEY=VALUE", "--gpu", "--count", "--json"],
     "watch": ["RUN", "--measure", "--every", "--once"],
     "report": ["RUN...", "--to"],
     "evaluate": [

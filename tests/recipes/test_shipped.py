@@ -25,6 +25,7 @@ import yaml
 
 import cafe.recipes
 from cafe.model.families import family_of
+from cafe.planning.counts import held_memory
 from cafe.recipes import Recipe, load_recipe
 from cafe.training.optim import freeze, parts_of
 from cafe.training.run import train
@@ -103,8 +104,13 @@ def test_the_header_names_the_true_numbers_of_parameters(name: str) -> None:
     assert total - adapters == pytest.approx(published, abs=tolerance)
     text = " ".join(header_of(name).replace("#", " ").split())
     assert f"{total:,.1f} M parameters, {learned:,.1f} M trainable." in text
+    held = held_memory(
+        recipe_of(name).model_copy(update={"model": str(CONFIGS / SHIPPED[name][0])})
+    )
+    assert held.trained == round(learned * 1e6)
     if recipe_of(name).tuning.kind == "full":
-        assert f"16 bytes each, {16e-3 * learned:,.1f} GB" in text
+        moving = 4 * held.trained + held.gradients + held.moments
+        assert f"16 bytes each, {moving / 1e9:,.1f} GB" in text
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -32,6 +32,7 @@ from cafe.cli import (
     generate,
     index,
     mine,
+    plan,
     report,
     search,
     serve,
@@ -137,6 +138,7 @@ def _show_messages(context: typer.Context) -> None:
 
 
 app.command("demo")(demo.command)
+app.command("plan")(plan.command)
 app.command("train")(train.command)
 app.command("watch")(watch.command)
 app.command("report")(report.command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from cafe.errors import CheckpointError, DataError, first_line
@@ -13,12 +14,17 @@ from cafe.model.tiny import TINY_DIR
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 """What is downloaded from the hub: no pickled weights, no code."""
 
+HUB_CONFIGURATION = [pattern for pattern in HUB_FILES if pattern != "*.safetensors"]
+"""The same without weights."""
+
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 """transformers' list of the files that weights are in."""
 
 
-def locate(name_or_dir: str | Path, kind: str = "model") -> Path:
+def locate(
+    name_or_dir: str | Path, kind: str = "model", *, files: Sequence[str] = HUB_FILES
+) -> Path:
     """The directory of `name_or_dir`, downloaded if it is a hub id (owner/name).
 
     Without a network this fails fast, after one request: transformers would ask for a dozen files,
@@ -27,6 +33,7 @@ def locate(name_or_dir: str | Path, kind: str = "model") -> Path:
     Args:
         name_or_dir: "tiny", a directory, or a hub id.
         kind: what error messages call it.
+        files: patterns of the files that are downloaded from the hub.
 
     Raises:
         CheckpointError: there is no such directory or hub id.
@@ -42,7 +49,7 @@ def locate(name_or_dir: str | Path, kind: str = "model") -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(files)))
     except Exception as error:  # no network, no such model, no access, full disk, …
         raise CheckpointError(
             f"{name}: neither a directory here nor found on the hub ({first_line(error)})"
