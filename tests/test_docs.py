@@ -44,13 +44,15 @@ def commands() -> list[str]:
 
 def read(line: str) -> tuple[str, dict[str, Any]]:
     """A command line by the verb's own parser; nothing runs. Its name, and its parameters."""
-    _, *words = shlex.split(re.sub(r" --config \S+", "", line))  # the reader's own file
+    own = re.sub(r" --config \S+", "", line)  # the reader's own file; it names the model
+    _, *words = shlex.split(own)
     command: Any = typer.main.get_command(app)
     name = ""
     while hasattr(command, "commands"):
         name, words = f"{name} {words[0]}".strip(), words[1:]
         command = command.commands[name.rpartition(" ")[2]]
-    return name, command.make_context(name, words).params
+    defaults = {"model": "tiny"} if own != line else None
+    return name, command.make_context(name, words, default_map=defaults).params
 
 
 def test_there_are_commands() -> None:

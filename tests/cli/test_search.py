@@ -184,7 +184,7 @@ def test_search_prints_the_hits_of_the_searcher_as_json(
         assert [hit["file"] for hit in hits] == [hit.file for hit in expected]
         for hit in hits:
             number = int(hit["id"][0])
-            assert set(hit) == {"id", "score", "file", *COLUMNS}
+            assert set(hit) == {"id", "score", "file", "location", *COLUMNS}
             assert (hit["text"], hit["year"]) == (f"cat {number}", 2000 + number)
             assert (hit["width"], hit["height"]) == (60 + number, 50)
     assert hits_of(uri, "a cat", "--model", small_dir) == hits_of(uri, "a cat")
@@ -252,7 +252,15 @@ def test_an_answer_is_printed_with_its_sources_and_note(
     alone = CAFe.from_pretrained(small_dir).generate({"text": "What is this?", "image": best})
     assert said["answer"] == {
         "text": f"{alone} [1]",
-        "sources": [{"number": 1, "id": best.name, "file": str(best)}],
+        "sources": [
+            {
+                "number": 1,
+                "id": best.name,
+                "file": str(best),
+                "page": None,
+                "location": str(best),
+            }
+        ],
         "note": ONE_IMAGE,
     }
     shown = run(*arguments).stdout

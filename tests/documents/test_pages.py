@@ -113,7 +113,10 @@ def test_scripts_actions_and_embedded_files_stay_what_they_are(tmp_path: Path):
 def test_a_bomb_is_an_error_in_time_and_the_next_page_is_read(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """It may also be read, if the library sees through it; it may not do more."""
+    """It may also be read, if the library sees through it; it may not do more.
+
+    Which limit the nested forms meet first, of time or of memory, depends on the machine.
+    """
     monkeypatch.setattr(renderer, "PAGE_SECONDS", 4)
     content = {
         "forms": made.nested_forms,
@@ -127,10 +130,8 @@ def test_a_bomb_is_an_error_in_time_and_the_next_page_is_read(
         outcome = "read"
     except ImageError as error:
         outcome = str(error)
-    if kind == "forms":
-        assert "took more than 4 s" in outcome
-    else:
-        assert "took more than" in outcome or "ended the process" in outcome or outcome == "read"
+    stopped = "took more than 4 s" in outcome or "ended the process" in outcome
+    assert stopped or (outcome == "read" and kind != "forms"), outcome
     good = open_document(made.write_pdf(tmp_path / "good.pdf", TEXTS))
     assert good.page(1).text() == TEXTS[0]
 

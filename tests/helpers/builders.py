@@ -370,7 +370,10 @@ def qwen2_5_vl(sizes: Sizes) -> tuple[Any, Any]:
 
 
 def qwen2_5_omni(sizes: Sizes) -> tuple[Any, Any]:
-    """The thinker. Windows of 0.2 seconds of sound; no recording is longer than three."""
+    """The thinker. Windows of 0.2 seconds of sound; no recording is longer than three.
+
+    Patches are larger than elsewhere: the processor enlarges every frame to 100,352 pixels.
+    """
     from transformers import (
         Qwen2_5OmniProcessor,
         Qwen2_5OmniThinkerConfig,
@@ -395,9 +398,10 @@ def qwen2_5_omni(sizes: Sizes) -> tuple[Any, Any]:
         eos="<|im_end|>",
         pad="<|endoftext|>",
     )
+    pixels = {**_qwen_pixels(sizes), "patch_size": 2 * PATCH}
     processor = Qwen2_5OmniProcessor(
-        image_processor=Qwen2VLImageProcessor(**_qwen_pixels(sizes)),
-        video_processor=Qwen2VLVideoProcessor(**_qwen_pixels(sizes)),
+        image_processor=Qwen2VLImageProcessor(**pixels),
+        video_processor=Qwen2VLVideoProcessor(**pixels),
         feature_extractor=WhisperFeatureExtractor(feature_size=16, chunk_length=3),
         tokenizer=words,
         chat_template=chat_ml(
@@ -415,8 +419,8 @@ def qwen2_5_omni(sizes: Sizes) -> tuple[Any, Any]:
             "intermediate_size": 2 * sizes.width,
             "out_hidden_size": sizes.width,
             "num_heads": sizes.heads,
-            "patch_size": PATCH,
-            "window_size": 32,
+            "patch_size": 2 * PATCH,
+            "window_size": 64,
             "fullatt_block_indexes": [1],
         },
         audio_config={

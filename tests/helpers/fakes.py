@@ -40,7 +40,10 @@ def vector(text: str) -> np.ndarray:
 
 def text_of(item: WorkItem) -> str:
     content = item.content
-    conversation = content.conversation if isinstance(content, Prompt) else content
+    return _said(content.conversation if isinstance(content, Prompt) else content)
+
+
+def _said(conversation: Any) -> str:
     return "".join(message.text for message in conversation if message.role != "tools")
 
 
@@ -163,7 +166,7 @@ class FakeDecoding:
                 events.append(Event(row, error=DataError("its matcher fails")))
                 del self._left[row]
                 continue
-            text = "".join(message.text for message in prompt.conversation)
+            text = _said(prompt.conversation)
             answer = None if words else Completion(text, "stop", 1, 1)
             piece = word + " " * bool(words)
             events.append(Event(row, piece if prompt.stream else "", answer))

@@ -33,6 +33,7 @@ FILES = {
     "tokenizer_config.json",
     "chat_template.jinja",
     "embedding_template.jinja",
+    "cafe_protocol.json",
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_bert_config.json",

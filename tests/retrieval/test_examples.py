@@ -35,7 +35,7 @@ def check(function: Any, module: Any) -> None:
 
 
 def test_an_index_is_built_and_searched(folder: Path) -> None:
-    check(indexing.build_index, indexing)
+    check(indexing.IndexReport, indexing)
     check(search.Searcher, search)
 
 

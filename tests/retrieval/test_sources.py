@@ -222,7 +222,7 @@ def test_a_file_without_suffix_is_an_image_by_its_content(tmp_path: Path):
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     assert folder_images(tmp_path, hidden=False) == FolderImages(
         ["AVIF", "GIF", "IMG_1.HEIC", "JPEG", "PNG", "TIFF", "WEBP"],
-        Counter({"without suffix": 2}),
+        left_out=Counter({"without suffix": 2}),
     )
 
 

@@ -31,6 +31,11 @@ def told(urls: list[str]) -> list[Any]:
     return [{"role": "user", "content": parts}]
 
 
+def systemone(texts: list[str]) -> Body:
+    questions = {f"q{i}": {"type": "noul", "instructions": t} for i, t in enumerate(texts)}
+    return {"state": "a", "questions": questions}
+
+
 def predicate(instructions: Any) -> dict[str, Any]:
     content = instructions[0]["content"] if isinstance(instructions, list) else instructions
     return {"type": "predicate", "instructions": content}
@@ -49,8 +54,20 @@ OF_TEXTS: dict[str, Callable[[list[str]], Body]] = {
     "/v1/score": lambda t: {"queries": "a", "documents": t},
     "/score": lambda t: {"text_1": "a", "text_2": t},
     "/v1/decisions": lambda t: {"input": "a", "questions": [predicate(one) for one in t]},
+    "/v1/systemone": systemone,
 }
 """A body with several texts, for every route that takes them."""
+
+OF_ONE: dict[str, Body] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    "/v1/responses": {"input": "a"},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [97]},
+}
+"""A body for every other route."""
+
+BODIES = {path: body(["a"]) for path, body in OF_TEXTS.items()} | OF_ONE
+WITHOUT_IMAGES = {"/embed", "/embed_all", "/v1/systemone", "/tokenize", "/detokenize"}
 
 OF_IMAGES: dict[str, tuple[str, Callable[[list[str]], Body]]] = {
     "parts": ("/v1/embeddings", lambda u: {"messages": chats(parts(*u))}),
@@ -68,6 +85,7 @@ OF_IMAGES: dict[str, tuple[str, Callable[[list[str]], Body]]] = {
     "decisions": ("/v1/decisions", lambda u: {"input": told(u), "questions": [predicate("a")]}),
     "questions": ("/v1/decisions", lambda u: {"input": "a", "questions": [predicate(told(u))]}),
     "chat": ("/v1/chat/completions", lambda u: {"messages": [*chats(parts(*u)), *chats("hi")]}),
+    "responses": ("/v1/responses", lambda u: {"input": [*told(u), *chats("hi")]}),
 }
 """A body with several images, for every place where they may stand."""
 
@@ -86,8 +104,8 @@ def image(width: int = 20, height: int = 10) -> str:
 def test_every_route_is_tried(server: Server):
     paths = request(server, "/openapi.json")[1]["paths"]
     posts = {path for path, methods in paths.items() if "post" in methods}
-    assert posts == {*OF_TEXTS, "/v1/chat/completions"}
-    assert posts - {"/embed", "/embed_all"} == {path for path, _ in OF_IMAGES.values()}
+    assert posts == {*OF_TEXTS, *OF_ONE}
+    assert posts - WITHOUT_IMAGES == {path for path, _ in OF_IMAGES.values()}
 
 
 @pytest.mark.parametrize("path", OF_TEXTS)
@@ -173,16 +191,16 @@ def test_vectors_of_tokens_are_bounded():
 
 def test_every_route_needs_the_key_and_one_of_the_servers_names(server: Server):
     with serving(Fake(), api_key="a-secret") as locked:
-        for path in [*OF_TEXTS, "/v1/chat/completions", "/v1/models/fake"]:
-            assert request(locked, path, {} if path in OF_TEXTS else None)[0] == 401, path
-    for path, body in OF_TEXTS.items():
-        found = request(server, path, body(["a"]), headers={"Host": "evil.example.com"})
+        for path in [*BODIES, "/v1/models/fake"]:
+            assert request(locked, path, {} if path in BODIES else None)[0] == 401, path
+    for path, body in BODIES.items():
+        found = request(server, path, body, headers={"Host": "evil.example.com"})
         assert found[0] == 403, path
 
 
-@pytest.mark.parametrize("path", [path for path in OF_TEXTS if not path.startswith("/embed")])
+@pytest.mark.parametrize("path", [path for path in BODIES if not path.startswith("/embed")])
 def test_every_route_refuses_another_models_name(server: Server, path: str):
-    status, reply, _ = request(server, path, OF_TEXTS[path](["a"]) | {"model": "gpt"})
+    status, reply, _ = request(server, path, BODIES[path] | {"model": "gpt"})
     assert (status, reply["error"]["code"]) == (404, "model_not_found")
 
 
@@ -200,12 +218,12 @@ def test_a_full_queue_refuses_all(server: Server):
 # ---------------------------------------------------------------------- fields that change nothing
 
 
-@pytest.mark.parametrize("path", OF_TEXTS)
+@pytest.mark.parametrize("path", BODIES)
 def test_fields_that_change_nothing_are_named(server: Server, path: str):
-    plain = request(server, path, OF_TEXTS[path](["a"]))
+    plain = request(server, path, BODIES[path])
     assert "x-cafe-ignored-fields" not in plain[2]
     fields = {"user": "me", "store": None, "a_vendors": {"own": 1}}
-    status, _, headers = request(server, path, OF_TEXTS[path](["a"]) | fields)
+    status, _, headers = request(server, path, BODIES[path] | fields)
     assert (status, headers["x-cafe-ignored-fields"]) == (200, "user, a_vendors")
 
 

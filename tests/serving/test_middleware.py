@@ -383,7 +383,7 @@ def test_texts_are_bounded(server: Server):
         ("/v1/embeddings", {"input": "\ud800"}, "input"),
         ("/v1/chat/completions", {"messages": []}, "messages"),
         ("/v1/chat/completions", chat("a", n=17), "n"),
-        ("/v1/chat/completions", chat("a", tools=[{}]), "tools"),
+        ("/v1/chat/completions", chat("a", tools=[{}]), "tools.0.type"),
         ("/v1/chat/completions", chat("a", temperature=3), "temperature"),
         ("/v1/chat/completions", chat("a", temperature="hot"), "temperature"),
         ("/v1/chat/completions", chat("a", max_tokens=0), "max_tokens"),
@@ -511,7 +511,7 @@ def test_a_server_without_its_model_is_alive_and_not_ready(monkeypatch: pytest.M
         assert loaded.wait(20)
         return model
 
-    search: Any = SimpleNamespace(think=0)
+    search: Any = SimpleNamespace(think=0, by_tokens=False)
     server = Server(load, ServerSettings(name="fake", port=0), search)
     server.start()
     asked = [

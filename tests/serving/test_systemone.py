@@ -72,6 +72,14 @@ def test_a_state_may_be_json(server: Server):
             {"questions": {"a": {"type": "noul", "criteria": {"no": "x"}}}},
             "questions.a: the criteria of a noul",
         ),
+        (
+            {"questions": {"a": {"type": "score", "criteria": ["x", ""]}}},
+            "questions.a: a criterion of a score is empty",
+        ),
+        (
+            {"questions": {"a": {"type": "choice", "criteria": {"x": None, "": None}}}},
+            "questions.a: a criterion of a choice is empty",
+        ),
         ({"assets": {"i": {"data_base64": ""}}, "questions": QUESTIONS}, "assets: not supported"),
     ],
 )

@@ -18,7 +18,7 @@ from cafe.model.vlm import CAFe
 from cafe.recipes import Recipe, load_recipe
 from cafe.training.build import build_collator
 from cafe.training.data import load_data
-from cafe.training.dry_run import DryRun, _duration
+from cafe.training.dry_run import DryRun
 from cafe.training.step import TrainingStep
 from helpers import layouts
 
@@ -102,7 +102,6 @@ def test_how_long_a_run_is_expected_to_take(recipe: Path) -> None:
         return replace(report, recipe=wanted, measured=step).expected_seconds
 
     assert [expected(workers) for workers in (0, 2, 4)] == [6 * 8.0, 6 * 3.0, 6 * 2.0]
-    assert [_duration(s) for s in (48, 600, 5400)] == ["48 seconds", "10 minutes", "1.5 hours"]
 
 
 def test_a_batch_that_does_not_fit_names_the_remedy(

@@ -60,7 +60,7 @@ def test_a_run_leaves_a_model_a_log_and_a_recipe_that_runs_again(
         *("step", "loss", "contrastive", "language", "temperature", "gradient_norm"),
         *("learning_rate", "examples_per_second", "tokens_per_second"),
         *("data_wait_share", "seconds", "padding", "total"),
-        *("modality_gap", "uniformity", "effective_rank"),
+        *("modality_gap", "uniformity", "effective_rank", "host_bytes"),
     }
     assert 0 < lines[0]["data_wait_share"] < 1
     assert lines[-1]["temperature"] != pytest.approx(0.05, rel=1e-5)

@@ -21,6 +21,7 @@ _TABLE = Path(__file__).with_name("gpus.json")
 class GPU:
     """One kind of processor.
 
+    name        lower case, words joined by hyphens: "h100", "a100-80"
     memory_gb   10^9 bytes
     source      where the number is from
     """

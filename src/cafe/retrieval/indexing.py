@@ -51,6 +51,13 @@ class IndexReport:
     approximate   the settings of an approximate search and its measured recall; None: search is
                   exact
     left_out      files of a folder that are no images, by kind -> number of them
+
+    >>> from cafe import build_index
+    >>> report = build_index("tiny", "photos", "photos.index")
+    >>> report.rows, report.changes.added, report.changes.skipped
+    (4, 4, [])
+    >>> build_index("tiny", "photos", "photos.index").changes.unchanged
+    4
     """
 
     uri: str

@@ -135,6 +135,8 @@ class SystemOneQuestion(Request):
             raise ValueError("the criteria of a noul are those of true and of false")
         if self.type != "noul" and not 2 <= len(found) <= MAX_OPTIONS:
             raise ValueError(f"a {self.type} has 2 to {MAX_OPTIONS} criteria")
+        if self.type != "noul" and "" in found:
+            raise ValueError(f"a criterion of a {self.type} is empty")
         return self
 
 

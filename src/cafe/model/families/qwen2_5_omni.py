@@ -59,6 +59,7 @@ class Qwen25Omni(Qwen2VL):
     def process_videos(self, processor: Any, clips: Sequence[Clip]) -> ProcessedImages:
         inputs = processor.video_processor(
             [list(clip.frames) for clip in clips],
+            **_sizes(processor),
             do_sample_frames=False,
             video_metadata=[metadata(clip) for clip in clips],
             return_tensors="pt",
@@ -121,6 +122,14 @@ class Qwen25Omni(Qwen2VL):
 
     def unused(self, config: Any) -> tuple[str, ...]:
         return ("model.audio_tower.audio_bos_eos_token.",)
+
+
+def _sizes(processor: Any) -> dict[str, Any]:
+    """The pixels of a frame: Qwen2.5-Omni's processor has its own, which win over the saved ones.
+
+    Source: `Qwen2_5OmniProcessor.videos_kwargs` of transformers.
+    """
+    return {"size": processor.videos_kwargs["size"]}
 
 
 def _spectrogram(extractor: Any, samples: np.ndarray) -> Tensor:
